@@ -1,0 +1,148 @@
+"""Options of every script: a dataclass of defaults, then a config file, then `--key=value`; the last word wins.
+
+    python train.py configs/tiny_js.py --beta=0.2 --resume        (a bool may stand bare)
+    python train.py --help
+
+The defaults are the fields of a dataclass in the script itself, one line each with a comment, and `--help` prints
+those lines. A config file holds `key = value` lines and nothing else; it is parsed, not run. Unknown keys are refused
+in files as on the command line (nanoGPT checks the latter only, so a typo in a file costs a run), types are checked,
+and an int is fine where a float is wanted.
+"""
+import ast
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import sys
+from typing import Literal, get_args, get_origin
+
+
+class UserError(ValueError):
+    """Something the user can mend. `run` prints its one line and exits with code 2, without a traceback."""
+
+
+def _expected(kind):
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    return {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}[kind]
+
+
+def _check(cls, key, value, where):
+    """The value in the type of the field, or UserError naming the option, the value and what is allowed."""
+    fields = {f.name: f.type for f in dataclasses.fields(cls)}
+    if key not in fields:
+        near = difflib.get_close_matches(key, fields, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "--help lists them all"
+        raise UserError(f"{where}: there is no option {key!r}; {hint}")
+    kind = fields[key]
+    if kind is float and type(value) is int:
+        value = float(value)
+    right = value in get_args(kind) if get_origin(kind) is Literal else type(value) is kind
+    if not right:
+        raise UserError(f"{where}: {key} must be {_expected(kind)}, not {value!r}")
+    return value
+
+
+def find(path):
+    """The config file meant by `path`: config/NAME.py finds configs/NAME.py too, as both are written in the wild."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    candidates = [path, re.sub(r"^config/", "configs/", path)]
+    candidates += [os.path.join(here, p) for p in candidates]
+    for candidate in candidates:
+        if os.path.isfile(candidate):
+            return candidate
+    names = sorted(n for n in os.listdir(os.path.join(here, "configs")) if n.endswith(".py"))
+    raise UserError(f"no config file {path!r}; there are: " + ", ".join("configs/" + n for n in names))
+
+
+def read_file(cls, path):
+    """{key: checked value} of a config file: a Python file of nothing but `key = literal` lines and comments."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = ast.parse(file.read())
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: not a config file of `key = value` lines ({error})") from None
+    out = {}
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):                   # a docstring
+            continue
+        where = f"{path}, line {node.lineno}"
+        try:
+            (target,) = node.targets
+            key, value = target.id, ast.literal_eval(node.value)
+        except (AttributeError, TypeError, ValueError):
+            raise UserError(f"{where}: only `key = value` lines with plain values can stand here") from None
+        out[key] = _check(cls, key, value, where)
+    return out
+
+
+def _parse(cls, key, text):
+    """The text after `--key=` as a value: numbers and booleans are read as Python's, texts as they stand."""
+    if {f.name: f.type for f in dataclasses.fields(cls)}.get(key) is str:
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text                                                        # _check says what is wrong with it
+
+
+def load(cls, argv, positional=None):
+    """Command line -> (config: an instance of `cls`, {key: value} of what the command line itself set).
+
+    argv: without the script's name; a bare word is a config file, or, if `positional` names a field, a value of that
+    field (a tuple of all of them). Exits after --help. Raises UserError.
+    """
+    from_files, from_cli, words = {}, {}, []
+    for arg in argv:
+        if arg in ("--help", "-h"):
+            print(help_text(cls))
+            raise SystemExit(0)
+        if arg.startswith("--"):
+            key, equals, text = arg[2:].partition("=")
+            if not equals and {f.name: f.type for f in dataclasses.fields(cls)}.get(key) not in (bool, None):
+                raise UserError(f"--{key} wants a value: --{key}=...")
+            from_cli[key] = _check(cls, key, _parse(cls, key, text) if equals else True, "command line")
+        elif positional:
+            words.append(arg)
+        else:
+            from_files.update(read_file(cls, find(arg)))
+    if words:
+        from_cli[positional] = tuple(words)
+    return cls(**{**from_files, **from_cli}), from_cli
+
+
+def help_text(cls):
+    """The docstring of the script, then each option with its default and its comment, taken from the source."""
+    module = sys.modules[cls.__module__]
+    lines = [(module.__doc__ or "").strip(), "", "Options (--key=value):"]
+    for line in inspect.getsource(cls).splitlines()[1:]:
+        option = re.match(r"\s+(\w+): ([^=]+?) = (.+?)\s+# (.*)", line)
+        if option:
+            name, _, default, comment = option.groups()
+            lines.append(f"  --{name + '=' + default:30s} {comment}")
+        elif heading := re.match(r"\s+# -+ (.*?) -*$", line):
+            lines.append(f" {heading[1]}")
+        elif more := re.match(r"\s+# (.*)", line):
+            lines.append(" " * 35 + more[1].strip())
+    return "\n".join(lines)
+
+
+def show(config):
+    """The resolved config, as a config file that would give it again."""
+    return "\n".join(f"{f.name} = {getattr(config, f.name)!r}" for f in dataclasses.fields(config))
+
+
+def run(main):
+    """Runs a script's main() and turns errors meant for people into one line: exit 2 for bad input, 1 at run time."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        raise SystemExit(1) from None

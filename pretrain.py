@@ -1,0 +1,149 @@
+"""Builds the tiny world's base from nothing: tokenizer, then policy, then judge. About 12 minutes on 2 CPU cores.
+
+    python pretrain.py                                writes out/tiny_base.pt
+    python pretrain.py --out=assets/tiny_base.pt      replaces the base that the repository ships
+
+ 1. Tokenizer (vqgan.py): reconstruct pictures through a bottleneck of 64 codes.
+ 2. Policy (model.py): predict the codes of a picture from its caption, by maximum likelihood. On purpose a share of
+    the captions is wrong, as on the web, so the base draws the wrong thing about half of the time: that is what
+    reinforcement learning then has to mend.
+ 3. Judge (reward.py): tell captions that are true of a picture from those that are not.
+Captions and pictures with a held-out pair (shapes.HELD_OUT) are kept from policy and judge; the tokenizer sees them.
+Same seed, same machine: same file, bit for bit.
+"""
+import math
+import random
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tqdm import trange
+
+import checkpoint
+import config
+import reward
+import shapes
+import text
+from model import GPT, GPTConfig
+from vqgan import VQGAN, VQConfig
+
+VQ = VQConfig(codebook_size=256, codebook_embed_dim=8, ch=16, ch_mult=(1, 2, 4), num_res_blocks=1, z_channels=64,
+              num_groups=8, l1_weight=1.0, entropy_weight=0.1, entropy_temperature=0.1)
+AR = GPTConfig(dim=128, n_layer=5, n_head=4, multiple_of=32, vocab_size=256, block_size=64, cls_token_num=text.LENGTH,
+               caption_dim=text.DIM, token_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0)
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = "out/tiny_base.pt"      # where the base is written
+    seed: int = 0                      # of everything: scenes, weights, order
+    scenes: int = 24000                # pictures rendered for training
+    wrong_captions: float = 0.35       # share of training captions that belong to another picture
+    # ---- optimisation
+    vq_steps: int = 2000               # batches of 16 pictures
+    vq_lr: float = 1e-3                # peak; warm-up over 50 steps, then cosine to 2 %
+    gpt_steps: int = 1200              # batches of 64 pictures
+    gpt_lr: float = 2e-3               # peak, same schedule
+    judge_steps: int = 1200            # batches of 64 pictures x 128 captions
+    judge_lr: float = 2e-3             # peak, same schedule
+
+
+def train(name, params, steps, lr, loss_of):
+    """`steps` steps of AdamW on loss_of(step) -> (loss, {figure: value}), with a bar that shows the figures."""
+    optimizer = torch.optim.AdamW(params, lr, betas=(.9, .98), weight_decay=.01)
+    bar = trange(steps, desc=name, ncols=110)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 50) * (.02 + .98 * (1 + math.cos(math.pi * step / steps)) / 2)
+        loss, figures = loss_of(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        if step % 20 == 0 or step == steps - 1:
+            bar.set_postfix({k: f"{float(v):.4f}" for k, v in figures.items()})
+
+
+@torch.no_grad()
+def batched(f, items, size=250):
+    return torch.cat([f(items[i:i + size]) for i in range(0, len(items), size)])
+
+
+def pretrain_tokenizer(cfg, images):
+    vq = VQGAN(VQ)
+
+    def loss(step):
+        total, terms, _ = vq.loss(images[torch.randint(len(images), (16,))])
+        return total, terms
+    train("tokenizer", list(vq.parameters()), cfg.vq_steps, cfg.vq_lr, loss)
+    return vq.eval()
+
+
+def pretrain_policy(cfg, tokens, captions, rng):
+    gpt = GPT(AR)
+
+    def loss(step):
+        i = torch.randint(len(tokens), (64,))
+        wrong = torch.rand(64) < cfg.wrong_captions
+        told = [rng.choice(captions) if w else captions[j] for j, w in zip(i.tolist(), wrong.tolist())]
+        nll = F.cross_entropy(gpt(tokens[i], *text.encode(told)).flatten(0, 1), tokens[i].flatten())
+        return nll, {"nll": nll}
+    train("policy", list(gpt.parameters()), cfg.gpt_steps, cfg.gpt_lr, loss)
+    return gpt.eval()
+
+
+def near_miss(caption, rng):
+    """A caption of the same form that differs in a word or two, most often a colour or a shape."""
+    words, kinds = caption.split(), (tuple(shapes.COLOURS), shapes.SHAPES, tuple(shapes.NUMBERS), ("above", "below"),
+                                     ("left", "right"))
+    for _ in range(20):
+        i = rng.randrange(len(words))
+        kind = next((k for k in kinds if words[i] in k), None)
+        if kind:
+            new = " ".join(words[:i] + [rng.choice(kind)] + words[i + 1:])
+            if new != caption and new in shapes.CAPTIONS:
+                return new
+    return caption
+
+
+def pretrain_judge(cfg, images, scenes, captions, rng):
+    judge = reward.Judge()
+
+    def loss(step):
+        i = torch.randint(len(images), (64,)).tolist()
+        told = [captions[j] for j in i] + [near_miss(captions[j], rng) for j in i]
+        parsed = [shapes.CAPTIONS[c] for c in told]
+        truth = torch.tensor([[shapes.matches(scenes[j], c) for c in parsed] for j in i], dtype=torch.float)
+        nll = judge.loss(images[i], told, truth)
+        return nll, {"loss": nll}
+    train("judge", list(judge.parameters()), cfg.judge_steps, cfg.judge_lr, loss)
+    return judge.eval()
+
+
+def main(argv):
+    cfg, _ = config.load(Config, argv)
+    start = time.time()
+    torch.manual_seed(cfg.seed)
+    rng = random.Random(cfg.seed)
+    every = shapes.render([s for _, s in shapes.random_scenes(cfg.scenes // 2, rng, allow_heldout=True)])
+    told, scenes = zip(*shapes.random_scenes(cfg.scenes, rng))
+    images, captions = shapes.render(scenes), [c.text for c in told]
+
+    vq = pretrain_tokenizer(cfg, every)
+    tokens = batched(vq.encode, images)
+    painted = batched(vq.decode, tokens)
+    print("read right after the tokenizer's round trip:",
+          {k: round(v, 3) for k, v in shapes.reader_accuracy(scenes[:2000], painted[:2000]).items()})
+    gpt = pretrain_policy(cfg, tokens, captions, rng)
+    # The judge will see painted pictures only, so it learns from those, with the truth about the scene behind them.
+    judge = pretrain_judge(cfg, painted, scenes, captions, rng)
+
+    half = torch.float16
+    checkpoint.save({"gpt": checkpoint.pack(gpt, AR, half), "vqgan": checkpoint.pack(vq, VQ, half),
+                     "judge": checkpoint.pack(judge, None, half), "made_by": config.show(cfg)}, cfg.out)
+    print(f"wrote {cfg.out} in {(time.time() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,212 @@
+"""The tokenizer: LlamaGen's VQ model, which turns an image into a short sequence of integers, and back.
+
+    image [B,3,H,W] --encoder--> z [B,8,h,w] --nearest code--> tokens [B,T] --codebook, decoder--> image [B,3,H,W]
+
+T = h*w, in raster order. A convolutional encoder shrinks the picture (16 times a side in VQ-16), each of the T
+vectors is replaced by the nearest of V learned code vectors, and a decoder paints the picture back. The language
+model in model.py only ever sees the indices. Sources: VQGAN, arXiv 2012.09841; LlamaGen, arXiv 2406.06525 sec. 3.1;
+unit-length codes of few dimensions, ViT-VQGAN, arXiv 2110.04627 sec. 3.2. The names of modules are the released
+ones, so that `vq_ds16_t2i.pt` loads unchanged.
+
+Departures from LlamaGen's training:
+ 1. No perceptual (LPIPS) and no GAN loss: a picture of flat shapes needs neither. Both matter for photographs.
+ 2. `num_groups` is an option: 32 groups of one channel are InstanceNorm, which erases flat colours.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class VQConfig:                            # the defaults are VQ-16 as released (72M parameters)
+    codebook_size: int = 16384             # V
+    codebook_embed_dim: int = 8
+    ch: int = 128                          # channels at full resolution
+    ch_mult: tuple = (1, 1, 2, 2, 4)       # channels of each level in units of `ch`; a level halves the side
+    num_res_blocks: int = 2                # a level of the encoder; the decoder has one more
+    z_channels: int = 256
+    num_groups: int = 32                   # of GroupNorm
+    l1_weight: float = 0.0                 # mean |error|
+    l2_weight: float = 1.0                 # mean error^2
+    codebook_weight: float = 1.0
+    commit_weight: float = 0.25
+    entropy_weight: float = 0.0            # > 0 keeps all codes in use
+    entropy_temperature: float = 0.01
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, n_in, n_out, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, n_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, n_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+
+    def forward(self, x):                                                  # [B,n_in,h,w] -> [B,n_out,h,w]
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention of every position to every other; only where the picture is smallest."""
+
+    def __init__(self, n, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, n, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(n, n, 1) for _ in range(4))
+
+    def forward(self, x):                                                  # [B,n,h,w]
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # [B,1,h*w,n]
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.conv = nn.Conv2d(n, n, 3, stride=2)
+
+    def forward(self, x):                                                  # padded right and below only
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.conv = nn.Conv2d(n, n, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """ResNet blocks at one resolution, attention after each if it is the lowest one, and a change of resolution."""
+
+    def __init__(self, n_in, n_out, blocks, groups, attend, **resample):
+        super().__init__()
+        self.res = nn.ModuleList(ResnetBlock(n_in if j == 0 else n_out, n_out, groups) for j in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(n_out, groups) for _ in range(blocks if attend else 0))
+        for name, module in resample.items():                              # `downsample` or `upsample`, as released
+            setattr(self, name, module)
+        self.resample = list(resample)
+
+    def forward(self, x):
+        for j, res in enumerate(self.res):
+            x = res(x)
+            if len(self.attn):
+                x = self.attn[j](x)
+        for name in self.resample:
+            x = getattr(self, name)(x)
+        return x
+
+
+def _mid(n, groups):
+    return nn.ModuleList([ResnetBlock(n, n, groups), AttnBlock(n, groups), ResnetBlock(n, n, groups)])
+
+
+class Encoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        widths, last = [c.ch * m for m in c.ch_mult], len(c.ch_mult) - 1
+        self.conv_in = nn.Conv2d(3, c.ch, 3, padding=1)
+        self.conv_blocks = nn.ModuleList(
+            Level(([c.ch] + widths)[i], n, c.num_res_blocks, c.num_groups, attend=i == last,
+                  **({} if i == last else {"downsample": Downsample(n)})) for i, n in enumerate(widths))
+        self.mid = _mid(widths[-1], c.num_groups)
+        self.norm_out = nn.GroupNorm(c.num_groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], c.z_channels, 3, padding=1)
+
+    def forward(self, x):                                                  # [B,3,H,W] -> [B,z,h,w]
+        x = self.conv_in(x)
+        for block in (*self.conv_blocks, *self.mid):
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        widths, last = [c.ch * m for m in c.ch_mult], len(c.ch_mult) - 1
+        self.conv_in = nn.Conv2d(c.z_channels, widths[-1], 3, padding=1)
+        self.mid = _mid(widths[-1], c.num_groups)
+        self.conv_blocks = nn.ModuleList(                                  # stored lowest resolution first
+            Level(widths[min(i + 1, last)], widths[i], c.num_res_blocks + 1, c.num_groups, attend=i == last,
+                  **({} if i == 0 else {"upsample": Upsample(widths[i])})) for i in reversed(range(last + 1)))
+        self.norm_out = nn.GroupNorm(c.num_groups, c.ch * c.ch_mult[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(c.ch * c.ch_mult[0], 3, 3, padding=1)
+
+    def forward(self, z):                                                  # [B,z,h,w] -> [B,3,H,W]
+        x = self.conv_in(z)
+        for block in (*self.mid, *self.conv_blocks):
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Quantizer(nn.Module):
+    """The nearest of V codes on the unit sphere. Both sides are normalised, so nearest means largest cosine."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.embedding = nn.Embedding(c.codebook_size, c.codebook_embed_dim)
+        nn.init.uniform_(self.embedding.weight, -1 / c.codebook_size, 1 / c.codebook_size)
+
+    def codes(self):
+        return F.normalize(self.embedding.weight, dim=1)                   # [V,8]
+
+    def forward(self, z):                                                  # [B,8,h,w] -> tokens [B,T], cosines
+        z = F.normalize(z, dim=1).flatten(2).transpose(1, 2)               # [B,T,8]
+        cosine = z @ self.codes().T                                        # [B,T,V]
+        return cosine.argmax(2), z, cosine
+
+
+class VQGAN(nn.Module):
+    """LlamaGen's tokenizer. `encode` and `decode` are what the other files use; `loss` is what pretrain.py descends."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.encoder, self.decoder, self.quantize = Encoder(c), Decoder(c), Quantizer(c)
+        self.quant_conv = nn.Conv2d(c.z_channels, c.codebook_embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(c.codebook_embed_dim, c.z_channels, 1)
+
+    @torch.no_grad()
+    def encode(self, images):
+        """images [B,3,H,W] in [-1,1], H = W a multiple of 2**(levels-1) -> tokens [B,T] in 0..V-1, raster order."""
+        factor = 2 ** (len(self.config.ch_mult) - 1)
+        if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+            raise ValueError(f"encode takes images [B,3,H,W] with sides a multiple of {factor}, "
+                             f"not {tuple(images.shape)}")
+        return self.quantize(self.quant_conv(self.encoder(images)))[0]
+
+    def decode(self, tokens):
+        """tokens [B,T] of a square picture -> images [B,3,H,W], about [-1,1] but not clipped to it."""
+        side = int(tokens.shape[1] ** .5)
+        if tokens.dim() != 2 or side * side != tokens.shape[1]:
+            raise ValueError(f"decode takes the tokens [B,T] of square pictures, not {tuple(tokens.shape)}")
+        return self._paint(F.embedding(tokens, self.quantize.codes()), side, side)
+
+    def _paint(self, code, h, w):                                          # code [B,T,8]
+        return self.decoder(self.post_quant_conv(code.transpose(1, 2).reshape(len(code), -1, h, w)))
+
+    def loss(self, images):
+        """images [B,3,H,W] -> (loss, {name: detached term}, tokens [B,T]). VQ-VAE, arXiv 1711.00937 eq. 3."""
+        c, z = self.config, self.quant_conv(self.encoder(images))
+        tokens, unit, cosine = self.quantize(z)
+        code = F.embedding(tokens, self.quantize.codes())                  # [B,T,8]
+        terms = {"codebook": (c.codebook_weight, F.mse_loss(code, unit.detach())),    # moves codes to vectors
+                 "commit": (c.commit_weight, F.mse_loss(unit, code.detach()))}        # moves vectors to codes
+        if c.entropy_weight:
+            # p = softmax(-distance / temperature); E[H(p)] - H(E[p]): each choice sure, all choices used.
+            # On the unit sphere the squared distance is 2 - 2 cosine.
+            logp = F.log_softmax((2 * cosine / c.entropy_temperature).flatten(0, 1), 1)
+            mean = logp.exp().mean(0)
+            terms["entropy"] = (c.entropy_weight, -(logp.exp() * logp).sum(1).mean() + (mean * (mean + 1e-5).log()).sum())
+        # Straight through: the decoder sees the code, its gradient goes to the vector that was rounded.
+        painted = self._paint(unit + (code - unit).detach(), *z.shape[2:])
+        terms["l1"], terms["l2"] = (c.l1_weight, F.l1_loss(painted, images)), (c.l2_weight, F.mse_loss(painted, images))
+        return sum(w * v for w, v in terms.values()), {k: v.detach() for k, (w, v) in terms.items()}, tokens
