@@ -5,25 +5,37 @@ any downloaded .pt file can, is refused instead of obeyed. So everything stored 
 tuples, texts and numbers; configs are stored as dicts.
 """
 import dataclasses
+import glob
+import json
 import os
+import pickle
 import random
+import shutil
 import zipfile
 
 import torch
 
-from config import UserError
+from config import UserError, locate
 from model import GPT, GPTConfig
 from reward import Judge
 from vqgan import VQGAN, VQConfig
 
 
-def save(state, path):
-    """Writes `state` to `path` atomically: a reader, or a crash, meets the old file or the new one, never half of one."""
+def save(state, path, keep=0):
+    """Writes `state` to `path` atomically: a reader, or a crash, meets the old file or the new, never half of one.
+
+    keep > 0 also leaves the newest `keep` as path_STEP.pt beside it, STEP being state["step"].
+    """
     temporary = f"{path}.tmp"
     with open(temporary, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())                    # on the disk before the name points to it
+    if keep:
+        stem = path.removesuffix(".pt")
+        shutil.copyfile(temporary, f"{stem}_{state['step']:06d}.pt")
+        for old in sorted(glob.glob(glob.escape(stem) + "_[0-9]*.pt"))[:-keep]:
+            os.remove(old)
     os.replace(temporary, path)
 
 
@@ -33,8 +45,8 @@ def load(path, device="cpu"):
         raise UserError(f"no file {path}")
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, __import__("pickle").UnpicklingError) as e:
-        raise UserError(f"{path} is damaged, or no file of plain tensors ({type(e).__name__})") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is damaged, or no file of plain tensors ({type(error).__name__})") from None
 
 
 def rng_state(generator):
@@ -63,11 +75,42 @@ def unpack(make, make_config, packed, device):
     return module.float().to(device).eval()
 
 
-def load_base(path, device):
-    """A file made by pretrain.py -> (policy GPT, tokenizer VQGAN, Judge), frozen weights in fp32, eval mode."""
-    parts = load(path)
+def load_models(path, device):
+    """Policy, tokenizer, judge (fp32, eval mode) and the run's options ({} for a base), all on `device`.
+
+    path: a base made by pretrain.py, a run's folder, or a checkpoint in one. Raises UserError.
+    """
+    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    parts = load(path, device)
     try:
-        return (unpack(GPT, GPTConfig, parts["gpt"], device), unpack(VQGAN, VQConfig, parts["vqgan"], device),
-                unpack(Judge, None, parts["judge"], device))
+        if "gpt" in parts:
+            return (unpack(GPT, GPTConfig, parts["gpt"], device), unpack(VQGAN, VQConfig, parts["vqgan"], device),
+                    unpack(Judge, None, parts["judge"], device), {})
+        policy, vqgan, judge, _ = load_models(locate(parts["config"]["init_from"]), device)
+        policy.load_state_dict(parts["model"])
+        return policy, vqgan, judge, parts["config"]
     except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} is no base of this version: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is no base or run of this version: {str(error).splitlines()[0]}") from None
+
+
+class Log:
+    """A .jsonl file of one dict a line. Reopened, it keeps the lines of steps below `start`, and drops a torn one."""
+
+    def __init__(self, path, start):
+        self.path, self.lines = path, []
+        if os.path.exists(path):
+            for text in open(path, encoding="utf-8"):
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    break                          # the run was killed while it wrote this
+                if line["step"] < start:
+                    self.lines.append(line)
+        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in self.lines)
+        os.replace(f"{path}.tmp", path)
+
+    def write(self, line):
+        self.lines.append(line)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

@@ -46,13 +46,10 @@ def _check(cls, key, value, where):
 
 def find(path):
     """The config file meant by `path`: config/NAME.py finds configs/NAME.py too, as both are written in the wild."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    candidates = [path, re.sub(r"^config/", "configs/", path)]
-    candidates += [os.path.join(here, p) for p in candidates]
-    for candidate in candidates:
+    for candidate in (locate(path), locate(re.sub(r"^config/", "configs/", path))):
         if os.path.isfile(candidate):
             return candidate
-    names = sorted(n for n in os.listdir(os.path.join(here, "configs")) if n.endswith(".py"))
+    names = sorted(n for n in os.listdir(locate("configs")) if n.endswith(".py"))
     raise UserError(f"no config file {path!r}; there are: " + ", ".join("configs/" + n for n in names))
 
 
@@ -131,6 +128,21 @@ def help_text(cls):
 def show(config):
     """The resolved config, as a config file that would give it again."""
     return "\n".join(f"{f.name} = {getattr(config, f.name)!r}" for f in dataclasses.fields(config))
+
+
+def pick_device(name):
+    """'auto', 'cuda', 'mps' or 'cpu' -> torch.device; auto takes the first of cuda, mps, cpu that is there."""
+    import torch                                   # here, so that --help and errors need not wait for it
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name != "auto" and not there.get(name):
+        raise UserError(f"device {name!r} is not there; there are: {', '.join(k for k, v in there.items() if v)}")
+    return torch.device(next(k for k, v in there.items() if v) if name == "auto" else name)
+
+
+def locate(path):
+    """A path as given from here, else from the folder of this project (so that scripts run from anywhere)."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
+    return beside if not os.path.exists(path) and os.path.exists(beside) else path
 
 
 def run(main):

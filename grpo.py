@@ -59,7 +59,8 @@ def grpo_loss(logits, ref_logits, tokens, logp_old, adv, n_tokens, *, divergence
         stats = {
             "kl_reverse": DIVERGENCES["reverse_kl"].exact(logp_all, ref_all).sum() / n_tokens,   # nat per token
             "entropy": -(logp_all.exp() * logp_all).sum() / n_tokens,                            # nat per token
-            "clip_share": ((ratio - 1).abs() > clip_eps).sum() / n_tokens,
+            # where the clipped branch is the smaller one, so that the advantage has no gradient
+            "clip_share": ((ratio - 1) * adv[:, None].sign() > clip_eps).sum() / n_tokens,
             "clamp_share": ((logp_ref - logp).abs() > CLAMP).sum() / n_tokens,
             "max_ratio_error": (ratio - 1).abs().max(),
         }

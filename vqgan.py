@@ -11,6 +11,8 @@ ones, so that `vq_ds16_t2i.pt` loads unchanged.
 Departures from LlamaGen's training:
  1. No perceptual (LPIPS) and no GAN loss: a picture of flat shapes needs neither. Both matter for photographs.
  2. `num_groups` is an option: 32 groups of one channel are InstanceNorm, which erases flat colours.
+ 3. Initial weights: residual branches start at zero and convolutions keep the scale of their input. In the tiny
+    world the error after 300 steps is then a third of that with PyTorch's defaults (LOG.md).
 """
 from dataclasses import dataclass
 
@@ -173,6 +175,11 @@ class VQGAN(nn.Module):
         self.encoder, self.decoder, self.quantize = Encoder(c), Decoder(c), Quantizer(c)
         self.quant_conv = nn.Conv2d(c.z_channels, c.codebook_embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(c.codebook_embed_dim, c.z_channels, 1)
+        for name, p in self.named_parameters():                            # departure 3
+            if name.endswith(("conv2.weight", "proj_out.weight")):
+                nn.init.zeros_(p)                                          # a block starts as the identity
+            elif p.dim() == 4:
+                nn.init.kaiming_normal_(p, nonlinearity="linear")          # a convolution keeps the scale
 
     @torch.no_grad()
     def encode(self, images):

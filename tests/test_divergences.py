@@ -1,0 +1,131 @@
+"""python -m pytest tests/test_divergences.py
+
+Everything that divergences.py claims, in float64: closed forms against autograd, expectations taken exactly over the
+vocabulary (so nothing here is a Monte Carlo test), and the values against torch.distributions.
+"""
+import math
+
+import pytest
+import torch
+from torch.distributions import Categorical, kl_divergence
+
+import divergences
+from divergences import CLAMP, DIVERGENCES, check_gradients
+
+NAMES = list(DIVERGENCES)
+
+
+def policies(vocab=200, seed=0, scale=1.5):
+    g = torch.Generator().manual_seed(seed)
+    z = (torch.randn(vocab, generator=g, dtype=torch.float64) * scale).requires_grad_()
+    return z, (torch.randn(vocab, generator=g, dtype=torch.float64) * scale).log_softmax(0)
+
+
+def grad(y, z):
+    return torch.autograd.grad(y, z, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_equals_torch_distributions(name):
+    z, logq = policies()
+    p, q = Categorical(logits=z.detach()), Categorical(logits=logq)
+    m = Categorical(probs=(p.probs + q.probs) / 2)
+    oracle = {"reverse_kl": kl_divergence(p, q), "forward_kl": kl_divergence(q, p),
+              "js": (kl_divergence(p, m) + kl_divergence(q, m)) / 2}[name]
+    assert DIVERGENCES[name].exact(z.detach().log_softmax(0), logq).item() == pytest.approx(oracle.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mean_of_sampled_is_the_divergence(name):
+    """The values (unlike the gradients) of the sampled form are unbiased: E_pi[f(w)] = D."""
+    z, logq = policies(seed=1)
+    logp, d = z.detach().log_softmax(0), DIVERGENCES[name]
+    assert (logp.exp() * d.sampled(logp, logq)).sum().item() == pytest.approx(d.exact(logp, logq).item(), rel=1e-10)
+    assert (d.sampled(logp, logq) >= 0).all() and d.sampled(logp, logp).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_equals_autograd_of_sampled(name):
+    d, logp = DIVERGENCES[name], torch.linspace(-24, 24, 4001, dtype=torch.float64, requires_grad=True)
+    auto = grad(d.sampled(logp, torch.zeros_like(logp)).sum(), logp)
+    weight = d.weight(-logp.detach())
+    assert torch.allclose(auto, weight, rtol=1e-9, atol=1e-12)
+    assert (weight[logp.abs() > CLAMP] == 0).all() and (weight[(logp.abs() < CLAMP) & (logp != 0)] != 0).all()
+
+
+def test_weight_in_the_table_of_the_facts():
+    """Limits and peaks, as numbers that were worked out apart from this code."""
+    x = torch.linspace(-12, 6, 200001, dtype=torch.float64)
+    w = x.exp()
+    forward, js = DIVERGENCES["forward_kl"].weight(x), DIVERGENCES["js"].weight(x)
+    assert forward.max() == pytest.approx(1 / math.e, abs=1e-8) and w[forward.argmax()] == pytest.approx(1 / math.e, rel=1e-3)
+    assert js.max() == pytest.approx(.116, abs=5e-4) and w[js.argmax()] == pytest.approx(.302, abs=2e-3)
+    assert DIVERGENCES["reverse_kl"].weight(x)[0] == pytest.approx(1, abs=1e-4)                # w -> 0
+    assert (js / w)[-1] == pytest.approx(-math.log(2) / 2, rel=1e-2)                           # w -> infinity
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", range(3))
+def test_unbiased_averages_to_the_gradient_of_exact(name, seed):
+    z, logq = policies(seed=seed)
+    logp, d = z.log_softmax(0), DIVERGENCES[name]
+    mean = grad((logp.detach().exp() * d.unbiased(logp, logq)).sum(), z)
+    assert (mean - grad(d.exact(logp, logq), z)).abs().max() < 1e-6
+    # ... while the sampled form's does not: the reason for this whole file
+    assert (grad((logp.detach().exp() * d.sampled(logp, logq)).sum(), z) - grad(d.exact(logp, logq), z)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unbiased_off_policy(name):
+    """Samples of an older policy: weighted by pi_old, with logp_old given, the mean gradient is still exact's."""
+    z, logq = policies(seed=5)
+    old = policies(seed=6)[0].detach().log_softmax(0)
+    logp, d = z.log_softmax(0), DIVERGENCES[name]
+    mean = grad((old.exp() * d.unbiased(logp, logq, old)).sum(), z)
+    assert (mean - grad(d.exact(logp, logq), z)).abs().max() < 1e-6
+
+
+def test_sampled_forms_descend_what_section_2_says():
+    """E_pi[c(w) s] = grad E_rho[U(x)], against plain closed forms of U where there are any."""
+    z, logq = policies(seed=2)
+    logp = z.log_softmax(0)
+    for name, u in (("reverse_kl", lambda x: x), ("forward_kl", lambda x: x ** 2 / 2)):
+        mean = grad((logp.detach().exp() * DIVERGENCES[name].sampled(logp, logq)).sum(), z)
+        assert (mean - grad((logq.exp() * u(logq - logp)).sum(), z)).abs().max() < 1e-8
+    forward = grad(DIVERGENCES["forward_kl"].exact(logp, logq), z)          # k3 descends the *forward* KL
+    k3 = grad((logp.detach().exp() * DIVERGENCES["reverse_kl"].sampled(logp, logq)).sum(), z)
+    assert (k3 - forward).abs().max() < 1e-12
+
+
+def test_k1_as_a_loss_has_no_gradient_and_k2_is_exact_reverse_kl():
+    z, logq = policies(seed=3)
+    logp = z.log_softmax(0)
+    pi, x = logp.detach().exp(), logq - logp
+    assert grad((pi * -x).sum(), z).abs().max() < 1e-15
+    k2 = grad((pi * x ** 2 / 2).sum(), z)
+    assert (k2 - grad(DIVERGENCES["reverse_kl"].exact(logp, logq), z)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name, curvature", [("reverse_kl", 1), ("forward_kl", 1), ("js", .25)])
+def test_strength_at_the_reference(name, curvature):
+    """D(rho + eps) = curvature/2 * chi^2: the 4 in "js needs 4 beta"."""
+    _, logq = policies(seed=4)
+    step = torch.randn(len(logq), generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-4
+    logp = (logq + step).log_softmax(0)
+    chi2 = ((logp.exp() - logq.exp()) ** 2 / logq.exp()).sum()
+    assert (DIVERGENCES[name].exact(logp, logq) / chi2 * 2).item() == pytest.approx(curvature, rel=1e-3)
+
+
+def test_js_is_bounded_and_finite_far_out():
+    far = torch.tensor([0., -60.]).log_softmax(0), torch.tensor([-60., 0.]).log_softmax(0)
+    assert DIVERGENCES["js"].exact(*far).item() == pytest.approx(math.log(2), rel=1e-5)
+    x = torch.tensor([-1e4, -88., 0., 88., 1e4], requires_grad=True)
+    for d in DIVERGENCES.values():
+        value = d.sampled(-x, torch.zeros_like(x))
+        assert value.isfinite().all() and grad(value.sum(), x).isfinite().all() and d.weight(x).isfinite().all()
+
+
+def test_the_script_checks_itself(tmp_path):
+    assert max(check_gradients(vocab=30, seed=9).values()) < 1e-8
+    divergences.plot(tmp_path / "d.png")
+    assert (tmp_path / "d.png").stat().st_size > 10_000

@@ -1,0 +1,103 @@
+"""python -m pytest tests/test_grpo.py"""
+import pytest
+import torch
+
+from divergences import DIVERGENCES
+from grpo import advantages, grpo_loss, policy_loss
+
+ALL = [("none", "sampled")] + [(d, e) for d in DIVERGENCES for e in ("sampled", "unbiased", "exact")]
+
+
+def batch(B=8, T=5, V=7, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    logits, ref = (torch.randn(B, T, V, generator=g, dtype=dtype) for _ in range(2))
+    tokens = torch.randint(V, (B, T), generator=g)
+    logp_old = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    return logits.requires_grad_(), ref, tokens, logp_old, torch.randn(B, generator=g, dtype=dtype)
+
+
+def test_advantages_by_hand():
+    adv, zero = advantages(torch.tensor([1., 3., 5., 5.]), 2)
+    # group one: mean 2, std over G-1 is sqrt(2); group two has no spread
+    assert adv.tolist() == pytest.approx([-1 / (2 ** .5 + 1e-4), 1 / (2 ** .5 + 1e-4), 0, 0]) and zero == 1
+
+
+@pytest.mark.parametrize("value", [0., .01, .1, 27.3, -1e6])
+def test_equal_rewards_give_exactly_zero(value):
+    """In fp32 the mean of twelve .01 is not .01; with std 0 and a small eps the rest became +.085 (tiny-grpo)."""
+    adv, zero = advantages(torch.full((24,), value), 12)
+    assert (adv == 0).all() and zero == 2
+
+
+def test_advantages_do_not_depend_on_shift_and_hardly_on_scale():
+    r = torch.rand(32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    base = advantages(r, 8)[0]
+    assert torch.allclose(advantages(r + 5, 8)[0], base) and torch.allclose(advantages(100 * r, 8)[0], base, atol=1e-2)
+    assert torch.allclose(base.view(4, 8).mean(1), torch.zeros(4, dtype=torch.float64), atol=1e-12)
+
+
+def test_at_ratio_one_the_gradient_is_reinforce():
+    logits, ref, tokens, logp_old, adv = batch()
+    loss, _ = grpo_loss(logits, ref, tokens, logp_old, adv, tokens.numel(), divergence="none")
+    (grpo,) = torch.autograd.grad(loss, logits)
+    # REINFORCE written out: d/dz of -A log pi(a) is -A (1[a] - pi), averaged over all tokens
+    onehot = torch.nn.functional.one_hot(tokens, logits.shape[-1])
+    by_hand = -adv[:, None, None] * (onehot - logits.detach().softmax(-1)) / tokens.numel()
+    assert torch.allclose(grpo, by_hand, atol=1e-12)
+
+
+def test_clipping_takes_the_pessimistic_branch():
+    logp_old, logp = torch.zeros(4, 1), torch.tensor([[.5], [.5], [-.5], [-.5]]).requires_grad_()
+    adv = torch.tensor([1., -1., 1., -1.])
+    loss, ratio = policy_loss(logp, logp_old, adv, .2)
+    up, down = torch.tensor(.5).exp().item(), torch.tensor(-.5).exp().item()
+    assert loss[:, 0].tolist() == pytest.approx([-1.2, up, -down, .8])
+    (g,) = torch.autograd.grad(loss.sum(), logp)
+    assert g[0] == 0 and g[3] == 0 and g[1] != 0 and g[2] != 0            # no reward for going further out
+
+
+@pytest.mark.parametrize("divergence, estimator", ALL)
+def test_micro_batches_add_up(divergence, estimator):
+    logits, ref, tokens, logp_old, adv = batch()
+    kw = dict(divergence=divergence, estimator=estimator, beta=.3, clip_eps=.1)
+    logp_old = logp_old + .2 * torch.randn(logp_old.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    whole, stats = grpo_loss(logits, ref, tokens, logp_old, adv, tokens.numel(), **kw)
+    (expected,) = torch.autograd.grad(whole, logits)
+    parts, total, sums = torch.zeros_like(logits), 0, {}
+    for rows in torch.arange(8).split(2):
+        loss, some = grpo_loss(logits[rows], ref[rows], tokens[rows], logp_old[rows], adv[rows], tokens.numel(), **kw)
+        parts, total = parts + torch.autograd.grad(loss, logits)[0], total + loss.detach()
+        sums = {k: torch.maximum(v, sums[k]) if k == "max_ratio_error" and sums else v + sums.get(k, 0)
+                for k, v in some.items()}
+    assert total.item() == pytest.approx(whole.item(), rel=1e-6) and torch.allclose(parts, expected, rtol=1e-6)
+    assert {k: v.item() for k, v in sums.items()} == pytest.approx({k: v.item() for k, v in stats.items()}, rel=1e-6)
+
+
+@pytest.mark.parametrize("divergence, estimator", ALL[1:])
+def test_divergence_enters_with_beta(divergence, estimator):
+    """loss(beta) - loss(0) = beta * mean of the divergence, for the values and for the gradients."""
+    logits, ref, tokens, logp_old, adv = batch(seed=1)
+    n, d = tokens.numel(), DIVERGENCES[divergence]
+    free = grpo_loss(logits, ref, tokens, logp_old, adv, n, divergence=divergence, estimator=estimator, beta=0.)[0]
+    bound = grpo_loss(logits, ref, tokens, logp_old, adv, n, divergence=divergence, estimator=estimator, beta=.7)[0]
+    logp_all, ref_all = logits.log_softmax(-1), ref.log_softmax(-1)
+    logp, logp_ref = (t.gather(-1, tokens[..., None])[..., 0] for t in (logp_all, ref_all))
+    alone = {"sampled": lambda: d.sampled(logp, logp_ref), "unbiased": lambda: d.unbiased(logp, logp_ref),
+             "exact": lambda: d.exact(logp_all, ref_all)}[estimator]().mean()
+    difference = torch.autograd.grad(bound - free - .7 * alone, logits)[0]
+    assert (bound - free).item() == pytest.approx(.7 * alone.item(), rel=1e-9) and difference.abs().max() < 1e-12
+
+
+def test_statistics_against_torch_distributions():
+    from torch.distributions import Categorical, kl_divergence
+    logits, ref, tokens, logp_old, adv = batch(seed=2)
+    ref[0, 0, tokens[0, 0]] = -100.                                      # one token past the clamp
+    moved = logp_old.clone()
+    moved[1, 1] -= .5                                                    # one ratio of e^.5
+    adv[1] = 1.
+    _, stats = grpo_loss(logits, ref, tokens, moved, adv, tokens.numel(), divergence="js", beta=.1)
+    p, q = Categorical(logits=logits.detach()), Categorical(logits=ref)
+    assert stats["kl_reverse"].item() == pytest.approx(kl_divergence(p, q).mean().item(), rel=1e-9)
+    assert stats["entropy"].item() == pytest.approx(p.entropy().mean().item(), rel=1e-9)
+    assert stats["clamp_share"].item() == pytest.approx(1 / 40) and stats["clip_share"].item() == pytest.approx(1 / 40)
+    assert stats["max_ratio_error"].item() == pytest.approx(torch.tensor(.5).exp().item() - 1)

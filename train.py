@@ -1,0 +1,279 @@
+"""GRPO post-training of an autoregressive text-to-image policy, with a divergence to its reference.
+
+    python train.py                                       the tiny world with JS, under 3 minutes on 2 CPU cores
+    python train.py configs/tiny_none.py                  the same without a divergence: watch the diversity go
+    python train.py configs/tiny_js.py --beta=0.2 --seed=1 --out_dir=out/mine
+    python train.py configs/tiny_js.py --resume           go on where the run in its out_dir stopped
+
+Each step: sample G pictures for each of some captions, score them, turn scores into advantages within each group, and
+take one gradient step on the GRPO loss (grpo.py) with a divergence to the frozen base (divergences.py). Method:
+"Balancing Performance and Diversity in GRPO Autoregressive Text-to-Image Post-Training", arXiv 2606.21498.
+
+The distribution that samples *is* the one that is trained: same temperature and same CFG scale in the rollout, in the
+loss, and for the reference. `max_ratio_error` in the log checks that at every step. In the run folder you find
+metrics.jsonl (a line a step), evaluations.jsonl, samples_*.png, ckpt.pt, and at the end before_after.png,
+curves.png and table.md.
+
+Departures from the paper (its recipe for the 775M model needs weights that are not in this repository yet):
+ 1. One device, and the tiny base of pretrain.py instead of LlamaGen-XL.
+ 2. No critical-token selection and no dynamic advantage weight (both are in the released script).
+"""
+import json
+import math
+import os
+import random
+import time
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import config
+import evaluate
+import pictures
+import reward
+import shapes
+import text
+from config import UserError
+from grpo import advantages, grpo_loss
+
+
+@dataclass(frozen=True)
+class Config:
+    # ---- files
+    out_dir: str = "out/tiny_js"       # the run's folder; a used one is refused
+    init_from: str = "assets/tiny_base.pt"  # policy, reference, tokenizer, judge: from pretrain.py, or another run
+    resume: bool = False               # go on with the run in out_dir, with its own options
+    keep: int = 0                      # how many earlier checkpoints to keep beside ckpt.pt, as ckpt_STEP.pt
+    # ---- machine
+    seed: int = 0                      # of prompts and samples
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the policy's and reference's matrix products
+    # ---- length
+    max_steps: int = 120               # gradient-step batches; also fixes the schedules
+    stop_after: int = 0                # save and leave after this many steps of this sitting; 0 = run to max_steps
+    eval_interval: int = 60            # steps between evaluations, sample pictures and checkpoints
+    eval_prompts: int = 3              # fixed prompts of each category; every one is drawn 96 times
+    # ---- rollout
+    prompts_per_step: int = 8          # captions a step
+    group_size: int = 8                # G, pictures a caption
+    temperature: float = 1.0           # of rollout, loss and reference alike, > 0
+    cfg_scale: float = 1.0             # likewise; 1 = no guidance, which also halves the cost
+    top_k: int = 0                     # must stay 0: truncation belongs to sample.py
+    top_p: float = 1.0                 # must stay 1, likewise
+    # ---- reward
+    reward: str = "judge"              # what is trained on; a weighted sum is "judge:1,reader:0.5"
+    heldout_reward: str = "reader"     # what is only reported
+    # ---- loss
+    divergence: Literal["js", "forward_kl", "reverse_kl", "none"] = "js"  # to the reference, see divergences.py
+    estimator: Literal["sampled", "unbiased", "exact"] = "sampled"  # "sampled" is the paper's
+    beta: float = 0.4                  # strength; js needs 4 times as much as a KL for the same pull
+    beta_schedule: Literal["constant", "linear", "cosine"] = "constant"  # from beta to beta_end over max_steps
+    beta_end: float = 0.0              # used by linear and cosine
+    clip_eps: float = 0.2              # ratio is clipped to 1 +- this; binds from the second inner epoch on
+    inner_epochs: int = 1              # gradient steps on each batch of samples
+    micro_batch: int = 64              # sequences a forward pass; changes memory, not the result
+    # ---- optimiser
+    learning_rate: float = 3e-4        # peak of AdamW; the 775M model takes 1e-5
+    warmup: float = 0.1                # share of max_steps with a rising rate
+    min_lr_ratio: float = 0.1          # the cosine ends at this share of the peak
+    weight_decay: float = 0.0          # of AdamW
+    grad_clip: float = 1.0             # largest norm of the gradient; 0 = no clipping
+
+
+def check(cfg):
+    """Refuses what types cannot: values out of range, and options that would train another policy than is sampled."""
+    if cfg.top_k != 0 or cfg.top_p != 1:
+        raise UserError("top_k and top_p cut the sampler's distribution, but the loss is that of the whole one, so the "
+                        "samples would not be the policy's: leave them at 0 and 1 here, and use them in sample.py")
+    least = dict(max_steps=1, stop_after=0, eval_interval=1, eval_prompts=1, prompts_per_step=1, group_size=2, keep=0,
+                 cfg_scale=1, beta=0, beta_end=0, clip_eps=0, inner_epochs=1, micro_batch=1, learning_rate=0, warmup=0,
+                 min_lr_ratio=0, weight_decay=0, grad_clip=0)
+    for key, low in least.items():
+        if not low <= getattr(cfg, key) < math.inf:
+            raise UserError(f"{key} must be at least {low}, not {getattr(cfg, key)}")
+    if not 0 < cfg.temperature < math.inf:
+        raise UserError(f"temperature must be above 0, not {cfg.temperature}")
+    if cfg.warmup > 1 or cfg.min_lr_ratio > 1:
+        raise UserError("warmup and min_lr_ratio are shares, at most 1")
+    if set(reward.parse(cfg.heldout_reward)) & set(reward.parse(cfg.reward)):
+        raise UserError(f"heldout_reward {cfg.heldout_reward!r} must not be trained on as well: reward is {cfg.reward!r}")
+
+
+def ramp(kind, start, end, progress):
+    """A schedule's value at progress in [0,1]."""
+    if kind == "constant":
+        return start
+    share = progress if kind == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return start + (end - start) * share
+
+
+def learning_rate(cfg, step):
+    """Linear warm-up from 1/n to 1 of the peak, then a cosine down to min_lr_ratio of it."""
+    n = max(1, round(cfg.warmup * cfg.max_steps))
+    if step < n:
+        return cfg.learning_rate * (step + 1) / n
+    return cfg.learning_rate * ramp("cosine", 1, cfg.min_lr_ratio, (step - n) / max(1, cfg.max_steps - n))
+
+
+def open_run(argv):
+    """Command line -> (config, checkpoint or None). A new run gets an empty folder, a resumed one its own options."""
+    cfg, given = config.load(Config, argv)
+    check(cfg)
+    path = os.path.join(cfg.out_dir, "ckpt.pt")
+    if not cfg.resume:
+        if os.path.isdir(cfg.out_dir) and os.listdir(cfg.out_dir):
+            raise UserError(f"{cfg.out_dir} holds a run already: go on with it by --resume, or choose another folder "
+                            f"by --out_dir=...")
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        return cfg, None
+    if not os.path.isfile(path):
+        raise UserError(f"nothing to resume: there is no {path}; leave out --resume to start there")
+    saved = checkpoint.load(path)
+    free = {"out_dir": cfg.out_dir, "resume": True, "stop_after": cfg.stop_after, "device": cfg.device}
+    for key, value in given.items():                # what the command line asks for must be what the run was
+        if key not in free and value != saved["config"][key]:
+            raise UserError(f"the run in {cfg.out_dir} has {key} = {saved['config'][key]!r}; --{key}={value!r} would make "
+                            f"it another run: leave it out, or start a new one with another --out_dir")
+    return Config(**{**saved["config"], **free}), saved
+
+
+def main(argv):
+    # ---- plumbing: everything that is made once ------------------------------------------------------------------
+    cfg, saved = open_run(argv)
+    device = config.pick_device(cfg.device)
+    print(config.show(cfg))
+    policy, vqgan, judge, _ = checkpoint.load_models(config.locate(cfg.init_from), device)
+    reference = checkpoint.load_models(config.locate(cfg.init_from), device)[0]
+    for module in (reference, vqgan, judge):
+        module.requires_grad_(False)
+    policy.eval()                                   # dropout off: the loss must see the distribution that sampled
+    rewards = {"reward": reward.build(cfg.reward, judge), "heldout_reward": reward.build(cfg.heldout_reward, judge)}
+    optimizer = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, betas=(.9, .95), weight_decay=cfg.weight_decay)
+    random.seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    sampling = dict(cfg_scale=cfg.cfg_scale, temperature=cfg.temperature)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    pools = [shapes.captions(category) for category in shapes.CATEGORIES]
+
+    def file(name):
+        return os.path.join(cfg.out_dir, name)
+
+    def assess(model, step):
+        """The evaluation of evaluate.py, logged, with a picture. Its random stream is its own."""
+        results, tokens, images = evaluate.evaluate(
+            model, vqgan, judge, rewards, prompts=cfg.eval_prompts, **sampling,
+            **({} if model is reference else dict(base=reference, base_tokens=before[1])))
+        evaluate.picture(file(f"samples_{step:05d}.png"), cfg.eval_prompts, [("step %d" % step, images)])
+        return {"step": step} | results, tokens, images
+
+    start = 0
+    before = assess(reference, 0)                   # the base, and what every later evaluation is compared with
+    if saved:
+        start = saved["step"]
+        policy.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        checkpoint.set_rng_state(saved["rng"], generator)
+    log = checkpoint.Log(file("metrics.jsonl"), start)             # lines of steps that will be done again go
+    evaluations = checkpoint.Log(file("evaluations.jsonl"), start + 1)
+    if not saved:
+        evaluations.write(before[0])
+
+    # ---- algorithm -------------------------------------------------------------------------------------------------
+    stop = min(cfg.max_steps, start + (cfg.stop_after or cfg.max_steps))
+    bar = tqdm(range(start, stop), initial=start, total=cfg.max_steps, desc=cfg.divergence, ncols=110)
+    for step in bar:
+        clock = [time.perf_counter()]
+
+        # 1. sample: G pictures for each caption
+        prompts = [random.choice(random.choice(pools)) for _ in range(cfg.prompts_per_step)]
+        captions = [p for p in prompts for _ in range(cfg.group_size)]                           # B = prompts * G
+        features, mask = text.encode(captions, device)                                           # [B,L,C], [B,L]
+        with autocast:
+            tokens, logp_old = policy.generate(features, mask, generator=generator, return_logp=True, **sampling)
+        clock.append(time.perf_counter())
+
+        # 2. reward: decode, then score with what is trained and with what is only watched
+        with torch.no_grad():
+            images = vqgan.decode(tokens)                                                        # [B,3,H,W]
+            scores, heldout = (f(images, captions) for f in rewards.values())                    # [B] each
+            spread = judge.embed_images(images).view(len(prompts), cfg.group_size, -1)           # [B/G,G,width]
+            cosine = (spread @ spread.transpose(1, 2)).sum((1, 2)) - cfg.group_size
+            diversity = 1 - (cosine / (cfg.group_size * (cfg.group_size - 1))).mean()
+        if not scores.isfinite().all():
+            raise RuntimeError(f"step {step}: the reward {cfg.reward!r} gave a value that is not finite")
+        clock.append(time.perf_counter())
+
+        # 3. advantage: each picture against the others of its caption
+        adv, zero_spread = advantages(scores, cfg.group_size)                                    # [B]
+        clock.append(time.perf_counter())
+
+        # 4. update: gradient steps on the clipped objective, in micro-batches that add up to the same loss
+        beta = ramp(cfg.beta_schedule, cfg.beta, cfg.beta_end, step / cfg.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step)
+        totals = {}
+        for epoch in range(cfg.inner_epochs):
+            optimizer.zero_grad(set_to_none=True)
+            for rows in torch.arange(len(tokens), device=device).split(cfg.micro_batch):
+                with autocast:
+                    logits = policy(tokens[rows], features[rows], mask[rows], **sampling)        # [b,T,V]
+                    with torch.no_grad():
+                        ref_logits = reference(tokens[rows], features[rows], mask[rows], **sampling)
+                loss, stats = grpo_loss(
+                    logits, ref_logits, tokens[rows], logp_old[rows], adv[rows], tokens.numel(), beta=beta,
+                    divergence=cfg.divergence, estimator=cfg.estimator, clip_eps=cfg.clip_eps)
+                loss.backward()
+                for key, value in stats.items():
+                    if key == "max_ratio_error":    # of the first forward: afterwards the policy has moved
+                        totals[key] = max(totals.get(key, 0), value.item() if epoch == 0 else 0)
+                    elif epoch == 0 or key == "clip_share":
+                        totals[key] = totals.get(key, 0) + value.item() / (
+                            cfg.inner_epochs if key == "clip_share" else 1)
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf)
+            optimizer.step()
+        clock.append(time.perf_counter())
+
+        # 5. log: a line a step; now and then an evaluation, a picture, a checkpoint
+        line = {"step": step, "reward": scores.mean().item(), "heldout_reward": heldout.mean().item(),
+                "reward_std": scores.view(-1, cfg.group_size).std(1).mean().item(), "zero_spread": zero_spread,
+                "diversity": diversity.item(), **totals, "grad_norm": grad_norm.item(), "beta": beta,
+                "learning_rate": optimizer.param_groups[0]["lr"]}
+        bar.set_postfix(reward=f"{line['reward']:.2f}", heldout=f"{line['heldout_reward']:.2f}",
+                        diversity=f"{line['diversity']:.2f}", kl=f"{line['kl_reverse']:.3f}")
+        done, last = step + 1, step + 1 == cfg.max_steps
+        if last or done % cfg.eval_interval == 0:
+            after = assess(policy, done)
+            evaluations.write(after[0])
+        phases = ("t_sample", "t_reward", "t_advantage", "t_update", "t_log")
+        clock.append(time.perf_counter())
+        log.write(line | {name: round(b - a, 4) for name, a, b in zip(phases, clock, clock[1:])})
+        if last or done == stop or done % cfg.eval_interval == 0:
+            state = {"model": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
+                     "rng": checkpoint.rng_state(generator), "config": asdict(cfg)}
+            checkpoint.save(state, file("ckpt.pt"), keep=cfg.keep)
+
+    # ---- what came of it ---------------------------------------------------------------------------------------------
+    if stop < cfg.max_steps:
+        print(f"saved {file('ckpt.pt')} after step {stop} of {cfg.max_steps}; go on with --resume")
+        return
+    if start == stop:                               # resumed at the very end: only the pictures were missing
+        after = assess(policy, stop)
+    evaluate.picture(file("before_after.png"), cfg.eval_prompts,
+                     [("base", before[2]), (f"after {stop} steps, {cfg.divergence}", after[2])])
+    pictures.curves(log.lines, file("curves.png"), evaluations.lines)
+    rows = [("base", before[0]), ("best of 8 of the base", evaluate.best_of_n(before[0])), (cfg.out_dir, after[0])]
+    print(report := evaluate.table(rows))
+    with open(file("table.md"), "w", encoding="utf-8") as f:
+        f.write(report + "\n")
+    gained, kept = (after[0]["heldout_reward"] - before[0]["heldout_reward"],
+                    after[0]["open_entropy"] / before[0]["open_entropy"])
+    print(f"held-out reward {gained:+.2f}, open-attribute entropy kept {kept:.0%}; "
+          f"see {file('before_after.png')} and {file('curves.png')}")
+
+
+if __name__ == "__main__":
+    config.run(main)
