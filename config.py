@@ -22,6 +22,10 @@ class UserError(ValueError):
     """Something the user can mend. `run` prints its one line and exits with code 2, without a traceback."""
 
 
+class Fault(RuntimeError):
+    """Something that went wrong on the way, with a message for people. `run` prints it and exits with code 1."""
+
+
 def _expected(kind):
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
@@ -152,7 +156,7 @@ def run(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except OSError as error:
+    except (Fault, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

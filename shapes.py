@@ -1,6 +1,6 @@
 """The tiny world: a caption grammar, a renderer, and an exact reader that takes pictures back to facts.
 
-A scene is a plain background with one to four shapes on it; a caption names some of its attributes and leaves the
+A scene is a plain background with one to three shapes on it; a caption names some of its attributes and leaves the
 rest open. Because the reader recovers every attribute from pixels by geometry (nothing in it is learned), we can
 *measure* the two things that post-training trades against each other:
   - performance: does the picture show what the caption says?            -> `matches`
@@ -30,8 +30,8 @@ COLOURS = dict(red=(225, 40, 40), green=(40, 165, 60), blue=(45, 80, 225), yello
 BACKGROUNDS = dict(white=(240, 240, 240), grey=(135, 135, 135), black=(25, 25, 25), brown=(110, 72, 45))
 SHAPES = ("circle", "square", "triangle", "cross")              # ... of them looks like a mix with another
 RADII = dict(small=4, large=6)                                  # half the width of a shape
-NUMBERS = dict(two=2, three=3, four=4)
-GAP, MARGIN, LATTICE = 4, 1, 2                                  # between shapes; to the border; centres are even
+NUMBERS = dict(two=2, three=3)
+GAP, LATTICE = 4, 4                                             # pixels between shapes; their edges lie on a lattice
 RELATION_MARGIN = 4                                             # "left of" means at least this many pixels
 # These pairs appear in no caption and no picture of pretraining or GRPO: they test generalisation.
 HELD_OUT = {("red", "cross"), ("green", "circle"), ("blue", "triangle"), ("yellow", "square")}
@@ -104,10 +104,9 @@ def sample_scene(caption, rng, allow_heldout=False):
         for shape, colour in caption.slots:
             free = [c for c in COLOURS if allow_heldout or (c, shape) not in HELD_OUT]
             size = rng.choice(list(RADII))
-            low, high = RADII[size] + MARGIN, SIDE - RADII[size] - MARGIN
-            low += low % LATTICE
+            places = range(RADII[size], SIDE - RADII[size] + 1, LATTICE)
             for _ in range(20):                                 # look for a free place, else start over
-                x, y = rng.randrange(low, high + 1, LATTICE), rng.randrange(low, high + 1, LATTICE)
+                x, y = rng.choice(places), rng.choice(places)
                 new = Obj(shape, colour or rng.choice(free), size, x, y)
                 if all(max(abs(o.x - x), abs(o.y - y)) >= RADII[o.size] + RADII[size] + GAP for o in objects):
                     objects.append(new)
@@ -169,16 +168,16 @@ _COLOURS, _BACKGROUNDS = (torch.tensor(list(p.values())) / 1. for p in (COLOURS,
 def read(images):
     """images[B,3,32,32] in [-1,1] to a list of B Scenes, by geometry alone.
 
-    1. Background: the palette entry nearest to most of the border, which no shape touches.
+    1. Background: the commonest one, where each pixel votes for the nearest entry of the whole palette.
     2. Coverage: a pixel is p = background + a (colour - background); solve for a in [0,1], keep the best colour.
     3. Objects: connected regions with a > 1/2.      4. Shape and size: the template with the least squared error.
-    A scene is not readable if its border is mixed, a region fits no template, or there are no or > 4 regions.
+    A scene is not readable if a region fits no template, if there are no regions or more than 3, or if more than a
+    tenth of the pixels outside of them is far from the background.
     """
     p = (images.float().cpu().clamp(-1, 1) + 1) * 127.5                                          # [B,3,H,W]
     B = len(p)
-    ring = torch.cat([p[:, :, 0], p[:, :, -1], p[:, :, 1:-1, 0], p[:, :, 1:-1, -1]], 2).transpose(1, 2)
-    votes = F.one_hot(torch.cdist(ring, _BACKGROUNDS.expand(B, -1, -1)).argmin(2), len(BACKGROUNDS)).float().mean(1)
-    share, background = votes.max(1)                                                             # [B]
+    nearest = torch.cdist(p.flatten(2).transpose(1, 2), torch.cat([_BACKGROUNDS, _COLOURS])).argmin(2)      # [B,H*W]
+    background = torch.stack([(nearest == i).sum(1) for i in range(len(BACKGROUNDS))], 1).argmax(1)     # [B]
     ground = _BACKGROUNDS[background]                                                            # [B,3]
     d = (_COLOURS - ground[:, None])                                                             # [B,6,3]
     # a = <p - g, d> / <d, d>;  residual^2 = |p - g - a d|^2
@@ -198,7 +197,8 @@ def read(images):
             region = labels[b, 0] == label
             if region.sum() >= 6:                                                                # else: dirt
                 regions.append((b, region))
-    readable = [s >= .75 for s in share.tolist()]
+    stray = (offset.square().sum(1) > 60 ** 2) & (F.max_pool2d(mask, 3, 1, 1)[:, 0] == 0)       # neither nor
+    readable = (stray.float().mean((1, 2)) < .1).tolist()
     if regions:
         which = torch.tensor([b for b, _ in regions])
         region = torch.stack([r for _, r in regions])[:, None].float()                           # [N,1,H,W]
@@ -220,7 +220,7 @@ def read(images):
         for b, k, c, x, y, e in zip(*(v.tolist() for v in (which, kind, colour, x, y, error))):
             scenes[b].append(Obj(TEMPLATES[k][0], list(COLOURS)[c], TEMPLATES[k][1], x, y))
             readable[b] &= e <= ERROR_LIMIT
-    return [Scene(list(BACKGROUNDS)[g], tuple(sorted(objects, key=lambda o: (o.x, o.y))), ok and 0 < len(objects) < 5)
+    return [Scene(list(BACKGROUNDS)[g], tuple(sorted(objects, key=lambda o: (o.x, o.y))), ok and 0 < len(objects) < 4)
             for g, objects, ok in zip(background.tolist(), scenes, readable)]
 
 

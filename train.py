@@ -36,7 +36,7 @@ import pictures
 import reward
 import shapes
 import text
-from config import UserError
+from config import Fault, UserError
 from grpo import advantages, grpo_loss
 
 
@@ -204,7 +204,7 @@ def main(argv):
             cosine = (spread @ spread.transpose(1, 2)).sum((1, 2)) - cfg.group_size
             diversity = 1 - (cosine / (cfg.group_size * (cfg.group_size - 1))).mean()
         if not scores.isfinite().all():
-            raise RuntimeError(f"step {step}: the reward {cfg.reward!r} gave a value that is not finite")
+            raise Fault(f"step {step}: reward {cfg.reward!r} gave a value that is not finite; the last checkpoint stands")
         clock.append(time.perf_counter())
 
         # 3. advantage: each picture against the others of its caption

@@ -1,0 +1,54 @@
+"""python -m pytest tests/test_text.py"""
+from collections import Counter
+
+import pytest
+import torch
+
+import shapes
+import text
+from config import UserError
+
+
+def test_bpe_learns_the_commonest_pair_first():
+    ranks = text.train_bpe(Counter({"aab": 3, "ab": 1, "cd": 3}))
+    order = sorted((rank, token) for token, rank in ranks.items() if rank >= 256)
+    assert [token for _, token in order] == [b"ab", b"cd", b"aab"]        # ab 4 times, cd 3 times, then a+ab
+
+
+def test_every_word_of_the_world_is_one_token_and_decodes_back():
+    for caption in shapes.CAPTIONS:
+        ids = text.tokenize(caption)
+        assert len(ids) == len(caption.split()) <= text.LENGTH
+        assert text.encoding().decode(ids) == " " + caption
+
+
+def test_padding_is_on_the_left_and_zero():
+    features, mask = text.encode(["a red circle", "a red circle left of a blue square"])
+    assert features.shape == (2, text.LENGTH, text.DIM) and mask.sum(1).tolist() == [3, 8]
+    assert mask[0].tolist() == [False] * 5 + [True] * 3 and (features[~mask] == 0).all()
+    assert torch.equal(features[0, 5:], features[1, :3])                   # position counts from the caption's start
+
+
+def test_bags_of_features_tell_captions_apart():
+    """The model reads the mean of the prefix, so no two captions may be the same set of features."""
+    features, mask = text.encode(list(shapes.CAPTIONS))
+    bags = {tuple(sorted(map(tuple, f[m].tolist()))) for f, m in zip(features[:, :, :60], mask)}
+    assert len(bags) == len(shapes.CAPTIONS)
+
+
+def test_frozen_for_ever():
+    """The base in assets/ was trained on these numbers: should they change, it would speak another language."""
+    features, _ = text.encode(["three cyan crosses"])
+    assert text.tokenize("three cyan crosses") == [text.tokenize(w)[0] for w in ("three", "cyan", "crosses")]
+    assert features[0, -1, :3].tolist() == pytest.approx(FROZEN, abs=1e-6)
+
+
+FROZEN = [-0.585189, 1.066181, -0.482472]
+
+
+@pytest.mark.parametrize("caption, message", [
+    ("a mauve circle", "no word 'mauve'"), ("", "empty"), ("   ", "empty"), ("ein roter Kreis", "no word 'ein'"),
+    ("a red circle left of a blue square and", "9 words"), ("円", "no word '円'"), ("a " * 5000, "5000 words")])
+def test_what_it_cannot_read_it_says(caption, message):
+    with pytest.raises(UserError, match=message):
+        text.encode([caption])
