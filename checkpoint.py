@@ -1,8 +1,8 @@
 """Files that survive: one dict a file, written whole or not at all, and loaded without running any code.
 
-`torch.load(weights_only=True)` rebuilds tensors and plain Python values only. A pickle that would call a function, as
-any downloaded .pt file can, is refused instead of obeyed. So everything stored here is made of tensors, dicts, lists,
-tuples, texts and numbers; configs are stored as dicts.
+`torch.load(weights_only=True)` rebuilds tensors and plain Python values only. A pickle that would call a
+function, as any downloaded .pt file can, is refused instead of obeyed. So everything stored here is made of
+tensors, dicts, lists, tuples, texts and numbers; configs are stored as dicts.
 """
 import dataclasses
 import glob
@@ -22,7 +22,7 @@ from vqgan import VQGAN, VQConfig
 
 
 def save(state, path, keep=0):
-    """Writes `state` to `path` atomically: a reader, or a crash, meets the old file or the new, never half of one.
+    """Writes `state` to `path` atomically: a reader, or a crash, meets the old or the new, never half of one.
 
     keep > 0 also leaves the newest `keep` as path_STEP.pt beside it, STEP being state["step"].
     """
@@ -40,12 +40,13 @@ def save(state, path, keep=0):
 
 
 def load(path, device="cpu"):
-    """The dict stored at `path`, its tensors on `device`. Raises UserError if it is missing, damaged or not plain."""
+    """The dict stored at `path`, its tensors on `device`. UserError if missing, damaged or not plain."""
     if not os.path.isfile(path):
         raise UserError(f"no file {path}")
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError,
+            zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is damaged, or no file of plain tensors ({type(error).__name__})") from None
 
 
@@ -63,7 +64,7 @@ def set_rng_state(state, generator):
 
 
 def pack(module, config, dtype=None):
-    """A module and its config dataclass as plain data; weights in `dtype` (half precision halves the file)."""
+    """A module and its config dataclass as plain data; weights in `dtype` (half precision: half the file)."""
     state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in module.state_dict().items()}
     return {"config": dataclasses.asdict(config) if config else {}, "state": state}
 
@@ -84,7 +85,8 @@ def load_models(path, device):
     parts = load(path, device)
     try:
         if "gpt" in parts:
-            return (unpack(GPT, GPTConfig, parts["gpt"], device), unpack(VQGAN, VQConfig, parts["vqgan"], device),
+            return (unpack(GPT, GPTConfig, parts["gpt"], device),
+                    unpack(VQGAN, VQConfig, parts["vqgan"], device),
                     unpack(Judge, None, parts["judge"], device), {})
         policy, vqgan, judge, _ = load_models(locate(parts["config"]["init_from"]), device)
         policy.load_state_dict(parts["model"])
@@ -94,7 +96,7 @@ def load_models(path, device):
 
 
 class Log:
-    """A .jsonl file of one dict a line. Reopened, it keeps the lines of steps below `start`, and drops a torn one."""
+    """A .jsonl file, a dict a line. Reopened, it keeps lines of steps below `start`, and drops a torn one."""
 
     def __init__(self, path, start):
         self.path, self.lines = path, []

@@ -1,12 +1,12 @@
-"""Options of every script: a dataclass of defaults, then a config file, then `--key=value`; the last word wins.
+"""Options of every script: a dataclass of defaults, a config file, then `--key=value`; the last word wins.
 
     python train.py configs/tiny_js.py --beta=0.2 --resume        (a bool may stand bare)
     python train.py --help
 
-The defaults are the fields of a dataclass in the script itself, one line each with a comment, and `--help` prints
-those lines. A config file holds `key = value` lines and nothing else; it is parsed, not run. Unknown keys are refused
-in files as on the command line (nanoGPT checks the latter only, so a typo in a file costs a run), types are checked,
-and an int is fine where a float is wanted.
+The defaults are the fields of a dataclass in the script itself, one line each with a comment, and `--help`
+prints those lines. A config file holds `key = value` lines and nothing else; it is parsed, not run. Unknown
+keys are refused in files as on the command line (nanoGPT checks the latter only, so a typo in a file costs
+a run), types are checked, and an int is fine where a float is wanted.
 """
 import ast
 import dataclasses
@@ -23,7 +23,7 @@ class UserError(ValueError):
 
 
 class Fault(RuntimeError):
-    """Something that went wrong on the way, with a message for people. `run` prints it and exits with code 1."""
+    """Something that went wrong on the way, with a message for people. `run` prints it, with exit code 1."""
 
 
 def _expected(kind):
@@ -49,7 +49,7 @@ def _check(cls, key, value, where):
 
 
 def find(path):
-    """The config file meant by `path`: config/NAME.py finds configs/NAME.py too, as both are written in the wild."""
+    """The config file meant by `path`: config/NAME.py finds configs/NAME.py too, as people write both."""
     for candidate in (locate(path), locate(re.sub(r"^config/", "configs/", path))):
         if os.path.isfile(candidate):
             return candidate
@@ -58,7 +58,7 @@ def find(path):
 
 
 def read_file(cls, path):
-    """{key: checked value} of a config file: a Python file of nothing but `key = literal` lines and comments."""
+    """{key: checked value} of a config file: a Python file of only `key = literal` lines and comments."""
     try:
         with open(path, encoding="utf-8") as file:
             tree = ast.parse(file.read())
@@ -66,7 +66,7 @@ def read_file(cls, path):
         raise UserError(f"{path}: not a config file of `key = value` lines ({error})") from None
     out = {}
     for node in tree.body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):                   # a docstring
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):              # a docstring
             continue
         where = f"{path}, line {node.lineno}"
         try:
@@ -91,8 +91,8 @@ def _parse(cls, key, text):
 def load(cls, argv, positional=None):
     """Command line -> (config: an instance of `cls`, {key: value} of what the command line itself set).
 
-    argv: without the script's name; a bare word is a config file, or, if `positional` names a field, a value of that
-    field (a tuple of all of them). Exits after --help. Raises UserError.
+    argv: without the script's name; a bare word is a config file, or, if `positional` names a field, a
+    value of that field (a tuple of all of them). Exits after --help. Raises UserError.
     """
     from_files, from_cli, words = {}, {}, []
     for arg in argv:
@@ -114,7 +114,7 @@ def load(cls, argv, positional=None):
 
 
 def help_text(cls):
-    """The docstring of the script, then each option with its default and its comment, taken from the source."""
+    """The script's docstring, then each option with its default and its comment, taken from the source."""
     module = sys.modules[cls.__module__]
     lines = [(module.__doc__ or "").strip(), "", "Options (--key=value):"]
     for line in inspect.getsource(cls).splitlines()[1:]:
@@ -122,7 +122,7 @@ def help_text(cls):
         if option:
             name, _, default, comment = option.groups()
             lines.append(f"  --{name + '=' + default:30s} {comment}")
-        elif heading := re.match(r"\s+# -+ (.*?) -*$", line):
+        elif heading := re.match(r"\s+# -+ (.*)", line):
             lines.append(f" {heading[1]}")
         elif more := re.match(r"\s+# (.*)", line):
             lines.append(" " * 35 + more[1].strip())
@@ -135,11 +135,12 @@ def show(config):
 
 
 def pick_device(name):
-    """'auto', 'cuda', 'mps' or 'cpu' -> torch.device; auto takes the first of cuda, mps, cpu that is there."""
+    """'auto', 'cuda', 'mps' or 'cpu' -> torch.device; auto: the first of cuda, mps, cpu that is there."""
     import torch                                   # here, so that --help and errors need not wait for it
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name != "auto" and not there.get(name):
-        raise UserError(f"device {name!r} is not there; there are: {', '.join(k for k, v in there.items() if v)}")
+        raise UserError(f"device {name!r} is not there; "
+                        f"there are: {', '.join(k for k, v in there.items() if v)}")
     return torch.device(next(k for k, v in there.items() if v) if name == "auto" else name)
 
 
@@ -150,7 +151,7 @@ def locate(path):
 
 
 def run(main):
-    """Runs a script's main() and turns errors meant for people into one line: exit 2 for bad input, 1 at run time."""
+    """Runs a script's main(); errors meant for people become one line: exit 2 on bad input, 1 at run time."""
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -1,22 +1,23 @@
 """Performance and diversity of a policy, on fixed prompts with fixed seeds, beside its base.
 
-    python evaluate.py out/tiny_js                           one run against its base
-    python evaluate.py out/tiny_js out/tiny_none ...         compare; runs that differ only in seed are averaged
+    python evaluate.py out/tiny_js                      one run against its base
+    python evaluate.py out/tiny_js out/tiny_none ...    compare; runs that differ only in seed are averaged
 
 Every prompt is drawn `draws` times. Reported, as means over prompts:
   reward, heldout     the run's own reward and one that it was not trained on, also per category
   unseen              held-out reward on captions with a pair of colour and shape that no training ever showed
-  open_entropy        nat; sum over the attributes that the caption leaves open (shapes.open_attributes) of the entropy of
-                      their values. Always of 64 pictures: the plug-in estimate is biased, by about (values-1)/(2*64)
-                      each, so it compares only at equal numbers. Unreadable pictures do not enter; they are counted.
+  open_entropy        nat; sum over the attributes that the caption leaves open (shapes.open_attributes) of
+                      the entropy of their values. Always of 64 pictures: the plug-in estimate is biased, by
+                      about (values-1)/(2*64) each, so it compares only at equal numbers. Unreadable
+                      pictures do not enter; they are counted.
   pairwise            mean of 1 - cosine between pictures of one prompt, in judge features
-  vendi               exp of the entropy of the eigenvalues of their cosine matrix / n: an effective number of distinct
-                      pictures, between 1 and n. Vendi score, arXiv 2210.02410 eq. 2
+  vendi               exp of the entropy of the eigenvalues of their cosine matrix / n: an effective number
+                      of distinct pictures, between 1 and n. Vendi score, arXiv 2210.02410 eq. 2
   token_entropy       nat per token of the policy on its own samples
   kl_reverse          KL(policy || base), nat per image on the policy's samples; exact sums over the codes
   kl_forward          KL(base || policy), nat per image on the base's samples
-and for the base also best-of-N: of N samples the one that the *trained* reward likes best. It costs N times the
-sampling and no training, so a run should be held against it before its reward is praised.
+and for the base also best-of-N: of N samples the one that the *trained* reward likes best. It costs N times
+the sampling and no training, so a run should be held against it before its reward is praised.
 """
 import math
 import os
@@ -60,13 +61,14 @@ def fixed_prompts(per_category, heldout=False):
 
 @torch.no_grad()
 def draw(policy, vqgan, prompts, draws, *, cfg_scale=1.0, temperature=1.0, seed=0, **cut):
-    """`draws` samples of each prompt -> tokens [P*draws,T], images [P*draws,3,H,W]; those of one prompt in a row."""
+    """`draws` samples of each prompt -> tokens [P*draws,T], images [P*draws,3,H,W]; one prompt's in a row."""
     device = next(policy.parameters()).device
     captions = [p for p in prompts for _ in range(draws)]
     generator, tokens, images = torch.Generator(device).manual_seed(seed), [], []
     for i in range(0, len(captions), CHUNK):
         cond = text.encode(captions[i:i + CHUNK], device)
-        tokens.append(policy.generate(*cond, cfg_scale=cfg_scale, temperature=temperature, generator=generator, **cut))
+        tokens.append(policy.generate(*cond, cfg_scale=cfg_scale, temperature=temperature,
+                                      generator=generator, **cut))
         images.append(vqgan.decode(tokens[-1]))
     return torch.cat(tokens), torch.cat(images)
 
@@ -77,7 +79,8 @@ def entropy(values):
 
 
 def open_entropy(scenes, caption):
-    """(entropy in nat or None, unreadable): of the first 64 usable scenes of one prompt, and how many were not."""
+    """(entropy in nat or None, unreadable): of the first 64 usable scenes of one prompt, and how many were
+    not."""
     found = [shapes.open_attributes(s, caption) for s in scenes]
     usable = [f for f in found if f is not None]
     if len(usable) < COUNTED:
@@ -86,14 +89,16 @@ def open_entropy(scenes, caption):
 
 
 def vendi(features):
-    """Unit vectors [n,d] -> the Vendi score, in 1..n. The d x d matrix has the same eigenvalues as the n x n one."""
+    """Unit vectors [n,d] -> the Vendi score, in 1..n. The d x d matrix has the same eigenvalues as the
+    n x n one."""
     p = torch.linalg.eigvalsh(features.T.double() @ features.double() / len(features)).clamp_min(1e-12)
     return (-(p * p.log()).sum()).exp().item()
 
 
 @torch.no_grad()
 def divergence_to(policy, other, prompts, tokens, **sampling):
-    """Exact sum over tokens of KL(policy || other) along `tokens` [P*n,T], nat per image; policy's nat per token."""
+    """Exact sum over tokens of KL(policy || other) along `tokens` [P*n,T], nat per image; policy's nat per
+    token."""
     captions = [p for p in prompts for _ in range(len(tokens) // len(prompts))]
     kl = token_entropy = 0.0
     for i in range(0, len(captions), 64):
@@ -105,11 +110,13 @@ def divergence_to(policy, other, prompts, tokens, **sampling):
 
 
 @torch.no_grad()
-def evaluate(policy, vqgan, judge, rewards, *, base=None, base_tokens=None, prompts=3, draws=96, cfg_scale=1.0,
-             temperature=1.0):
-    """-> (results: {figure: number, "reward/single": ...}, tokens [P*draws,T], images). See the module's docstring.
+def evaluate(policy, vqgan, judge, rewards, *, base=None, base_tokens=None, prompts=3, draws=96,
+             cfg_scale=1.0, temperature=1.0):
+    """-> (results: {figure: number, "reward/single": ...}, tokens [P*draws,T], images).
+    See the module's docstring.
 
-    rewards: {"reward": f, "heldout_reward": f}; base and base_tokens (what this returned for it) are needed for KLs.
+    rewards: {"reward": f, "heldout_reward": f}; base and base_tokens (what this returned for it) are needed
+    for KLs.
     """
     sampling = dict(cfg_scale=cfg_scale, temperature=temperature)
     seen, unseen = fixed_prompts(prompts), fixed_prompts(prompts, heldout=True)
@@ -134,7 +141,7 @@ def evaluate(policy, vqgan, judge, rewards, *, base=None, base_tokens=None, prom
     out["open_entropy"] = sum(known) / len(known) if known else float("nan")
     out["open_entropy_prompts"] = len(known)
     out["unreadable"] = sum(n for _, n in measured) / len(scenes)
-    features = judge.embed_images(images).view(len(seen), draws, -1)[:, :COUNTED]                # [P,64,width]
+    features = judge.embed_images(images).view(len(seen), draws, -1)[:, :COUNTED]            # [P,64,width]
     cosine = features @ features.transpose(1, 2)
     n = features.shape[1]
     out["pairwise"] = (1 - (cosine.sum((1, 2)) - n) / (n * (n - 1))).mean().item()
@@ -142,22 +149,24 @@ def evaluate(policy, vqgan, judge, rewards, *, base=None, base_tokens=None, prom
 
     def some(t):
         return t.view(len(seen), draws, -1)[:, :KL_DRAWS].flatten(0, 1)
-    out["kl_reverse"], out["token_entropy"] = divergence_to(policy, base or policy, seen, some(tokens), **sampling)
+    out["kl_reverse"], out["token_entropy"] = divergence_to(
+        policy, base or policy, seen, some(tokens), **sampling)
     out["kl_forward"] = divergence_to(base, policy, seen, some(base_tokens), **sampling)[0] if base else 0.0
     return out, tokens, images
 
 
-COLUMNS = ["reward", "heldout_reward", "unseen", "open_entropy", "pairwise", "vendi", "token_entropy", "kl_reverse",
-           "kl_forward", "unreadable"]
+COLUMNS = ["reward", "heldout_reward", "unseen", "open_entropy", "pairwise", "vendi", "token_entropy",
+           "kl_reverse", "kl_forward", "unreadable"]
 
 
 def table(rows):
-    """[(name, results or list of results)] -> the text of a table; of a list, mean +- std over its members."""
+    """[(name, results or list of results)] -> the text of a table; of a list, mean +- std over members."""
     def cell(results, key):
         values = torch.tensor([r[key] for r in results], dtype=torch.float64)
         return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
     rows = [(name, r if isinstance(r, list) else [r]) for name, r in rows]
-    body = [["run"] + COLUMNS] + [[name] + [cell(r, key) if key in r[0] else "-" for key in COLUMNS] for name, r in rows]
+    body = [["run"] + COLUMNS] + [[name] + [cell(r, key) if key in r[0] else "-" for key in COLUMNS]
+                                  for name, r in rows]
     widths = [max(len(line[i]) for line in body) for i in range(len(body[0]))]
     body.insert(1, ["-" * w for w in widths])
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in body)
@@ -169,7 +178,8 @@ def best_of_n(base):
 
 
 def picture(path, prompts, columns, a_row=2):
-    """A grid: a row a prompt (two of each category), side by side the first pictures of each (heading, images)."""
+    """A grid: a row a prompt (two of each category), side by side the first pictures of each (heading,
+    images)."""
     every = fixed_prompts(prompts)
     draws, shown = len(columns[0][1]) // len(every), max(3, 8 // len(columns))
     rows = []
@@ -204,8 +214,10 @@ def main(argv):
             rows += [(name, bases[key][1]), (f"best of {BEST_OF} of the {name}", best_of_n(bases[key][1]))]
             columns.append((name, bases[key][3]))
         base, _, base_tokens, _ = bases[key]
-        results, _, images = evaluate(policy, vqgan, judge, rewards, base=base, base_tokens=base_tokens, **settings)
-        alike = str({k: v for k, v in options.items() if k not in ("seed", "out_dir", "resume", "stop_after", "device")})
+        results, _, images = evaluate(policy, vqgan, judge, rewards, base=base, base_tokens=base_tokens,
+                                      **settings)
+        alike = str({k: v for k, v in options.items()
+                     if k not in ("seed", "out_dir", "resume", "stop_after", "device")})
         if alike not in groups:
             groups[alike] = (run, [])
             columns.append((run, images))

@@ -1,17 +1,19 @@
-"""Group Relative Policy Optimisation: rewards to advantages, log-probabilities to a loss. Pure tensor functions.
+"""Group Relative Policy Optimisation: rewards to advantages, log-probabilities to a loss.
+Pure tensor functions.
 
-GRPO (arXiv 2402.03300 eq. 3, applied to image tokens by arXiv 2606.21498) samples G images of one prompt and lets them
-be each other's baseline. For sequence i and token t, with r = pi(a) / pi_old(a):
+GRPO (arXiv 2402.03300 eq. 3, applied to image tokens by arXiv 2606.21498) samples G images of one prompt
+and lets them be each other's baseline. For sequence i and token t, with r = pi(a) / pi_old(a):
     A_i    = (R_i - mean of group) / (std of group + eps)
     loss   = -(1/N) sum_{i,t} min(r A_i, clip(r, 1-clip_eps, 1+clip_eps) A_i)  +  beta (1/N) sum_{i,t} D_{i,t}
-D is a divergence of divergences.py. On the first pass over a batch r = 1, and the gradient is that of REINFORCE with
-a baseline: -A grad log pi(a).
+D is a divergence of divergences.py. On the first pass over a batch r = 1, and the gradient is that of
+REINFORCE with a baseline: -A grad log pi(a).
 
 Departures:
- 1. N is the number of tokens of the whole step, not of a micro-batch or a sequence: sums over micro-batches then add
-    up to the same loss however the step is cut. Image sequences have one length, so no paper's average changes.
- 2. A group whose rewards are all equal gets advantages of exactly zero (rounding in the mean would leave +-eps-sized
-    noise), and such groups are counted: they teach nothing.
+ 1. N is the number of tokens of the whole step, not of a micro-batch or a sequence: sums over micro-batches
+    then add up to the same loss however the step is cut. Image sequences have one length, so no paper's
+    average changes.
+ 2. A group whose rewards are all equal gets advantages of exactly zero (rounding in the mean would leave
+    +-eps-sized noise), and such groups are counted: they teach nothing.
 The paper's released script also picks "critical tokens" and re-weights advantages; neither is here.
 """
 import torch
@@ -20,7 +22,7 @@ from divergences import CLAMP, DIVERGENCES
 
 
 def advantages(rewards, group_size, eps=1e-4):
-    """rewards [B], groups of G in a row -> (advantages [B], number of groups without spread). std is over G - 1."""
+    """rewards [B], groups of G in a row -> (advantages [B], number without spread). std is over G - 1."""
     groups = rewards.view(-1, group_size)                                                        # [B/G,G]
     spread = groups.amax(1) > groups.amin(1)                                                     # [B/G]
     std = groups.std(1, keepdim=True) if group_size > 1 else torch.zeros_like(groups)
@@ -34,14 +36,15 @@ def policy_loss(logp, logp_old, adv, clip_eps):
     return -torch.minimum(ratio * adv, ratio.clamp(1 - clip_eps, 1 + clip_eps) * adv), ratio
 
 
-def grpo_loss(logits, ref_logits, tokens, logp_old, adv, n_tokens, *, divergence="js", estimator="sampled", beta=0.0,
-              clip_eps=0.2):
-    """The loss of a micro-batch, as its share of the step's mean, and the statistics of the same forward pass.
+def grpo_loss(logits, ref_logits, tokens, logp_old, adv, n_tokens, *, divergence="js", estimator="sampled",
+              beta=0.0, clip_eps=0.2):
+    """The loss of a micro-batch, as its share of the step's mean, and statistics of the same forward pass.
 
-    logits, ref_logits [B,T,V] of policy and reference under the sampler's temperature and CFG; tokens [B,T];
-    logp_old [B,T] recorded by the sampler; adv [B]; n_tokens = N of the whole step; divergence: a name of DIVERGENCES,
-    or "none"; estimator: sampled, unbiased or exact. Returns (loss, stats): a scalar, and detached scalars that add
-    up over micro-batches to means over the step (but max_ratio_error, of which the largest counts).
+    logits, ref_logits [B,T,V] of policy and reference under the sampler's temperature and CFG; tokens
+    [B,T]; logp_old [B,T] recorded by the sampler; adv [B]; n_tokens = N of the whole step; divergence: a
+    name of DIVERGENCES, or "none"; estimator: sampled, unbiased or exact. Returns (loss, stats): a scalar,
+    and detached scalars that add up over micro-batches to means over the step (but max_ratio_error, of
+    which the largest counts).
     """
     logp_all, ref_all = logits.log_softmax(-1), ref_logits.log_softmax(-1)                       # [B,T,V]
     logp = logp_all.gather(-1, tokens[..., None])[..., 0]                                        # [B,T]
@@ -57,8 +60,8 @@ def grpo_loss(logits, ref_logits, tokens, logp_old, adv, n_tokens, *, divergence
             loss = loss + beta * d.sampled(logp, logp_ref)
     with torch.no_grad():
         stats = {
-            "kl_reverse": DIVERGENCES["reverse_kl"].exact(logp_all, ref_all).sum() / n_tokens,   # nat per token
-            "entropy": -(logp_all.exp() * logp_all).sum() / n_tokens,                            # nat per token
+            "kl_reverse": DIVERGENCES["reverse_kl"].exact(logp_all, ref_all).sum() / n_tokens,  # nat a token
+            "entropy": -(logp_all.exp() * logp_all).sum() / n_tokens,                           # nat a token
             # where the clipped branch is the smaller one, so that the advantage has no gradient
             "clip_share": ((ratio - 1) * adv[:, None].sign() > clip_eps).sum() / n_tokens,
             "clamp_share": ((logp_ref - logp).abs() > CLAMP).sum() / n_tokens,

@@ -1,21 +1,25 @@
 """The policy: LlamaGen's autoregressive transformer, which writes an image as a sequence of VQ codes.
 
     caption features [B,L,C] -> cap_proj -> prefix [B,L,D]  |  image tokens 0 .. T-2 -> embeddings
-    [ prefix , tokens ] -> n_layer x (RMSNorm, causal attention with 2-D RoPE, RMSNorm, SwiGLU) -> logits [B,T,V]
+    [prefix, tokens] -> n_layer x (RMSNorm, causal attention with 2-D RoPE, RMSNorm, SwiGLU) -> logits [B,T,V]
 
-Row t of the logits predicts image token t, so the last prefix position predicts token 0. It is a Llama in all but
-three things: the prefix, the rotation in two dimensions, and classifier-free guidance (CFG).
+Row t of the logits predicts image token t, so the last prefix position predicts token 0. It is a Llama in
+all but three things: the prefix, the rotation in two dimensions, and classifier-free guidance (CFG).
 Source: LlamaGen, arXiv 2406.06525; names of modules are the released ones, so that its files load unchanged.
 Shapes: B sequences, T image tokens, V codes, D width, L prefix length, C width of a caption feature.
 
 What surprises everyone, and is kept exactly as released:
- 1. The prefix is rotated with a table of *zeros* (cos = sin = 0), not left unrotated: its queries and keys are zero
-    vectors. So each image token gives every visible prefix token the same score, 0, and reads the caption as an
-    even mean of values: a bag. Word order reaches the image only through what the features themselves carry.
- 2. Captions are padded on the left. Padded keys are masked, but each row still sees itself (no row may be empty).
- 3. The unconditional branch of CFG is `uncond_embedding`, in the space of the features, under the *same* mask.
- 4. Dropout and the dropping of conditions are live in train mode. They belong to pretraining: in GRPO the policy
-    must stay in eval mode, or its log-probabilities are not those of the sampler (gradients flow there as well).
+ 1. The prefix is rotated with a table of *zeros* (cos = sin = 0), not left unrotated: its queries and keys
+    are zero vectors. So each image token gives every visible prefix token the same score, 0, and reads the
+    caption as an even mean of values: a bag. Word order reaches the image only through what the features
+    themselves carry.
+ 2. Captions are padded on the left. Padded keys are masked, but each row still sees itself (no row may be
+    empty).
+ 3. The unconditional branch of CFG is `uncond_embedding`, in the space of the features, under the *same*
+    mask.
+ 4. Dropout and the dropping of conditions are live in train mode. They belong to pretraining: in GRPO the
+    policy must stay in eval mode, or its log-probabilities are not those of the sampler (gradients flow
+    there as well).
 """
 from dataclasses import dataclass
 
@@ -42,6 +46,7 @@ class GPTConfig:                         # the defaults are GPT-B for 256-pixel 
     cls_token_num: int = 120             # L, length of the prefix; 1 for c2i
     caption_dim: int = 2048              # C
     num_classes: int = 1000              # c2i only
+    initializer_range: float = 0.02      # standard deviation of initial weights
     token_dropout_p: float = 0.1         # these four act in train mode only
     resid_dropout_p: float = 0.1
     ffn_dropout_p: float = 0.1
@@ -64,7 +69,8 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(side, head_dim, base, prefix):
-    """[prefix + side*side, head_dim/2, 2] of (cos, sin): half the pairs turn with the row, half with the column."""
+    """[prefix + side*side, head_dim/2, 2] of (cos, sin): half the pairs turn with the row, half with the
+    column."""
     # angle = position * base^(-2j / (head_dim/2)),  j = 0 .. head_dim/4 - 1, the same for rows and columns
     freq = base ** (-torch.arange(0, head_dim // 2, 2).double() / (head_dim // 2))            # [hd/4]
     angle = torch.outer(torch.arange(side).double(), freq)                                    # [side,hd/4]
@@ -75,7 +81,7 @@ def rope_table(side, head_dim, base, prefix):
 
 def rotate(x, table):
     """x [B,S,heads,hd], table [S,hd/2,2]: turns the interleaved pairs (x0,x1), (x2,x3) ... in fp32."""
-    a, b = at_least_fp32(x).unflatten(-1, (-1, 2)).unbind(-1)                                 # [B,S,heads,hd/2]
+    a, b = at_least_fp32(x).unflatten(-1, (-1, 2)).unbind(-1)                             # [B,S,heads,hd/2]
     cos, sin = table[:, None].unbind(-1)                                                      # [S,1,hd/2]
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).type_as(x)
 
@@ -88,10 +94,11 @@ class Attention(nn.Module):
         self.wo = nn.Linear(c.dim, c.dim, bias=False)
 
     def forward(self, x, table, mask, cache=None, start=0):
-        """x [B,S,D] at positions start .. start+S-1; mask [B,1,S,start+S], True where visible; cache (k, v) or None."""
-        q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)                      # [B,S,heads,hd]
+        """x [B,S,D] at positions start .. start+S-1; mask [B,1,S,start+S], True where visible; cache (k, v)
+        or None."""
+        q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)                # [B,S,heads,hd]
         q, k = rotate(q, table), rotate(k, table)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                          # [B,heads,S,hd]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                    # [B,heads,S,hd]
         if cache is not None:                       # write in place, then look at the filled part only
             end = start + x.shape[1]
             for store, new in zip(cache, (k, v)):
@@ -131,7 +138,8 @@ class CaptionEmbedding(nn.Module):
         self.cap_proj = nn.ModuleDict({"fc1": nn.Linear(c.caption_dim, c.dim, bias=False),
                                        "fc2": nn.Linear(c.dim, c.dim, bias=False)})
         # A buffer as released: it is in the state dict, but no optimizer ever sees it.
-        self.register_buffer("uncond_embedding", torch.randn(c.cls_token_num, c.caption_dim) / c.caption_dim ** .5)
+        self.register_buffer("uncond_embedding",
+                             torch.randn(c.cls_token_num, c.caption_dim) / c.caption_dim ** .5)
 
     def uncond(self, cond):
         return self.uncond_embedding.to(cond.dtype).expand_as(cond)
@@ -162,7 +170,8 @@ class GPT(nn.Module):
         self.config = c = config
         self.side = int(c.block_size ** .5)
         if self.side ** 2 != c.block_size or c.dim % (4 * c.n_head) or c.model_type not in ("t2i", "c2i"):
-            raise ValueError(f"block_size must be a square, dim a multiple of 4 * n_head, and model_type t2i or c2i: {c}")
+            raise ValueError(f"block_size must be a square, dim a multiple of 4 * n_head, "
+                             f"and model_type t2i or c2i: {c}")
         self.tok_embeddings = nn.Embedding(c.vocab_size, c.dim)
         self.cls_embedding = CaptionEmbedding(c) if c.model_type == "t2i" else ClassEmbedding(c)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layer))
@@ -171,7 +180,7 @@ class GPT(nn.Module):
         self.rope = None          # made at first use; no buffer, or .bfloat16() would round the angles
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=.02)
+                nn.init.normal_(module.weight, std=c.initializer_range)
         nn.init.zeros_(self.output.weight)                                 # the first guess is uniform
 
     def _check(self, cond, cond_mask, cfg_scale, temperature):
@@ -183,10 +192,11 @@ class GPT(nn.Module):
         if cond_mask is not None and tuple(cond_mask.shape) != (len(cond), L):
             raise ValueError(f"cond_mask must be [{len(cond)},{L}], not {tuple(cond_mask.shape)}")
         if cfg_scale < 1 or temperature < 0:
-            raise ValueError(f"cfg_scale must be >= 1 and temperature >= 0, not {cfg_scale} and {temperature}")
+            raise ValueError(f"cfg_scale must be >= 1 and temperature >= 0, "
+                             f"not {cfg_scale} and {temperature}")
 
     def _prefix(self, cond, cond_mask, cfg_scale):
-        """-> prefix [R,L,D], mask [R,L] or None; R = 2B under CFG: conditional rows, then unconditional ones."""
+        """-> prefix [R,L,D], mask [R,L] or None; R = 2B under CFG: conditional rows, then unconditional."""
         if cond_mask is not None and cond.is_floating_point():
             cond = cond * cond_mask[..., None].to(cond.dtype)              # surprise 2
         if self.training and self.config.class_dropout_prob:               # surprise 4
@@ -226,14 +236,16 @@ class GPT(nn.Module):
         return logits / temperature if temperature not in (0, 1) else logits
 
     def forward(self, tokens, cond, cond_mask=None, *, cfg_scale=1.0, temperature=1.0):
-        """Teacher forcing: logits [B,T,V], row t for token t given tokens < t, under this CFG scale and temperature.
+        """Teacher forcing: logits [B,T,V], row t for token t given tokens < t, at this CFG and temperature.
 
-        tokens [B,T] in 0..V-1, T <= block_size; cond [B,L,C] features or [B] labels; cond_mask [B,L], 1 = visible.
+        tokens [B,T] in 0..V-1, T <= block_size; cond [B,L,C] features or [B] labels; cond_mask [B,L],
+        1 = visible.
         cfg_scale >= 1 (1: no guidance); temperature > 0 (0 leaves the logits as they are). Raises ValueError.
         """
         self._check(cond, cond_mask, cfg_scale, temperature)
         if tokens.dim() != 2 or len(tokens) != len(cond) or not 0 < tokens.shape[1] <= self.config.block_size:
-            raise ValueError(f"tokens must be [{len(cond)}, 1 to {self.config.block_size}], not {tuple(tokens.shape)}")
+            raise ValueError(f"tokens must be [{len(cond)}, 1 to {self.config.block_size}], "
+                             f"not {tuple(tokens.shape)}")
         prefix, cond_mask = self._prefix(cond, cond_mask, cfg_scale)
         inputs = tokens[:, :-1].repeat(len(prefix) // len(tokens), 1)      # the last token predicts nothing
         x = torch.cat([prefix, self.tok_embeddings(inputs)], 1)            # [R,L+T-1,D]
@@ -241,12 +253,13 @@ class GPT(nn.Module):
         return self._logits(x[:, self.config.cls_token_num - 1:], cfg_scale, temperature)
 
     @torch.no_grad()
-    def generate(self, cond, cond_mask=None, *, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None,
-                 return_logp=False):
-        """Samples tokens [B,block_size]; with return_logp also logp [B,T] under the distribution really sampled.
+    def generate(self, cond, cond_mask=None, *, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0,
+                 generator=None, return_logp=False):
+        """Samples tokens [B,block_size]; with return_logp also logp [B,T] of the distribution really sampled.
 
-        temperature 0 is greedy (log-probability 0); top_k 0 and top_p 1 cut nothing; generator lives on the model's
-        device. Keys and values of all positions are kept in buffers made once, so a token costs one position.
+        temperature 0 is greedy (log-probability 0); top_k 0 and top_p 1 cut nothing; generator lives on the
+        model's device. Keys and values of all positions are kept in buffers made once, so a token costs one
+        position.
         """
         self._check(cond, cond_mask, cfg_scale, temperature)
         if top_k < 0 or not 0 < top_p <= 1:
@@ -265,7 +278,8 @@ class GPT(nn.Module):
             if temperature == 0:
                 tokens[:, t] = logp.argmax(1)
             else:
-                # p_i / E_i with E_i ~ Exp(1) is largest at i with probability p_i; the CPU never waits for the GPU
+                # p_i / E_i with E_i ~ Exp(1) is largest at i with probability p_i; the CPU never waits for
+                # the GPU
                 race = torch.empty_like(logp).exponential_(generator=generator)
                 tokens[:, t] = (logp.exp() / race).argmax(1)
                 logps[:, t] = logp.gather(1, tokens[:, t:t + 1])[:, 0]
@@ -275,7 +289,8 @@ class GPT(nn.Module):
 
 
 def truncated_logp(logits, top_k=0, top_p=1.0):
-    """logits [B,V] -> log-probabilities [B,V] of the k likeliest codes, then of the fewest with mass >= top_p."""
+    """logits [B,V] -> log-probabilities [B,V] of the k likeliest codes, then of the fewest with
+    mass >= top_p."""
     if 0 < top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, 1).values[:, -1:], -torch.inf)
     if top_p < 1:

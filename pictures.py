@@ -3,14 +3,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-SCALE, PAD, LINE = 3, 4, 15                     # pixels: of one image pixel, between images, of a line of text
+SCALE, PAD, LINE = 3, 4, 15                # pixels: of one image pixel, between images, of a line of text
 
 
 def grid(rows, path, headings=()):
     """Saves rows of (caption, images[N,3,H,W] in [-1,1], scores[N] or None) as one PNG.
 
-    A None among the images' dimension leaves a gap: pass `images` as a list of tensors to draw groups side by side,
-    each under its heading. A frame is green where the score is above 1/2, else red; without scores there is none.
+    A None among the images' dimension leaves a gap: pass `images` as a list of tensors to draw groups side
+    by side, each under its heading. A frame is green where the score is above 1/2, else red; without scores
+    there is none.
     """
     font = ImageFont.load_default()
     side = rows[0][1][0].shape[-1] * (SCALE if rows[0][1][0].shape[-1] <= 64 else 1) + PAD
@@ -31,16 +32,18 @@ def grid(rows, path, headings=()):
                 canvas.paste(picture, (x, y + LINE - 1))
                 if scores is not None:
                     colour = (30, 160, 60) if scores[i][j] > .5 else (210, 50, 50)
-                    draw.rectangle((x - 1, y + LINE - 2, x + side - PAD, y + LINE + side - PAD - 1), outline=colour)
+                    draw.rectangle((x - 1, y + LINE - 2, x + side - PAD, y + LINE + side - PAD - 1),
+                                   outline=colour)
     canvas.save(path)
 
 
 def curves(lines, path, evaluations=()):
-    """metrics.jsonl as a list of dicts, one a step -> a PNG of eight small charts (README: what each curve means)."""
+    """metrics.jsonl as a list of dicts, one a step -> a PNG of eight small charts (README: their meaning)."""
     import matplotlib                            # here, not above: importing it takes half a second
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    charts = [("reward", ["reward"]), ("held-out reward", ["heldout_reward"]), ("diversity in a group", ["diversity"]),
+    charts = [("reward", ["reward"]), ("held-out reward", ["heldout_reward"]),
+              ("diversity in a group", ["diversity"]),
               ("KL(policy || reference), nat per token", ["kl_reverse"]), ("token entropy, nat", ["entropy"]),
               ("groups without spread", ["zero_spread"]), ("gradient norm", ["grad_norm"]),
               ("seconds a step", ["t_sample", "t_reward", "t_update"])]
@@ -60,7 +63,8 @@ def curves(lines, path, evaluations=()):
         axis.set_xlabel("step", fontsize=8)
     for axis, key in ((axes[0, 0], "reward"), (axes[0, 1], "heldout_reward")):
         if evaluations:                          # the fixed prompts, apart from the noise of a step's own
-            axis.plot([e["step"] for e in evaluations], [e[key] for e in evaluations], "k.", label="evaluation")
+            axis.plot([e["step"] for e in evaluations], [e[key] for e in evaluations], "k.",
+                      label="evaluation")
             axis.legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

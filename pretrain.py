@@ -28,10 +28,11 @@ import text
 from model import GPT, GPTConfig
 from vqgan import VQGAN, VQConfig
 
-VQ = VQConfig(codebook_size=256, codebook_embed_dim=8, ch=16, ch_mult=(1, 2, 4), num_res_blocks=1, z_channels=64,
-              num_groups=8, l1_weight=1.0, entropy_weight=0.1, entropy_temperature=0.1)
-AR = GPTConfig(dim=128, n_layer=5, n_head=4, multiple_of=32, vocab_size=256, block_size=64, cls_token_num=text.LENGTH,
-               caption_dim=text.DIM, token_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0)
+VQ = VQConfig(codebook_size=256, codebook_embed_dim=8, ch=24, ch_mult=(1, 2, 2), num_res_blocks=1, z_channels=48,
+              num_groups=8, l1_weight=1.0, commit_weight=1.0)
+AR = GPTConfig(dim=128, n_layer=4, n_head=4, multiple_of=32, vocab_size=VQ.codebook_size, block_size=64,
+               cls_token_num=text.LENGTH, caption_dim=text.DIM, initializer_range=.06,
+               token_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0)    # every picture is new: no over-fitting
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Config:
     out: str = "out/tiny_base.pt"      # where the base is written
     seed: int = 0                      # of everything: scenes, weights, order
     scenes: int = 24000                # pictures rendered for training
-    wrong_captions: float = 0.35       # share of training captions that belong to another picture
+    wrong_captions: float = 0.1        # share of training captions that belong to another picture
     # ---- optimisation
-    vq_steps: int = 2000               # batches of 16 pictures
+    vq_steps: int = 1600               # batches of 8 pictures, half of them collages
     vq_lr: float = 1e-3                # peak; warm-up over 50 steps, then cosine to 2 %
-    gpt_steps: int = 1200              # batches of 64 pictures
-    gpt_lr: float = 2e-3               # peak, same schedule
+    gpt_steps: int = 3000              # batches of 32 pictures
+    gpt_lr: float = 3e-3               # peak, same schedule
     judge_steps: int = 1200            # batches of 64 pictures x 128 captions
     judge_lr: float = 2e-3             # peak, same schedule
 
@@ -70,12 +71,31 @@ def batched(f, items, size=250):
     return torch.cat([f(items[i:i + size]) for i in range(0, len(items), size)])
 
 
+@torch.no_grad()
+def revive(vq, images, dead):
+    """Moves codes that nothing uses to vectors that are far from every code: a code without users has no gradient."""
+    _, unit, cosine = vq.quantize(vq.quant_conv(vq.encoder(images)))
+    worst = cosine.amax(2).flatten().argsort()[:4 * int(dead.sum())]
+    chosen = worst[torch.randperm(len(worst))[:int(dead.sum())]]
+    vq.quantize.embedding.weight[dead] = unit.flatten(0, 1)[chosen]
+
+
 def pretrain_tokenizer(cfg, images):
     vq = VQGAN(VQ)
 
+    side, used = shapes.SIDE // 2 ** (len(VQ.ch_mult) - 1), torch.zeros(VQ.codebook_size, dtype=torch.bool)
+
     def loss(step):
-        total, terms, _ = vq.loss(images[torch.randint(len(images), (16,))])
-        return total, terms
+        if step and step % 40 == 0 and step < .7 * cfg.vq_steps:
+            revive(vq, images[torch.randint(len(images), (32,))], ~used)
+            used.fill_(False)
+        # Half of the batch are collages, cut at a random row or column (vqgan.py, departure 4).
+        cut, place = torch.randint(1, side, (8, 1, 1)), torch.arange(side)
+        own = torch.where(torch.rand(8, 1, 1) < .5, place.view(1, -1, 1) < cut, place.view(1, 1, -1) < cut)
+        own[:4] = True
+        total, terms, tokens = vq.loss(images[torch.randint(len(images), (8,))], own)
+        used.index_fill_(0, tokens.flatten(), True)
+        return total, {k: terms[k] for k in ("l1", "l2", "commit")}
     train("tokenizer", list(vq.parameters()), cfg.vq_steps, cfg.vq_lr, loss)
     return vq.eval()
 
@@ -84,11 +104,11 @@ def pretrain_policy(cfg, tokens, captions, rng):
     gpt = GPT(AR)
 
     def loss(step):
-        i = torch.randint(len(tokens), (64,))
-        wrong = torch.rand(64) < cfg.wrong_captions
+        i = torch.randint(len(tokens), (32,))
+        wrong = torch.rand(32) < cfg.wrong_captions
         told = [rng.choice(captions) if w else captions[j] for j, w in zip(i.tolist(), wrong.tolist())]
         nll = F.cross_entropy(gpt(tokens[i], *text.encode(told)).flatten(0, 1), tokens[i].flatten())
-        return nll, {"nll": nll}
+        return nll, {"nll": nll.detach()}
     train("policy", list(gpt.parameters()), cfg.gpt_steps, cfg.gpt_lr, loss)
     return gpt.eval()
 
@@ -116,7 +136,7 @@ def pretrain_judge(cfg, images, scenes, captions, rng):
         parsed = [shapes.CAPTIONS[c] for c in told]
         truth = torch.tensor([[shapes.matches(scenes[j], c) for c in parsed] for j in i], dtype=torch.float)
         nll = judge.loss(images[i], told, truth)
-        return nll, {"loss": nll}
+        return nll, {"loss": nll.detach()}
     train("judge", list(judge.parameters()), cfg.judge_steps, cfg.judge_lr, loss)
     return judge.eval()
 

@@ -1,11 +1,14 @@
 """Rewards: functions (images[B,3,H,W] in [-1,1], captions) -> scores[B], higher is better.
 
-  reader   1 if the picture shows exactly what the caption says, else 0. Verifiable: geometry, no learning (shapes.py).
-  judge    cosine of picture and caption under a small CLIP-like model that pretrain.py trains in the tiny world. Like
-           HPS or CLIPScore it is a learned opinion, good on pictures like those it has seen, and it can be hacked.
+  reader   1 if the picture shows exactly what the caption says, else 0. Verifiable: geometry, no learning
+           (shapes.py).
+  judge    cosine of picture and caption under a small CLIP-like model that pretrain.py trains in the tiny
+           world. Like HPS or CLIPScore it is a learned opinion, good on pictures like those it has seen,
+           and it can be hacked.
 
-A run trains on a weighted sum of some (`--reward=judge` or `--reward=judge:1,reader:0.5`) and always reports at least
-one that it does not train on (`--heldout_reward=reader`): the gap between the two is what reward hacking looks like.
+A run trains on a weighted sum of some (`--reward=judge` or `--reward=judge:1,reader:0.5`) and always
+reports at least one that it does not train on (`--heldout_reward=reader`): the gap between the two is what
+reward hacking looks like.
 
 To add a reward, write its function and put it into REWARDS (see "Your own reward" in README.md).
 """
@@ -19,28 +22,31 @@ from config import UserError
 
 
 class Judge(nn.Module):
-    """Two encoders into one space, arXiv 2103.00020, trained with the sigmoid loss of SigLIP, arXiv 2303.15343 eq. 1."""
+    """Two encoders into one space, arXiv 2103.00020, trained with the sigmoid loss of SigLIP,
+    arXiv 2303.15343 eq. 1."""
 
     def __init__(self, width=64, caption_dim=text.DIM):
         super().__init__()
         self.image = nn.Sequential(                                        # [B,3,32,32] -> [B,width]
             nn.Conv2d(3, 32, 4, 2, 1), nn.GELU(), nn.Conv2d(32, 64, 4, 2, 1), nn.GELU(),
-            nn.Conv2d(64, 64, 3, 2, 1), nn.GELU(), nn.Flatten(), nn.Linear(64 * 16, 128), nn.GELU(), nn.Linear(128, width))
+            nn.Conv2d(64, 64, 3, 2, 1), nn.GELU(), nn.Flatten(),
+            nn.Linear(64 * 16, 128), nn.GELU(), nn.Linear(128, width))
         self.word = nn.Sequential(nn.Linear(caption_dim, 128), nn.GELU(), nn.Linear(128, 128))
         self.caption = nn.Sequential(nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, width))
         self.scale, self.bias = nn.Parameter(torch.tensor(2.3)), nn.Parameter(torch.tensor(-4.))
 
     def embed_images(self, images):
-        """images [B,3,32,32] in [-1,1] -> unit vectors [B,width]; also the features of evaluate.py's diversity."""
+        """images [B,3,32,32] in [-1,1] -> unit vectors [B,width]; evaluate.py's diversity uses them too."""
         return F.normalize(self.image(images.clamp(-1, 1)), dim=1)
 
     def embed_captions(self, captions):
-        """B captions -> unit vectors [B,width]. The words are summed, so their order reaches us by their features."""
+        """B captions -> unit vectors [B,width]. Words are summed, so order reaches us by their features."""
         features, mask = text.encode(captions, self.scale.device)
         return F.normalize(self.caption((self.word(features) * mask[..., None]).sum(1)), dim=1)
 
     def loss(self, images, captions, truth):
-        """truth [B,N] in {0,1}: is caption n true of image b? -> mean over pairs of -log sigmoid(+-(s cos + bias))."""
+        """truth [B,N] in {0,1}: is caption n true of image b? -> mean over pairs of
+        -log sigmoid(+-(s cos + bias))."""
         logits = self.scale.exp() * self.embed_images(images) @ self.embed_captions(captions).T + self.bias
         return F.binary_cross_entropy_with_logits(logits, truth)
 
@@ -51,7 +57,7 @@ class Judge(nn.Module):
 
 
 def reader(images, captions):
-    """1.0 where the exact reader finds just what the caption says, else 0.0 -> [B]. Captions of the grammar only."""
+    """1.0 where the exact reader finds just what the caption says, else 0.0 -> [B]. Grammar captions only."""
     right = [shapes.matches(s, shapes.parse(c)) for s, c in zip(shapes.read(images), captions)]
     return torch.tensor(right, dtype=torch.float, device=images.device)
 

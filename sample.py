@@ -1,11 +1,11 @@
 """Pictures for your own captions.
 
     python sample.py --ckpt=out/tiny_js --prompt="a red circle left of a blue square"
-    python sample.py --ckpt=assets/tiny_base.pt --prompt="three cyan crosses; a circle and a square" --temperature=0.8
+    python sample.py --prompt="three blue crosses; a circle and a square" --temperature=0.8
 
-Here, unlike in training, the distribution may be cut (top_k, top_p), cooled, or guided: nothing is learned from it.
-A frame is green where the exact reader finds what the caption says, red where not; captions outside the world's
-grammar, but of its words, get no frame.
+Here, unlike in training, the distribution may be cut (top_k, top_p), cooled, or guided: nothing is learned
+from it. A frame is green where the exact reader finds what the caption says, red where not; captions
+outside the world's grammar, but of its words, get no frame.
 """
 import os
 from dataclasses import dataclass
@@ -49,7 +49,8 @@ def main(argv):
     os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
     pictures.grid(rows, cfg.out)
     for caption, _, scores in rows:
-        print(f"{caption}: " + (f"{scores[0].mean():.0%} right" if scores else "not of the grammar, so not judged"))
+        print(f"{caption}: "
+              + (f"{scores[0].mean():.0%} right" if scores else "not of the grammar, so not judged"))
     print(f"wrote {cfg.out}")
 
 

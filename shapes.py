@@ -25,16 +25,15 @@ from PIL import Image, ImageDraw
 from config import UserError
 
 SIDE = 32                                                       # pixels a side, H = W
-COLOURS = dict(red=(225, 40, 40), green=(40, 165, 60), blue=(45, 80, 225), yellow=(245, 215, 40),
-               purple=(165, 55, 195), cyan=(60, 210, 220))      # saturated: no mix of a background with one ...
+COLOURS = dict(red=(225, 40, 40), green=(40, 165, 60), blue=(45, 80, 225), yellow=(245, 215, 40))
 BACKGROUNDS = dict(white=(240, 240, 240), grey=(135, 135, 135), black=(25, 25, 25), brown=(110, 72, 45))
-SHAPES = ("circle", "square", "triangle", "cross")              # ... of them looks like a mix with another
-RADII = dict(small=4, large=6)                                  # half the width of a shape
+SHAPES = ("circle", "square", "triangle", "cross")
+RADII = dict(small=5, large=7)                                  # half the width of a shape
 NUMBERS = dict(two=2, three=3)
-GAP, LATTICE = 4, 4                                             # pixels between shapes; their edges lie on a lattice
+GAP, MARGIN, LATTICE = 2, 1, 4                                  # pixels between shapes, to the border, of places
 RELATION_MARGIN = 4                                             # "left of" means at least this many pixels
 # These pairs appear in no caption and no picture of pretraining or GRPO: they test generalisation.
-HELD_OUT = {("red", "cross"), ("green", "circle"), ("blue", "triangle"), ("yellow", "square")}
+HELD_OUT = {("red", "cross"), ("green", "circle"), ("blue", "triangle")}
 CATEGORIES = ("single", "two", "counting", "position", "binding")
 
 
@@ -104,7 +103,7 @@ def sample_scene(caption, rng, allow_heldout=False):
         for shape, colour in caption.slots:
             free = [c for c in COLOURS if allow_heldout or (c, shape) not in HELD_OUT]
             size = rng.choice(list(RADII))
-            places = range(RADII[size], SIDE - RADII[size] + 1, LATTICE)
+            places = range(RADII[size] + MARGIN, SIDE - RADII[size] - MARGIN + 1, LATTICE)
             for _ in range(20):                                 # look for a free place, else start over
                 x, y = rng.choice(places), rng.choice(places)
                 new = Obj(shape, colour or rng.choice(free), size, x, y)
@@ -145,7 +144,7 @@ def render(scenes, over=4):
 
 
 # ---- the reader ------------------------------------------------------------------------------------------------
-WINDOW, SLACK = 14, 2                         # pixels a side of a template; pixels that it may be shifted each way
+WINDOW, SLACK = 16, 2                         # pixels a side of a template; pixels that it may be shifted each way
 ERROR_LIMIT = .35                             # mismatch, as a share of the template's area, past which we give up
 TEMPLATES = list(itertools.product(SHAPES, RADII))
 
@@ -179,11 +178,11 @@ def read(images):
     nearest = torch.cdist(p.flatten(2).transpose(1, 2), torch.cat([_BACKGROUNDS, _COLOURS])).argmin(2)      # [B,H*W]
     background = torch.stack([(nearest == i).sum(1) for i in range(len(BACKGROUNDS))], 1).argmax(1)     # [B]
     ground = _BACKGROUNDS[background]                                                            # [B,3]
-    d = (_COLOURS - ground[:, None])                                                             # [B,6,3]
+    d = (_COLOURS - ground[:, None])                                                             # [B,4,3]
     # a = <p - g, d> / <d, d>;  residual^2 = |p - g - a d|^2
     offset = p - ground[:, :, None, None]
     a = (torch.einsum("bchw,bkc->bkhw", offset, d) / (d * d).sum(2)[..., None, None]).clamp(0, 1)
-    residual = (offset[:, None] - a[:, :, None] * d[..., None, None]).square().sum(2)            # [B,6,H,W]
+    residual = (offset[:, None] - a[:, :, None] * d[..., None, None]).square().sum(2)            # [B,4,H,W]
     coverage = a.gather(1, residual.argmin(1, keepdim=True))                                     # [B,1,H,W]
     mask = (coverage > .5).float()
     # Every pixel takes the largest label around it until nothing changes: one label a connected region.
@@ -207,7 +206,7 @@ def read(images):
         inside = region[:, 0] > 0
         box = [(torch.where(inside, v, 99).amin((1, 2)) + torch.where(inside, v, -1).amax((1, 2)) + 1) // 2
                for v in (ys, xs)]                                                                # centre, [N] each
-        # The soft coverage of this region and its rim only, cut out around the centre: [N,1,18,18].
+        # The soft coverage of this region and its rim only, cut out around the centre: [N,1,20,20].
         half = WINDOW // 2 + SLACK
         padded = F.pad(coverage[which] * F.max_pool2d(region, 3, 1, 1), (half,) * 4)
         crops = torch.stack([q[:, y:y + 2 * half, x:x + 2 * half] for q, y, x in zip(padded, *map(torch.Tensor.tolist, box))])

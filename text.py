@@ -1,12 +1,13 @@
 """Captions to the features that condition the policy: [B,L,C] plus a mask [B,L], padded on the left.
 
-The full-size model reads frozen T5 features of a caption; this is the tiny world's stand-in behind the same function.
-It has the two parts of any text encoder, both frozen:
+The full-size model reads frozen T5 features of a caption; this is the tiny world's stand-in behind the same
+function. It has the two parts of any text encoder, both frozen:
   1. a byte-pair encoding (BPE), learned on the world's captions in a few milliseconds and run by tiktoken;
   2. a feature for each token: random vectors for the token, for the token before it, and for its position.
-Why (2) carries the neighbour and the position: the transformer reads its prefix as a bag (model.py, surprise 1). If
-the features of "red" were the same everywhere, "a red circle and a blue square" and "a blue circle and a red square"
-would be one caption. T5's features carry their context too, by attention; ours do it by concatenation.
+Why (2) carries the neighbour and the position: the transformer reads its prefix as a bag (model.py,
+surprise 1). If the features of "red" were the same everywhere, "a red circle and a blue square" and "a blue
+circle and a red square" would be one caption. T5's features carry their context too, by attention; ours do
+it by concatenation.
 
 Try it:   python text.py
 """
@@ -20,14 +21,15 @@ import torch
 import shapes
 from config import UserError
 
-LENGTH = 8                      # L: the longest caption, "a red circle left of a blue square", has eight tokens
+LENGTH = 8                      # L: the longest caption, "a red circle left of a blue square", has 8 tokens
 WIDTHS = (40, 40, 16)           # of the three parts of a feature: token, token before, position
 DIM = sum(WIDTHS)               # C
 PATTERN = r" ?[^\s]+|\s+"       # how a text is cut before merging: words, each with the space before it
 
 
 def train_bpe(words):
-    """{bytes: rank} of a BPE: start from the 256 bytes, keep joining the commonest pair of neighbours. Sennrich 2016.
+    """{bytes: rank} of a BPE: start from the 256 bytes, keep joining the commonest pair of neighbours.
+    Sennrich 2016.
 
     words: Counter of strings. With as few words as ours it ends when each is one token.
     """
@@ -35,7 +37,7 @@ def train_bpe(words):
     split = {w: [bytes([b]) for b in w.encode()] for w in words}
     while pairs := Counter(pair for w, n in sorted(words.items()) for pair in zip(split[w], split[w][1:])
                            for _ in range(n)):
-        (a, b), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))          # ties by bytes: deterministic
+        (a, b), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))     # ties by bytes: deterministic
         ranks[a + b] = len(ranks)
         for w, parts in split.items():
             joined, i = [], 0
@@ -49,21 +51,22 @@ def train_bpe(words):
 
 @functools.cache
 def encoding():
-    """The tiktoken Encoding of the world's captions; a word of the world is one token with the space before it."""
+    """The tiktoken Encoding of the world's captions; a word of it is one token with the space before it."""
     words = sorted({" " + w for caption in shapes.CAPTIONS for w in caption.split()})
-    return tiktoken.Encoding("tiny_world", pat_str=PATTERN, mergeable_ranks=train_bpe(Counter(words)), special_tokens={})
+    return tiktoken.Encoding("tiny_world", pat_str=PATTERN, mergeable_ranks=train_bpe(Counter(words)),
+                             special_tokens={})
 
 
 @functools.cache
 def _tables():
-    """Frozen features of tokens, tokens before, and positions. RandomState's stream is fixed for ever by NumPy."""
+    """Frozen features of tokens, tokens before, and positions. NumPy fixes RandomState's stream for ever."""
     rng = np.random.RandomState(0)
     rows = (encoding().n_vocab, encoding().n_vocab + 1, LENGTH)                      # + 1: "no token before"
     return [torch.from_numpy(rng.standard_normal((n, w))).float() for n, w in zip(rows, WIDTHS)]
 
 
 def tokenize(caption):
-    """Token ids of a caption. Raises UserError for a word that the world does not know, or one word too many."""
+    """Token ids of a caption. UserError for a word that the world does not know, or one word too many."""
     known = encoding()
     ids = [known.encode(" " + word) for word in caption.lower().split()]
     strange = [word for word, parts in zip(caption.split(), ids) if len(parts) > 1]
@@ -72,17 +75,19 @@ def tokenize(caption):
         raise UserError((f"the tiny world has no word {strange[0]!r}" if strange else "the caption is empty")
                         + f"; its words are: {' '.join(words)}")
     if len(ids) > LENGTH:
-        raise UserError(f"the caption has {len(ids)} words, the tiny model reads {LENGTH} at most: {caption!r}")
+        raise UserError(f"the caption has {len(ids)} words, the tiny model reads {LENGTH} at most: "
+                        f"{caption!r}")
     return [parts[0] for parts in ids]
 
 
 def encode(captions, device="cpu"):
-    """List of B captions -> features [B,L,C] (zero in the padding) and mask [B,L], True at the caption's tokens.
+    """B captions -> features [B,L,C] (zero in the padding) and mask [B,L], True at the caption's tokens.
 
     Raises UserError for captions outside the vocabulary or longer than L.
     """
     token, before, position = _tables()
-    features, mask = torch.zeros(len(captions), LENGTH, DIM), torch.zeros(len(captions), LENGTH, dtype=torch.bool)
+    features = torch.zeros(len(captions), LENGTH, DIM)
+    mask = torch.zeros(len(captions), LENGTH, dtype=torch.bool)
     for b, caption in enumerate(captions):
         ids = tokenize(caption)
         n, previous = len(ids), [len(before) - 1] + ids[:-1]
@@ -94,4 +99,5 @@ def encode(captions, device="cpu"):
 if __name__ == "__main__":
     for caption in ("three red crosses", "a red circle left of a blue square"):
         features, mask = encode([caption])
-        print(f"{caption!r}: tokens {tokenize(caption)}, mask {mask[0].int().tolist()}, features {list(features.shape)}")
+        print(f"{caption!r}: tokens {tokenize(caption)}, mask {mask[0].int().tolist()}, "
+              f"features {list(features.shape)}")

@@ -1,18 +1,19 @@
 """GRPO post-training of an autoregressive text-to-image policy, with a divergence to its reference.
 
-    python train.py                                       the tiny world with JS, under 3 minutes on 2 CPU cores
-    python train.py configs/tiny_none.py                  the same without a divergence: watch the diversity go
+    python train.py                                   the tiny world with JS, under 3 minutes on 2 CPU cores
+    python train.py configs/tiny_none.py              the same without a divergence: watch the diversity go
     python train.py configs/tiny_js.py --beta=0.2 --seed=1 --out_dir=out/mine
-    python train.py configs/tiny_js.py --resume           go on where the run in its out_dir stopped
+    python train.py configs/tiny_js.py --resume       go on where the run in its out_dir stopped
 
-Each step: sample G pictures for each of some captions, score them, turn scores into advantages within each group, and
-take one gradient step on the GRPO loss (grpo.py) with a divergence to the frozen base (divergences.py). Method:
-"Balancing Performance and Diversity in GRPO Autoregressive Text-to-Image Post-Training", arXiv 2606.21498.
+Each step: sample G pictures for each of some captions, score them, turn scores into advantages within each
+group, and take one gradient step on the GRPO loss (grpo.py) with a divergence to the frozen base
+(divergences.py). Method: "Balancing Performance and Diversity in GRPO Autoregressive Text-to-Image
+Post-Training", arXiv 2606.21498.
 
-The distribution that samples *is* the one that is trained: same temperature and same CFG scale in the rollout, in the
-loss, and for the reference. `max_ratio_error` in the log checks that at every step. In the run folder you find
-metrics.jsonl (a line a step), evaluations.jsonl, samples_*.png, ckpt.pt, and at the end before_after.png,
-curves.png and table.md.
+The distribution that samples *is* the one that is trained: same temperature and same CFG scale in the
+rollout, in the loss, and for the reference. `max_ratio_error` in the log checks that at every step. In the
+run folder you find metrics.jsonl (a line a step), evaluations.jsonl, samples_*.png, ckpt.pt, and at the end
+before_after.png, curves.png and table.md.
 
 Departures from the paper (its recipe for the 775M model needs weights that are not in this repository yet):
  1. One device, and the tiny base of pretrain.py instead of LlamaGen-XL.
@@ -44,7 +45,7 @@ from grpo import advantages, grpo_loss
 class Config:
     # ---- files
     out_dir: str = "out/tiny_js"       # the run's folder; a used one is refused
-    init_from: str = "assets/tiny_base.pt"  # policy, reference, tokenizer, judge: from pretrain.py, or another run
+    init_from: str = "assets/tiny_base.pt"  # policy, reference, tokenizer, judge: from pretrain.py, or a run
     resume: bool = False               # go on with the run in out_dir, with its own options
     keep: int = 0                      # how many earlier checkpoints to keep beside ckpt.pt, as ckpt_STEP.pt
     # ---- machine
@@ -53,7 +54,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the policy's and reference's matrix products
     # ---- length
     max_steps: int = 120               # gradient-step batches; also fixes the schedules
-    stop_after: int = 0                # save and leave after this many steps of this sitting; 0 = run to max_steps
+    stop_after: int = 0                # save and leave after so many steps of a sitting; 0 = run to max_steps
     eval_interval: int = 60            # steps between evaluations, sample pictures and checkpoints
     eval_prompts: int = 3              # fixed prompts of each category; every one is drawn 96 times
     # ---- rollout
@@ -67,10 +68,10 @@ class Config:
     reward: str = "judge"              # what is trained on; a weighted sum is "judge:1,reader:0.5"
     heldout_reward: str = "reader"     # what is only reported
     # ---- loss
-    divergence: Literal["js", "forward_kl", "reverse_kl", "none"] = "js"  # to the reference, see divergences.py
+    divergence: Literal["js", "forward_kl", "reverse_kl", "none"] = "js"  # to the reference (divergences.py)
     estimator: Literal["sampled", "unbiased", "exact"] = "sampled"  # "sampled" is the paper's
     beta: float = 0.4                  # strength; js needs 4 times as much as a KL for the same pull
-    beta_schedule: Literal["constant", "linear", "cosine"] = "constant"  # from beta to beta_end over max_steps
+    beta_schedule: Literal["constant", "linear", "cosine"] = "constant"  # beta to beta_end over max_steps
     beta_end: float = 0.0              # used by linear and cosine
     clip_eps: float = 0.2              # ratio is clipped to 1 +- this; binds from the second inner epoch on
     inner_epochs: int = 1              # gradient steps on each batch of samples
@@ -84,13 +85,15 @@ class Config:
 
 
 def check(cfg):
-    """Refuses what types cannot: values out of range, and options that would train another policy than is sampled."""
+    """Refuses what types cannot: values out of range, and options that would train another policy than is
+    sampled."""
     if cfg.top_k != 0 or cfg.top_p != 1:
-        raise UserError("top_k and top_p cut the sampler's distribution, but the loss is that of the whole one, so the "
-                        "samples would not be the policy's: leave them at 0 and 1 here, and use them in sample.py")
-    least = dict(max_steps=1, stop_after=0, eval_interval=1, eval_prompts=1, prompts_per_step=1, group_size=2, keep=0,
-                 cfg_scale=1, beta=0, beta_end=0, clip_eps=0, inner_epochs=1, micro_batch=1, learning_rate=0, warmup=0,
-                 min_lr_ratio=0, weight_decay=0, grad_clip=0)
+        raise UserError("top_k and top_p cut the sampler's distribution, but the loss is that of the whole "
+                        "one, so the samples would not be the policy's: leave them at 0 and 1 here, and "
+                        "use them in sample.py")
+    least = dict(max_steps=1, stop_after=0, eval_interval=1, eval_prompts=1, prompts_per_step=1, group_size=2,
+                 keep=0, cfg_scale=1, beta=0, beta_end=0, clip_eps=0, inner_epochs=1, micro_batch=1,
+                 learning_rate=0, warmup=0, min_lr_ratio=0, weight_decay=0, grad_clip=0)
     for key, low in least.items():
         if not low <= getattr(cfg, key) < math.inf:
             raise UserError(f"{key} must be at least {low}, not {getattr(cfg, key)}")
@@ -99,7 +102,8 @@ def check(cfg):
     if cfg.warmup > 1 or cfg.min_lr_ratio > 1:
         raise UserError("warmup and min_lr_ratio are shares, at most 1")
     if set(reward.parse(cfg.heldout_reward)) & set(reward.parse(cfg.reward)):
-        raise UserError(f"heldout_reward {cfg.heldout_reward!r} must not be trained on as well: reward is {cfg.reward!r}")
+        raise UserError(f"heldout_reward {cfg.heldout_reward!r} must not be trained on as well: "
+                        f"reward is {cfg.reward!r}")
 
 
 def ramp(kind, start, end, progress):
@@ -119,14 +123,15 @@ def learning_rate(cfg, step):
 
 
 def open_run(argv):
-    """Command line -> (config, checkpoint or None). A new run gets an empty folder, a resumed one its own options."""
+    """Command line -> (config, checkpoint or None). A new run gets an empty folder, a resumed one its own
+    options."""
     cfg, given = config.load(Config, argv)
     check(cfg)
     path = os.path.join(cfg.out_dir, "ckpt.pt")
     if not cfg.resume:
         if os.path.isdir(cfg.out_dir) and os.listdir(cfg.out_dir):
-            raise UserError(f"{cfg.out_dir} holds a run already: go on with it by --resume, or choose another folder "
-                            f"by --out_dir=...")
+            raise UserError(f"{cfg.out_dir} holds a run already: go on with it by --resume, or choose "
+                            f"another folder by --out_dir=...")
         os.makedirs(cfg.out_dir, exist_ok=True)
         return cfg, None
     if not os.path.isfile(path):
@@ -135,13 +140,14 @@ def open_run(argv):
     free = {"out_dir": cfg.out_dir, "resume": True, "stop_after": cfg.stop_after, "device": cfg.device}
     for key, value in given.items():                # what the command line asks for must be what the run was
         if key not in free and value != saved["config"][key]:
-            raise UserError(f"the run in {cfg.out_dir} has {key} = {saved['config'][key]!r}; --{key}={value!r} would make "
-                            f"it another run: leave it out, or start a new one with another --out_dir")
+            raise UserError(f"the run in {cfg.out_dir} has {key} = {saved['config'][key]!r}; "
+                            f"--{key}={value!r} would make it another run: leave it out, "
+                            f"or start a new one with another --out_dir")
     return Config(**{**saved["config"], **free}), saved
 
 
 def main(argv):
-    # ---- plumbing: everything that is made once ------------------------------------------------------------------
+    # ---- plumbing: everything that is made once ------------------------------------------------------------
     cfg, saved = open_run(argv)
     device = config.pick_device(cfg.device)
     print(config.show(cfg))
@@ -149,9 +155,11 @@ def main(argv):
     reference = checkpoint.load_models(config.locate(cfg.init_from), device)[0]
     for module in (reference, vqgan, judge):
         module.requires_grad_(False)
-    policy.eval()                                   # dropout off: the loss must see the distribution that sampled
-    rewards = {"reward": reward.build(cfg.reward, judge), "heldout_reward": reward.build(cfg.heldout_reward, judge)}
-    optimizer = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, betas=(.9, .95), weight_decay=cfg.weight_decay)
+    policy.eval()                               # dropout off: the loss must see the distribution that sampled
+    rewards = {"reward": reward.build(cfg.reward, judge),
+               "heldout_reward": reward.build(cfg.heldout_reward, judge)}
+    optimizer = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, betas=(.9, .95),
+                                  weight_decay=cfg.weight_decay)
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     generator = torch.Generator(device).manual_seed(cfg.seed)
@@ -171,7 +179,7 @@ def main(argv):
         return {"step": step} | results, tokens, images
 
     start = 0
-    before = assess(reference, 0)                   # the base, and what every later evaluation is compared with
+    before = assess(reference, 0)                 # the base, and what every later evaluation is compared with
     if saved:
         start = saved["step"]
         policy.load_state_dict(saved["model"])
@@ -182,7 +190,7 @@ def main(argv):
     if not saved:
         evaluations.write(before[0])
 
-    # ---- algorithm -------------------------------------------------------------------------------------------------
+    # ---- algorithm -----------------------------------------------------------------------------------------
     stop = min(cfg.max_steps, start + (cfg.stop_after or cfg.max_steps))
     bar = tqdm(range(start, stop), initial=start, total=cfg.max_steps, desc=cfg.divergence, ncols=110)
     for step in bar:
@@ -190,21 +198,23 @@ def main(argv):
 
         # 1. sample: G pictures for each caption
         prompts = [random.choice(random.choice(pools)) for _ in range(cfg.prompts_per_step)]
-        captions = [p for p in prompts for _ in range(cfg.group_size)]                           # B = prompts * G
-        features, mask = text.encode(captions, device)                                           # [B,L,C], [B,L]
+        captions = [p for p in prompts for _ in range(cfg.group_size)]                       # B = prompts * G
+        features, mask = text.encode(captions, device)                                       # [B,L,C], [B,L]
         with autocast:
-            tokens, logp_old = policy.generate(features, mask, generator=generator, return_logp=True, **sampling)
+            tokens, logp_old = policy.generate(features, mask, generator=generator, return_logp=True,
+                                               **sampling)
         clock.append(time.perf_counter())
 
         # 2. reward: decode, then score with what is trained and with what is only watched
         with torch.no_grad():
             images = vqgan.decode(tokens)                                                        # [B,3,H,W]
             scores, heldout = (f(images, captions) for f in rewards.values())                    # [B] each
-            spread = judge.embed_images(images).view(len(prompts), cfg.group_size, -1)           # [B/G,G,width]
+            spread = judge.embed_images(images).view(len(prompts), cfg.group_size, -1)       # [B/G,G,width]
             cosine = (spread @ spread.transpose(1, 2)).sum((1, 2)) - cfg.group_size
             diversity = 1 - (cosine / (cfg.group_size * (cfg.group_size - 1))).mean()
         if not scores.isfinite().all():
-            raise Fault(f"step {step}: reward {cfg.reward!r} gave a value that is not finite; the last checkpoint stands")
+            raise Fault(f"step {step}: reward {cfg.reward!r} gave a value that is not finite; "
+                        f"the last checkpoint stands")
         clock.append(time.perf_counter())
 
         # 3. advantage: each picture against the others of its caption
@@ -239,7 +249,8 @@ def main(argv):
 
         # 5. log: a line a step; now and then an evaluation, a picture, a checkpoint
         line = {"step": step, "reward": scores.mean().item(), "heldout_reward": heldout.mean().item(),
-                "reward_std": scores.view(-1, cfg.group_size).std(1).mean().item(), "zero_spread": zero_spread,
+                "reward_std": scores.view(-1, cfg.group_size).std(1).mean().item(),
+                "zero_spread": zero_spread,
                 "diversity": diversity.item(), **totals, "grad_norm": grad_norm.item(), "beta": beta,
                 "learning_rate": optimizer.param_groups[0]["lr"]}
         bar.set_postfix(reward=f"{line['reward']:.2f}", heldout=f"{line['heldout_reward']:.2f}",
@@ -256,7 +267,7 @@ def main(argv):
                      "rng": checkpoint.rng_state(generator), "config": asdict(cfg)}
             checkpoint.save(state, file("ckpt.pt"), keep=cfg.keep)
 
-    # ---- what came of it ---------------------------------------------------------------------------------------------
+    # ---- what came of it -----------------------------------------------------------------------------------
     if stop < cfg.max_steps:
         print(f"saved {file('ckpt.pt')} after step {stop} of {cfg.max_steps}; go on with --resume")
         return
@@ -265,7 +276,8 @@ def main(argv):
     evaluate.picture(file("before_after.png"), cfg.eval_prompts,
                      [("base", before[2]), (f"after {stop} steps, {cfg.divergence}", after[2])])
     pictures.curves(log.lines, file("curves.png"), evaluations.lines)
-    rows = [("base", before[0]), ("best of 8 of the base", evaluate.best_of_n(before[0])), (cfg.out_dir, after[0])]
+    rows = [("base", before[0]), ("best of 8 of the base", evaluate.best_of_n(before[0])),
+            (cfg.out_dir, after[0])]
     print(report := evaluate.table(rows))
     with open(file("table.md"), "w", encoding="utf-8") as f:
         f.write(report + "\n")

@@ -12,7 +12,10 @@ Departures from LlamaGen's training:
  1. No perceptual (LPIPS) and no GAN loss: a picture of flat shapes needs neither. Both matter for photographs.
  2. `num_groups` is an option: 32 groups of one channel are InstanceNorm, which erases flat colours.
  3. Initial weights: residual branches start at zero and convolutions keep the scale of their input. In the tiny
-    world the error after 300 steps is then a third of that with PyTorch's defaults (LOG.md).
+    world the squared error after 300 steps is then a third of that with PyTorch's defaults (LOG.md).
+ 4. `loss` can make collages: the tokens of two pictures, side by side, must decode to the two pictures side by side.
+    Nothing else asks a token to speak of its own place: GroupNorm and attention see the whole picture, and a tokenizer
+    so small hides facts about the last object in the first token, which a language model then cannot predict.
 """
 from dataclasses import dataclass
 
@@ -200,8 +203,12 @@ class VQGAN(nn.Module):
     def _paint(self, code, h, w):                                          # code [B,T,8]
         return self.decoder(self.post_quant_conv(code.transpose(1, 2).reshape(len(code), -1, h, w)))
 
-    def loss(self, images):
-        """images [B,3,H,W] -> (loss, {name: detached term}, tokens [B,T]). VQ-VAE, arXiv 1711.00937 eq. 3."""
+    def loss(self, images, own=None):
+        """images [B,3,H,W] -> (loss, {name: detached term}, tokens [B,T]). VQ-VAE, arXiv 1711.00937 eq. 3.
+
+        own [B,h,w], bool: where False, a picture gets the token, and has to show the pixels, of its partner in the
+        batch (the first with the last, and so on). See departure 4.
+        """
         c, z = self.config, self.quant_conv(self.encoder(images))
         tokens, unit, cosine = self.quantize(z)
         code = F.embedding(tokens, self.quantize.codes())                  # [B,T,8]
@@ -214,6 +221,11 @@ class VQGAN(nn.Module):
             mean = logp.exp().mean(0)
             terms["entropy"] = (c.entropy_weight, -(logp.exp() * logp).sum(1).mean() + (mean * (mean + 1e-5).log()).sum())
         # Straight through: the decoder sees the code, its gradient goes to the vector that was rounded.
-        painted = self._paint(unit + (code - unit).detach(), *z.shape[2:])
+        code = unit + (code - unit).detach()
+        if own is not None:
+            code = torch.where(own.flatten(1)[..., None], code, code.flip(0))
+            pixels = F.interpolate(own[:, None].float(), images.shape[2:]) > .5                   # [B,1,H,W]
+            images = torch.where(pixels, images, images.flip(0))
+        painted = self._paint(code, *z.shape[2:])
         terms["l1"], terms["l2"] = (c.l1_weight, F.l1_loss(painted, images)), (c.l2_weight, F.mse_loss(painted, images))
         return sum(w * v for w, v in terms.values()), {k: v.detach() for k, (w, v) in terms.items()}, tokens

@@ -64,7 +64,8 @@ def test_random_streams_continue(tmp_path):
     random.seed(1), torch.manual_seed(1)
 
     def draw():
-        return random.random(), random.gauss(0, 1), torch.rand(3).tolist(), torch.rand(3, generator=g).tolist()
+        return (random.random(), random.gauss(0, 1), torch.rand(3).tolist(),
+                torch.rand(3, generator=g).tolist())
     draw()
     checkpoint.save(checkpoint.rng_state(g), str(tmp_path / "rng.pt"))
     expected = draw()

@@ -52,7 +52,8 @@ def test_command_line_errors_name_option_value_and_what_is_allowed(argv, parts):
     ("import os", ["line 1", "key = value"]),
     ("seed = __import__('os').getpid()", ["line 1", "plain values"]),
     ("seed = 1 +", ["not a config file"]),
-    ("a.b = 1", ["line 1"]), ("seed, beta = 1, 2", ["line 1"]), ("seed += 1", ["line 1"]), ("\0", ["not a config file"]),
+    ("a.b = 1", ["line 1"]), ("seed, beta = 1, 2", ["line 1"]), ("seed += 1", ["line 1"]),
+    ("\0", ["not a config file"]),
 ])
 def test_config_files_are_checked_and_never_run(tmp_path, text, parts):
     with pytest.raises(UserError) as error:
@@ -61,9 +62,10 @@ def test_config_files_are_checked_and_never_run(tmp_path, text, parts):
 
 
 @pytest.mark.parametrize("argv, part", [
-    (["--top_k=100"], "belongs to sample.py|sample.py"), (["--top_p=.9"], "sample.py"), (["--beta=-1"], "beta must be at least 0"),
-    (["--group_size=1"], "group_size must be at least 2"), (["--temperature=0"], "temperature"), (["--beta=1e999"], "beta"),
-    (["--warmup=2"], "shares"), (["--reward=judje"], "unknown reward 'judje'"), (["--reward=judge:x"], "must be a number"),
+    (["--top_k=100"], "belongs to sample.py|sample.py"), (["--top_p=.9"], "sample.py"),
+    (["--beta=-1"], "beta must be at least 0"), (["--group_size=1"], "group_size must be at least 2"),
+    (["--temperature=0"], "temperature"), (["--beta=1e999"], "beta"), (["--warmup=2"], "shares"),
+    (["--reward=judje"], "unknown reward 'judje'"), (["--reward=judge:x"], "must be a number"),
     (["--heldout_reward=judge"], "must not be trained on"),
 ])
 def test_train_refuses_what_makes_no_sense(argv, part):
@@ -110,8 +112,8 @@ def test_shown_config_is_a_config_file_that_gives_it_again(tmp_path):
 ])
 def test_processes_end_in_one_line_and_exit_code_2(words, part, tmp_path):
     words = [w.replace("DIR", str(tmp_path / "run")) for w in words]
-    done = subprocess.run([sys.executable, config.locate(words[0]), *words[1:]], capture_output=True, text=True,
-                          cwd=config.locate("."))
+    done = subprocess.run([sys.executable, config.locate(words[0]), *words[1:]],
+                          capture_output=True, text=True, cwd=config.locate("."))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (line,) = [x for x in done.stderr.splitlines() if x.strip()]
     assert line.startswith("error: ") and part in line

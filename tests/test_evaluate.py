@@ -20,8 +20,8 @@ def test_entropy():
 
 def test_open_entropy_is_of_64_readable_pictures_always():
     caption = shapes.parse("a red circle")
-    scenes = [Scene(g, (Obj("circle", "red", s, x, 16),)) for g in ("white", "black") for s in ("small", "large")
-              for x in (4, 28)] * 8
+    scenes = [Scene(g, (Obj("circle", "red", s, x, 16),)) for g in ("white", "black")
+              for s in ("small", "large") for x in (4, 28)] * 8
     # two backgrounds, two sizes, two places, all alike often: three times log 2
     assert evaluate.open_entropy(scenes, caption)[0] == pytest.approx(3 * math.log(2))
     bad = [Scene("grey", (), False)] * 30
@@ -33,7 +33,7 @@ def test_vendi():
     assert evaluate.vendi(torch.ones(64, 3) / 3 ** .5) == pytest.approx(1, abs=1e-6)
     assert evaluate.vendi(torch.eye(4).repeat(16, 1)) == pytest.approx(4, rel=1e-6)
     f = torch.nn.functional.normalize(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), dim=1)
-    p = torch.linalg.eigvalsh((f @ f.T / 20).double()).clamp_min(1e-12)            # the n x n form of the paper
+    p = torch.linalg.eigvalsh((f @ f.T / 20).double()).clamp_min(1e-12)          # the n x n form of the paper
     assert evaluate.vendi(f) == pytest.approx((-(p * p.log()).sum()).exp().item(), rel=1e-4)
 
 
@@ -67,15 +67,15 @@ def test_evaluation_is_fixed_by_its_seed_and_best_of_n_is_better(mini_base):
 
 def test_compare_runs_and_sample_from_one(mini_base, tmp_path, capsys):
     for seed in (0, 1):
-        train.main([f"--out_dir={tmp_path / str(seed)}", f"--init_from={mini_base}", f"--seed={seed}", "--max_steps=1",
-                    "--eval_prompts=1", "--prompts_per_step=1"])
+        train.main([f"--out_dir={tmp_path / str(seed)}", f"--init_from={mini_base}", f"--seed={seed}",
+                    "--max_steps=1", "--eval_prompts=1", "--prompts_per_step=1"])
     capsys.readouterr()
     evaluate.main([str(tmp_path / "0"), str(tmp_path / "1"), "--prompts=1", "--draws=64",
                    f"--picture={tmp_path / 'compare.png'}"])
     printed = capsys.readouterr().out
     assert "best of 8" in printed and "2 seeds" in printed and "±" in printed
     assert (tmp_path / "compare.png").stat().st_size > 1000
-    sample.main([f"--ckpt={tmp_path / '0'}", f"--out={tmp_path / 's.png'}", "--prompt=a red circle; circle circle", "--n=2",
-                 "--top_k=5"])
+    sample.main([f"--ckpt={tmp_path / '0'}", f"--out={tmp_path / 's.png'}",
+                 "--prompt=a red circle; circle circle", "--n=2", "--top_k=5"])
     printed = capsys.readouterr().out
     assert "a red circle: " in printed and "not of the grammar" in printed and (tmp_path / "s.png").exists()

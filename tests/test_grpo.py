@@ -24,7 +24,8 @@ def test_advantages_by_hand():
 
 @pytest.mark.parametrize("value", [0., .01, .1, 27.3, -1e6])
 def test_equal_rewards_give_exactly_zero(value):
-    """In fp32 the mean of twelve .01 is not .01; with std 0 and a small eps the rest became +.085 (tiny-grpo)."""
+    """In fp32 the mean of twelve .01 is not .01; with std 0 and a small eps the rest became +.085
+    (tiny-grpo)."""
     adv, zero = advantages(torch.full((24,), value), 12)
     assert (adv == 0).all() and zero == 2
 
@@ -32,7 +33,8 @@ def test_equal_rewards_give_exactly_zero(value):
 def test_advantages_do_not_depend_on_shift_and_hardly_on_scale():
     r = torch.rand(32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     base = advantages(r, 8)[0]
-    assert torch.allclose(advantages(r + 5, 8)[0], base) and torch.allclose(advantages(100 * r, 8)[0], base, atol=1e-2)
+    assert torch.allclose(advantages(r + 5, 8)[0], base)
+    assert torch.allclose(advantages(100 * r, 8)[0], base, atol=1e-2)
     assert torch.allclose(base.view(4, 8).mean(1), torch.zeros(4, dtype=torch.float64), atol=1e-12)
 
 
@@ -60,17 +62,21 @@ def test_clipping_takes_the_pessimistic_branch():
 def test_micro_batches_add_up(divergence, estimator):
     logits, ref, tokens, logp_old, adv = batch()
     kw = dict(divergence=divergence, estimator=estimator, beta=.3, clip_eps=.1)
-    logp_old = logp_old + .2 * torch.randn(logp_old.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    noise = torch.randn(logp_old.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    logp_old = logp_old + .2 * noise
     whole, stats = grpo_loss(logits, ref, tokens, logp_old, adv, tokens.numel(), **kw)
     (expected,) = torch.autograd.grad(whole, logits)
     parts, total, sums = torch.zeros_like(logits), 0, {}
     for rows in torch.arange(8).split(2):
-        loss, some = grpo_loss(logits[rows], ref[rows], tokens[rows], logp_old[rows], adv[rows], tokens.numel(), **kw)
+        loss, some = grpo_loss(logits[rows], ref[rows], tokens[rows], logp_old[rows], adv[rows],
+                               tokens.numel(), **kw)
         parts, total = parts + torch.autograd.grad(loss, logits)[0], total + loss.detach()
         sums = {k: torch.maximum(v, sums[k]) if k == "max_ratio_error" and sums else v + sums.get(k, 0)
                 for k, v in some.items()}
-    assert total.item() == pytest.approx(whole.item(), rel=1e-6) and torch.allclose(parts, expected, rtol=1e-6)
-    assert {k: v.item() for k, v in sums.items()} == pytest.approx({k: v.item() for k, v in stats.items()}, rel=1e-6)
+    assert total.item() == pytest.approx(whole.item(), rel=1e-6)
+    assert torch.allclose(parts, expected, rtol=1e-6)
+    assert {k: v.item() for k, v in sums.items()} == pytest.approx(
+        {k: v.item() for k, v in stats.items()}, rel=1e-6)
 
 
 @pytest.mark.parametrize("divergence, estimator", ALL[1:])
@@ -78,14 +84,15 @@ def test_divergence_enters_with_beta(divergence, estimator):
     """loss(beta) - loss(0) = beta * mean of the divergence, for the values and for the gradients."""
     logits, ref, tokens, logp_old, adv = batch(seed=1)
     n, d = tokens.numel(), DIVERGENCES[divergence]
-    free = grpo_loss(logits, ref, tokens, logp_old, adv, n, divergence=divergence, estimator=estimator, beta=0.)[0]
-    bound = grpo_loss(logits, ref, tokens, logp_old, adv, n, divergence=divergence, estimator=estimator, beta=.7)[0]
+    free, bound = (grpo_loss(logits, ref, tokens, logp_old, adv, n, divergence=divergence,
+                             estimator=estimator, beta=beta)[0] for beta in (0., .7))
     logp_all, ref_all = logits.log_softmax(-1), ref.log_softmax(-1)
     logp, logp_ref = (t.gather(-1, tokens[..., None])[..., 0] for t in (logp_all, ref_all))
     alone = {"sampled": lambda: d.sampled(logp, logp_ref), "unbiased": lambda: d.unbiased(logp, logp_ref),
              "exact": lambda: d.exact(logp_all, ref_all)}[estimator]().mean()
     difference = torch.autograd.grad(bound - free - .7 * alone, logits)[0]
-    assert (bound - free).item() == pytest.approx(.7 * alone.item(), rel=1e-9) and difference.abs().max() < 1e-12
+    assert (bound - free).item() == pytest.approx(.7 * alone.item(), rel=1e-9)
+    assert difference.abs().max() < 1e-12
 
 
 def test_statistics_against_torch_distributions():
@@ -99,5 +106,6 @@ def test_statistics_against_torch_distributions():
     p, q = Categorical(logits=logits.detach()), Categorical(logits=ref)
     assert stats["kl_reverse"].item() == pytest.approx(kl_divergence(p, q).mean().item(), rel=1e-9)
     assert stats["entropy"].item() == pytest.approx(p.entropy().mean().item(), rel=1e-9)
-    assert stats["clamp_share"].item() == pytest.approx(1 / 40) and stats["clip_share"].item() == pytest.approx(1 / 40)
+    assert stats["clamp_share"].item() == pytest.approx(1 / 40)
+    assert stats["clip_share"].item() == pytest.approx(1 / 40)
     assert stats["max_ratio_error"].item() == pytest.approx(torch.tensor(.5).exp().item() - 1)

@@ -75,7 +75,7 @@ def test_padded_features_are_never_read():
 
 
 def test_prefix_acts_as_one_token(monkeypatch):
-    # Prefix keys are zero, so the n visible ones have score 0 each, and together weigh n·exp(0) = exp(log n).
+    # Prefix keys are zero, so the n visible ones have score 0 each and together weigh n·exp(0) = exp(log n).
     # In one layer an image token thus sees *one* prefix token: key 0, score log n, value mean(V_visible).
     def attention_to_one_token(state, cfg, layer, x, visible, L, n=3):
         q, k, v = naive_gpt.head_qkv(state, cfg, layer, x, head=0)

@@ -30,7 +30,8 @@ def test_reader_reward(world):
 
 
 def test_judge_prefers_the_true_caption(world, judge):
-    """Against a random caption, and against a near miss that differs in one word: a learned opinion, good, not perfect."""
+    """Against a random caption, and against a near miss that differs in one word: a learned opinion, good,
+    not perfect."""
     from pretrain import near_miss
     captions, images = world
     rng, right = random.Random(0), judge(images, captions)

@@ -22,7 +22,7 @@ def test_reader_against_the_scenes_that_captions_came_with():
     seen = read(render([s for _, s in drawn]))
     assert all(matches(s, c) for s, (c, _) in zip(seen, drawn))
     wrong = sum(matches(s, d[0]) for s, d in zip(seen, drawn[1:] + drawn[:1]))
-    assert wrong < 15                                      # the captions of neighbours are nearly always false
+    assert wrong < 15                                     # the captions of neighbours are nearly always false
 
 
 def test_reader_survives_noise_and_refuses_nonsense():
@@ -34,12 +34,12 @@ def test_reader_survives_noise_and_refuses_nonsense():
     plain = read(torch.full((1, 3, 32, 32), .9))[0]
     assert not plain.readable and plain.objects == () and plain.background == "white"
     blob = render([Scene("black", ())])
-    blob[:, :, 8:24, 8:24] = torch.tensor([-1., 1., -1.]).view(3, 1, 1)            # green, but larger than any shape
+    blob[:, :, 4:26, 4:26] = torch.tensor([-1., 1., -1.]).view(3, 1, 1)     # green, but larger than any shape
     assert not read(blob)[0].readable
 
 
 def test_each_category_means_what_it_says():
-    red, blue = Obj("circle", "red", "small", 8, 10), Obj("square", "blue", "large", 22, 20)
+    red, blue = Obj("circle", "red", "small", 6, 10), Obj("square", "blue", "large", 24, 20)
     scene = Scene("white", (red, blue))
     true = ["a red circle and a blue square", "a blue square and a red circle", "a circle and a square",
             "a red circle left of a blue square", "a blue square right of a red circle",
@@ -49,17 +49,18 @@ def test_each_category_means_what_it_says():
     assert all(matches(scene, parse(t)) for t in true) and not any(matches(scene, parse(t)) for t in false)
     assert matches(Scene("grey", (red, red._replace(x=20))), parse("two red circles"))
     assert not matches(scene._replace(readable=False), parse(true[0]))
-    near = Scene("white", (red, blue._replace(x=10, y=24)))                        # only 2 pixels to the right
+    near = Scene("white", (red, blue._replace(x=10, y=24)))                       # only 2 pixels to the right
     assert not matches(near, parse("a red circle left of a blue square"))
 
 
 def test_open_attributes_are_those_that_the_caption_leaves_open():
-    scene = Scene("white", (Obj("circle", "red", "small", 8, 10), Obj("square", "blue", "large", 22, 20)))
+    scene = Scene("white", (Obj("circle", "red", "small", 6, 10), Obj("square", "blue", "large", 24, 20)))
     open_two = open_attributes(scene, parse("a circle and a square"))
-    assert open_two == {"background": "white", "size 0": "small", "place 0": (0, 0), "colour 0": "red", "size 1": "large",
-                        "place 1": (2, 1), "colour 1": "blue", "order": True}
-    bound = open_attributes(scene, parse("a blue square left of a red circle"))    # wrong, but no less diverse
-    assert set(bound) == {"background", "size 0", "place 0", "size 1", "place 1"} and bound["size 0"] == "large"
+    assert open_two == {"background": "white", "size 0": "small", "place 0": (0, 0), "colour 0": "red",
+                        "size 1": "large", "place 1": (2, 1), "colour 1": "blue", "order": True}
+    bound = open_attributes(scene, parse("a blue square left of a red circle"))   # wrong, but no less diverse
+    assert set(bound) == {"background", "size 0", "place 0", "size 1", "place 1"}
+    assert bound["size 0"] == "large"
     assert open_attributes(Scene("white", ()), parse("a red circle")) is None
     assert open_attributes(scene._replace(readable=False), parse("a red circle")) is None
 

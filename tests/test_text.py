@@ -26,7 +26,7 @@ def test_padding_is_on_the_left_and_zero():
     features, mask = text.encode(["a red circle", "a red circle left of a blue square"])
     assert features.shape == (2, text.LENGTH, text.DIM) and mask.sum(1).tolist() == [3, 8]
     assert mask[0].tolist() == [False] * 5 + [True] * 3 and (features[~mask] == 0).all()
-    assert torch.equal(features[0, 5:], features[1, :3])                   # position counts from the caption's start
+    assert torch.equal(features[0, 5:], features[1, :3])            # position counts from the caption's start
 
 
 def test_bags_of_features_tell_captions_apart():
@@ -37,9 +37,9 @@ def test_bags_of_features_tell_captions_apart():
 
 
 def test_frozen_for_ever():
-    """The base in assets/ was trained on these numbers: should they change, it would speak another language."""
-    features, _ = text.encode(["three cyan crosses"])
-    assert text.tokenize("three cyan crosses") == [text.tokenize(w)[0] for w in ("three", "cyan", "crosses")]
+    """The base in assets/ was trained on these numbers: if they change, it speaks another language."""
+    features, _ = text.encode(["three blue crosses"])
+    assert text.tokenize("three blue crosses") == [text.tokenize(w)[0] for w in ("three", "blue", "crosses")]
     assert features[0, -1, :3].tolist() == pytest.approx(FROZEN, abs=1e-6)
 
 
@@ -47,8 +47,9 @@ FROZEN = [-0.585189, 1.066181, -0.482472]
 
 
 @pytest.mark.parametrize("caption, message", [
-    ("a mauve circle", "no word 'mauve'"), ("", "empty"), ("   ", "empty"), ("ein roter Kreis", "no word 'ein'"),
-    ("a red circle left of a blue square and", "9 words"), ("円", "no word '円'"), ("a " * 5000, "5000 words")])
+    ("a mauve circle", "no word 'mauve'"), ("", "empty"), ("   ", "empty"),
+    ("ein roter Kreis", "no word 'ein'"), ("a red circle left of a blue square and", "9 words"),
+    ("円", "no word '円'"), ("a " * 5000, "5000 words")])
 def test_what_it_cannot_read_it_says(caption, message):
     with pytest.raises(UserError, match=message):
         text.encode([caption])

@@ -14,7 +14,7 @@ TINY = VQConfig(codebook_size=64, ch=16, ch_mult=(1, 2), num_res_blocks=1, z_cha
 
 
 def released_keys(levels, blocks, widths):
-    """The key table of the facts, spelt out apart from vqgan.py: {key: shape} of an LlamaGen VQ file (biases too)."""
+    """The key table of the facts, spelt out apart from vqgan.py: {key: shape} of an LlamaGen VQ file."""
     keys = {}
 
     def conv(name, n_in, n_out, k):
@@ -60,18 +60,20 @@ def released_keys(levels, blocks, widths):
 def test_keys_and_shapes_as_released(mult):
     with torch.device("meta"):
         state = VQGAN(VQConfig(ch_mult=mult)).state_dict()
-    assert {k: tuple(v.shape) for k, v in state.items()} == released_keys(len(mult), 2, [128 * m for m in mult])
+    assert {k: tuple(v.shape) for k, v in state.items()} == released_keys(
+        len(mult), 2, [128 * m for m in mult])
     if len(mult) == 5:
         assert sum(v.numel() for v in state.values()) == pytest.approx(72e6, rel=.01)
 
 
 def test_round_trip_of_the_shipped_tokenizer():
-    """Pictures survive 64 codes: the reader finds every attribute in at least 95 % of them (LOG.md has all figures)."""
+    """Pictures survive 64 codes: the reader finds every attribute in at least 95 % of them (see LOG.md)."""
     _, vqgan, _, _ = checkpoint.load_models(locate("assets/tiny_base.pt"), "cpu")
     scenes = [s for _, s in shapes.random_scenes(400, random.Random(11), allow_heldout=True)]
     images = shapes.render(scenes)
     tokens = vqgan.encode(images)
-    assert tokens.shape == (400, 64) and tokens.dtype == torch.long and 0 <= tokens.min() and tokens.max() < 256
+    assert tokens.shape == (400, 64) and tokens.dtype == torch.long
+    assert 0 <= tokens.min() and tokens.max() < 256
     painted = vqgan.decode(tokens)
     assert painted.shape == images.shape and (painted - images).abs().mean() < .04
     assert min(shapes.reader_accuracy(scenes, painted).values()) >= .95
@@ -84,9 +86,11 @@ def test_nearest_code_is_nearest():
     model, images = VQGAN(TINY), torch.rand(2, 3, 8, 8) * 2 - 1
     z = torch.nn.functional.normalize(model.quant_conv(model.encoder(images)), dim=1)       # [2,8,4,4]
     code = torch.nn.functional.normalize(model.quantize.embedding.weight, dim=1)
-    nearest = [[((code - z[b, :, i // 4, i % 4]) ** 2).sum(1).argmin().item() for i in range(16)] for b in range(2)]
+    nearest = [[((code - z[b, :, i // 4, i % 4]) ** 2).sum(1).argmin().item() for i in range(16)]
+               for b in range(2)]
     assert model.encode(images).tolist() == nearest
-    assert torch.equal(model.decode(torch.tensor(nearest)).detach(), model._paint(code[torch.tensor(nearest)], 4, 4).detach())
+    assert torch.equal(model.decode(torch.tensor(nearest)).detach(),
+                       model._paint(code[torch.tensor(nearest)], 4, 4).detach())
 
 
 def test_loss_terms_and_straight_through():
@@ -94,17 +98,21 @@ def test_loss_terms_and_straight_through():
     model, images = VQGAN(TINY), torch.rand(4, 3, 8, 8) * 2 - 1
     loss, terms, tokens = model.loss(images)
     c = TINY
-    weights = dict(codebook=c.codebook_weight, commit=c.commit_weight, entropy=c.entropy_weight, l1=c.l1_weight,
-                   l2=c.l2_weight)
+    weights = dict(codebook=c.codebook_weight, commit=c.commit_weight, entropy=c.entropy_weight,
+                   l1=c.l1_weight, l2=c.l2_weight)
     assert loss.item() == pytest.approx(sum(weights[k] * v.item() for k, v in terms.items()), rel=1e-6)
-    assert terms["l2"].item() == pytest.approx((model.decode(tokens) - images).square().mean().item(), rel=1e-4)
+    assert terms["l2"].item() == pytest.approx(
+        (model.decode(tokens) - images).square().mean().item(), rel=1e-4)
     # entropy loss = E[H(p)] - H(E[p]), by torch.distributions
-    z = torch.nn.functional.normalize(model.quant_conv(model.encoder(images)), dim=1).flatten(2).transpose(1, 2)
-    p = torch.distributions.Categorical(logits=-torch.cdist(z, model.quantize.codes().expand(4, -1, -1)) ** 2 / .1)
+    z = torch.nn.functional.normalize(model.quant_conv(model.encoder(images)), dim=1)
+    z = z.flatten(2).transpose(1, 2)
+    p = torch.distributions.Categorical(
+        logits=-torch.cdist(z, model.quantize.codes().expand(4, -1, -1)) ** 2 / .1)
     mean = torch.distributions.Categorical(probs=p.probs.mean((0, 1)))
     assert terms["entropy"].item() == pytest.approx((p.entropy().mean() - mean.entropy()).item(), abs=1e-2)
-    (g,) = torch.autograd.grad(terms_l2 := (model._paint(z + (model.quantize.codes()[tokens] - z).detach(), 4, 4)
-                                            - images).square().mean(), z)
+    (g,) = torch.autograd.grad(
+        terms_l2 := (model._paint(z + (model.quantize.codes()[tokens] - z).detach(), 4, 4)
+                     - images).square().mean(), z)
     assert terms_l2.item() == pytest.approx(terms["l2"].item(), rel=1e-5) and g.abs().sum() > 0
 
 
