@@ -88,6 +88,14 @@ def open_entropy(scenes, caption):
     return sum(entropy([f[k] for f in usable[:COUNTED]]) for k in usable[0]), len(found) - len(usable)
 
 
+def pairwise(features):
+    """Unit vectors [P,n,d] -> mean over the prompts of 1 - cosine between two different ones of a prompt."""
+    n = features.shape[1]
+    # the cosines of all pairs add up to the squared length of the sum; n of them are of a vector with itself
+    total = features.sum(1).square().sum(1)                                                  # [P]
+    return (1 - (total - n) / (n * (n - 1))).mean().item()
+
+
 def vendi(features):
     """Unit vectors [n,d] -> the Vendi score, in 1..n. The d x d matrix has the same eigenvalues as the
     n x n one."""
@@ -142,9 +150,7 @@ def evaluate(policy, vqgan, judge, rewards, *, base=None, base_tokens=None, prom
     out["open_entropy_prompts"] = len(known)
     out["unreadable"] = sum(n for _, n in measured) / len(scenes)
     features = judge.embed_images(images).view(len(seen), draws, -1)[:, :COUNTED]            # [P,64,width]
-    cosine = features @ features.transpose(1, 2)
-    n = features.shape[1]
-    out["pairwise"] = (1 - (cosine.sum((1, 2)) - n) / (n * (n - 1))).mean().item()
+    out["pairwise"] = pairwise(features)
     out["vendi"] = sum(vendi(f) for f in features) / len(seen)
 
     def some(t):

@@ -1,14 +1,16 @@
-"""Builds the tiny world's base from nothing: tokenizer, then policy, then judge. About 12 minutes on 2 CPU cores.
+"""Builds the tiny world's base from nothing: tokenizer, then policy, then judge.
+About 12 minutes on 2 CPU cores.
 
     python pretrain.py                                writes out/tiny_base.pt
     python pretrain.py --out=assets/tiny_base.pt      replaces the base that the repository ships
 
  1. Tokenizer (vqgan.py): reconstruct pictures through a bottleneck of 64 codes.
- 2. Policy (model.py): predict the codes of a picture from its caption, by maximum likelihood. On purpose a share of
-    the captions is wrong, as on the web, so the base draws the wrong thing about half of the time: that is what
-    reinforcement learning then has to mend.
+ 2. Policy (model.py): predict the codes of a picture from its caption, by maximum likelihood. On purpose a
+    share of the captions is wrong, as on the web, so the base draws the wrong thing about half of the time:
+    that is what reinforcement learning then has to mend.
  3. Judge (reward.py): tell captions that are true of a picture from those that are not.
-Captions and pictures with a held-out pair (shapes.HELD_OUT) are kept from policy and judge; the tokenizer sees them.
+Captions and pictures with a held-out pair (shapes.HELD_OUT) are kept from policy and judge; the tokenizer
+sees them.
 Same seed, same machine: same file, bit for bit.
 """
 import math
@@ -28,11 +30,12 @@ import text
 from model import GPT, GPTConfig
 from vqgan import VQGAN, VQConfig
 
-VQ = VQConfig(codebook_size=256, codebook_embed_dim=8, ch=24, ch_mult=(1, 2, 2), num_res_blocks=1, z_channels=48,
-              num_groups=8, l1_weight=1.0, commit_weight=1.0)
+VQ = VQConfig(codebook_size=256, codebook_embed_dim=8, ch=24, ch_mult=(1, 2, 2), num_res_blocks=1,
+              z_channels=48, num_groups=8, l1_weight=1.0, commit_weight=1.0)
 AR = GPTConfig(dim=128, n_layer=4, n_head=4, multiple_of=32, vocab_size=VQ.codebook_size, block_size=64,
                cls_token_num=text.LENGTH, caption_dim=text.DIM, initializer_range=.06,
-               token_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0)    # every picture is new: no over-fitting
+               # every picture is new: no over-fitting
+               token_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0)
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,14 @@ class Config:
 
 
 def train(name, params, steps, lr, loss_of):
-    """`steps` steps of AdamW on loss_of(step) -> (loss, {figure: value}), with a bar that shows the figures."""
+    """`steps` steps of AdamW on loss_of(step) -> (loss, {figure: value}), with a bar that shows the
+    figures."""
     optimizer = torch.optim.AdamW(params, lr, betas=(.9, .98), weight_decay=.01)
     bar = trange(steps, desc=name, ncols=110)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 50) * (.02 + .98 * (1 + math.cos(math.pi * step / steps)) / 2)
+            group["lr"] = lr * min(1, (step + 1) / 50) * (
+                .02 + .98 * (1 + math.cos(math.pi * step / steps)) / 2)
         loss, figures = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -73,7 +78,8 @@ def batched(f, items, size=250):
 
 @torch.no_grad()
 def revive(vq, images, dead):
-    """Moves codes that nothing uses to vectors that are far from every code: a code without users has no gradient."""
+    """Moves codes that nothing uses to vectors that are far from every code: a code without users has no
+    gradient."""
     _, unit, cosine = vq.quantize(vq.quant_conv(vq.encoder(images)))
     worst = cosine.amax(2).flatten().argsort()[:4 * int(dead.sum())]
     chosen = worst[torch.randperm(len(worst))[:int(dead.sum())]]
@@ -115,8 +121,8 @@ def pretrain_policy(cfg, tokens, captions, rng):
 
 def near_miss(caption, rng):
     """A caption of the same form that differs in a word or two, most often a colour or a shape."""
-    words, kinds = caption.split(), (tuple(shapes.COLOURS), shapes.SHAPES, tuple(shapes.NUMBERS), ("above", "below"),
-                                     ("left", "right"))
+    words, kinds = caption.split(), (tuple(shapes.COLOURS), shapes.SHAPES, tuple(shapes.NUMBERS),
+                                     ("above", "below"), ("left", "right"))
     for _ in range(20):
         i = rng.randrange(len(words))
         kind = next((k for k in kinds if words[i] in k), None)
@@ -156,7 +162,8 @@ def main(argv):
     print("read right after the tokenizer's round trip:",
           {k: round(v, 3) for k, v in shapes.reader_accuracy(scenes[:2000], painted[:2000]).items()})
     gpt = pretrain_policy(cfg, tokens, captions, rng)
-    # The judge will see painted pictures only, so it learns from those, with the truth about the scene behind them.
+    # The judge will see painted pictures only, so it learns from those, with the truth about the scene
+    # behind them.
     judge = pretrain_judge(cfg, painted, scenes, captions, rng)
 
     half = torch.float16

@@ -1,8 +1,8 @@
 """The tiny world: a caption grammar, a renderer, and an exact reader that takes pictures back to facts.
 
-A scene is a plain background with one to three shapes on it; a caption names some of its attributes and leaves the
-rest open. Because the reader recovers every attribute from pixels by geometry (nothing in it is learned), we can
-*measure* the two things that post-training trades against each other:
+A scene is a plain background with one to three shapes on it; a caption names some of its attributes and
+leaves the rest open. Because the reader recovers every attribute from pixels by geometry (nothing in it is
+learned), we can *measure* the two things that post-training trades against each other:
   - performance: does the picture show what the caption says?            -> `matches`
   - diversity:   how widely do the attributes vary that it does not say? -> `open_attributes`
 The five categories are a miniature GenEval (arXiv 2310.11513):
@@ -30,7 +30,7 @@ BACKGROUNDS = dict(white=(240, 240, 240), grey=(135, 135, 135), black=(25, 25, 2
 SHAPES = ("circle", "square", "triangle", "cross")
 RADII = dict(small=5, large=7)                                  # half the width of a shape
 NUMBERS = dict(two=2, three=3)
-GAP, MARGIN, LATTICE = 2, 1, 4                                  # pixels between shapes, to the border, of places
+GAP, MARGIN, LATTICE = 2, 1, 4                                  # pixels between shapes, to border, of places
 RELATION_MARGIN = 4                                             # "left of" means at least this many pixels
 # These pairs appear in no caption and no picture of pretraining or GRPO: they test generalisation.
 HELD_OUT = {("red", "cross"), ("green", "circle"), ("blue", "triangle")}
@@ -58,13 +58,14 @@ class Caption(NamedTuple):
     relation: str = ""
 
 
-# ---- the grammar -----------------------------------------------------------------------------------------------
+# ---- the grammar -------------------------------------------------------------------------------------------
 RELATIONS = {"left of": lambda a, b: b.x - a.x, "right of": lambda a, b: a.x - b.x,
              "above": lambda a, b: b.y - a.y, "below": lambda a, b: a.y - b.y}
 
 
 def _grammar():
-    """Yields every caption of the world. It is small enough to list, so parsing one is a dictionary look-up."""
+    """Yields every caption of the world.
+    It is small enough to list, so parsing one is a dictionary look-up."""
     pairs = list(itertools.product(COLOURS, SHAPES))
     for c, s in pairs:
         yield Caption(f"a {c} {s}", "single", ((s, c),))
@@ -73,7 +74,7 @@ def _grammar():
     for s, t in itertools.permutations(SHAPES, 2):
         yield Caption(f"a {s} and a {t}", "two", ((s, None), (t, None)))
     for (c, s), (d, t) in itertools.product(pairs, pairs):
-        if c != d and s != t:                                   # both differ, so swapping the colours is an error
+        if c != d and s != t:                                   # both differ: swapping colours is an error
             yield Caption(f"a {c} {s} and a {d} {t}", "binding", ((s, c), (t, d)))
             for relation in RELATIONS:
                 yield Caption(f"a {c} {s} {relation} a {d} {t}", "position", ((s, c), (t, d)), relation)
@@ -85,7 +86,8 @@ CAPTIONS = {caption.text: caption for caption in _grammar()}
 def parse(text):
     """Caption of a text. Raises UserError where the text is not of this world's grammar."""
     if text not in CAPTIONS:
-        raise UserError(f"caption {text!r} is not of the tiny world; try 'a red circle left of a blue square'")
+        raise UserError(f"caption {text!r} is not of the tiny world; "
+                        "try 'a red circle left of a blue square'")
     return CAPTIONS[text]
 
 
@@ -95,9 +97,10 @@ def captions(category, heldout=False):
     return [c.text for c in named if heldout == any((colour, shape) in HELD_OUT for shape, colour in c.slots)]
 
 
-# ---- the renderer ----------------------------------------------------------------------------------------------
+# ---- the renderer ------------------------------------------------------------------------------------------
 def sample_scene(caption, rng, allow_heldout=False):
-    """A random Scene of which the caption is true: what it leaves open is drawn uniformly. rng: random.Random."""
+    """A random Scene of which the caption is true: what it leaves open is drawn uniformly.
+    rng: random.Random."""
     while True:
         background, objects = rng.choice(list(BACKGROUNDS)), []
         for shape, colour in caption.slots:
@@ -132,7 +135,8 @@ def _draw(draw, shape, x, y, r, fill):
 
 
 def render(scenes, over=4):
-    """Scenes to images[B,3,32,32] in [-1,1]; drawn `over` times too large, then box-filtered, so edges are soft."""
+    """Scenes to images[B,3,32,32] in [-1,1]; drawn `over` times too large, then box-filtered, so edges are
+    soft."""
     images = np.empty((len(scenes), SIDE, SIDE, 3), np.float32)
     for image, scene in zip(images, scenes):
         canvas = Image.new("RGB", (SIDE * over, SIDE * over), BACKGROUNDS[scene.background])
@@ -143,14 +147,15 @@ def render(scenes, over=4):
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 
-# ---- the reader ------------------------------------------------------------------------------------------------
-WINDOW, SLACK = 16, 2                         # pixels a side of a template; pixels that it may be shifted each way
-ERROR_LIMIT = .35                             # mismatch, as a share of the template's area, past which we give up
+# ---- the reader --------------------------------------------------------------------------------------------
+WINDOW, SLACK = 16, 2                    # pixels a side of a template; pixels that it may be shifted each way
+ERROR_LIMIT = .35                        # mismatch, as a share of the template's area, past which we give up
 TEMPLATES = list(itertools.product(SHAPES, RADII))
 
 
 def _templates():
-    """Coverage of each (shape, size) in a window, in [0,1]: [8,1,WINDOW,WINDOW], drawn by the renderer's own hand."""
+    """Coverage of each (shape, size) in a window, in [0,1]: [8,1,WINDOW,WINDOW], drawn by the renderer's
+    own hand."""
     out = []
     for shape, size in TEMPLATES:
         canvas = Image.new("L", (WINDOW * 4, WINDOW * 4))
@@ -168,14 +173,17 @@ def read(images):
     """images[B,3,32,32] in [-1,1] to a list of B Scenes, by geometry alone.
 
     1. Background: the commonest one, where each pixel votes for the nearest entry of the whole palette.
-    2. Coverage: a pixel is p = background + a (colour - background); solve for a in [0,1], keep the best colour.
-    3. Objects: connected regions with a > 1/2.      4. Shape and size: the template with the least squared error.
-    A scene is not readable if a region fits no template, if there are no regions or more than 3, or if more than a
-    tenth of the pixels outside of them is far from the background.
+    2. Coverage: a pixel is p = background + a (colour - background); solve for a in [0,1], keep the best
+       colour.
+    3. Objects: connected regions with a > 1/2.
+    4. Shape and size: the template with the least squared error.
+    A scene is not readable if a region fits no template, if there are no regions or more than 3, or if more
+    than a tenth of the pixels outside of them is far from the background.
     """
     p = (images.float().cpu().clamp(-1, 1) + 1) * 127.5                                          # [B,3,H,W]
     B = len(p)
-    nearest = torch.cdist(p.flatten(2).transpose(1, 2), torch.cat([_BACKGROUNDS, _COLOURS])).argmin(2)      # [B,H*W]
+    nearest = torch.cdist(p.flatten(2).transpose(1, 2),
+                          torch.cat([_BACKGROUNDS, _COLOURS])).argmin(2)                         # [B,H*W]
     background = torch.stack([(nearest == i).sum(1) for i in range(len(BACKGROUNDS))], 1).argmax(1)     # [B]
     ground = _BACKGROUNDS[background]                                                            # [B,3]
     d = (_COLOURS - ground[:, None])                                                             # [B,4,3]
@@ -205,11 +213,12 @@ def read(images):
         ys, xs = torch.arange(SIDE).view(-1, 1), torch.arange(SIDE).view(1, -1)
         inside = region[:, 0] > 0
         box = [(torch.where(inside, v, 99).amin((1, 2)) + torch.where(inside, v, -1).amax((1, 2)) + 1) // 2
-               for v in (ys, xs)]                                                                # centre, [N] each
+               for v in (ys, xs)]                                                           # centre, [N] each
         # The soft coverage of this region and its rim only, cut out around the centre: [N,1,20,20].
         half = WINDOW // 2 + SLACK
         padded = F.pad(coverage[which] * F.max_pool2d(region, 3, 1, 1), (half,) * 4)
-        crops = torch.stack([q[:, y:y + 2 * half, x:x + 2 * half] for q, y, x in zip(padded, *map(torch.Tensor.tolist, box))])
+        crops = torch.stack([q[:, y:y + 2 * half, x:x + 2 * half]
+                             for q, y, x in zip(padded, *map(torch.Tensor.tolist, box))])
         # sum (crop - t)^2 = sum crop^2 - 2 <crop, t> + sum t^2, for every template and shift
         area = _TEMPLATES.square().sum((1, 2, 3)).view(1, -1, 1, 1)
         error = (crops.square().sum((2, 3), keepdim=True) - 2 * F.conv2d(crops, _TEMPLATES) + area) / area
@@ -219,13 +228,15 @@ def read(images):
         for b, k, c, x, y, e in zip(*(v.tolist() for v in (which, kind, colour, x, y, error))):
             scenes[b].append(Obj(TEMPLATES[k][0], list(COLOURS)[c], TEMPLATES[k][1], x, y))
             readable[b] &= e <= ERROR_LIMIT
-    return [Scene(list(BACKGROUNDS)[g], tuple(sorted(objects, key=lambda o: (o.x, o.y))), ok and 0 < len(objects) < 4)
+    return [Scene(list(BACKGROUNDS)[g], tuple(sorted(objects, key=lambda o: (o.x, o.y))),
+                  ok and 0 < len(objects) < 4)
             for g, objects, ok in zip(background.tolist(), scenes, readable)]
 
 
-# ---- performance and diversity of a scene ----------------------------------------------------------------------
+# ---- performance and diversity of a scene ------------------------------------------------------------------
 def assign(scene, caption):
-    """The scene's object for each slot of the caption (as good a match as is there), or None if there are too few."""
+    """The scene's object for each slot of the caption (as good a match as is there), or None if there are
+    too few."""
     left, chosen = list(scene.objects), []
     if len(left) < len(caption.slots):
         return None
@@ -236,7 +247,8 @@ def assign(scene, caption):
 
 
 def matches(scene, caption):
-    """True where the scene shows exactly what the caption says: these objects, no others, in this relation."""
+    """True where the scene shows exactly what the caption says: these objects, no others, in this
+    relation."""
     if not scene.readable or len(scene.objects) != len(caption.slots):
         return False
     chosen = assign(scene, caption)
@@ -246,9 +258,11 @@ def matches(scene, caption):
 
 
 def open_attributes(scene, caption):
-    """{name: value} of what the caption leaves open; None if the picture is unreadable or has too few objects.
+    """{name: value} of what the caption leaves open; None if the picture is unreadable or has too few
+    objects.
 
-    Places are cells of a 3 x 3 grid. Right or wrong pictures count alike: diversity is measured apart from performance.
+    Places are cells of a 3 x 3 grid. Right or wrong pictures count alike: diversity is measured apart from
+    performance.
     """
     chosen = assign(scene, caption) if scene.readable else None
     if chosen is None:
@@ -265,7 +279,8 @@ def open_attributes(scene, caption):
 
 
 def reader_accuracy(scenes, images):
-    """Share read right of: background, count, and (where the count is right) shape, colour, size, place; readable."""
+    """Share read right of: background, count, and (where the count is right) shape, colour, size, place;
+    readable."""
     right, total = {}, {}
     for truth, seen in zip(scenes, read(images)):
         facts = [("readable", seen.readable), ("background", seen.background == truth.background),
@@ -274,7 +289,8 @@ def reader_accuracy(scenes, images):
             # Sorting by place can swap two objects that stand nearly in line, so pair each with its nearest.
             for o in truth.objects:
                 near = min(seen.objects, key=lambda s: abs(s.x - o.x) + abs(s.y - o.y))
-                facts += [(name, getattr(near, name) == getattr(o, name)) for name in ("shape", "colour", "size")]
+                facts += [(name, getattr(near, name) == getattr(o, name))
+                          for name in ("shape", "colour", "size")]
                 facts += [("place", max(abs(near.x - o.x), abs(near.y - o.y)) <= 1)]
         for name, ok in facts:
             right[name], total[name] = right.get(name, 0) + ok, total.get(name, 0) + 1
@@ -282,8 +298,10 @@ def reader_accuracy(scenes, images):
 
 
 def random_scenes(n, rng, allow_heldout=False):
-    """n (Caption, Scene) pairs: a category at random, then a caption of it, then a scene of which it is true."""
-    pools = {k: [CAPTIONS[t] for t in captions(k) + (captions(k, True) if allow_heldout else [])] for k in CATEGORIES}
+    """n (Caption, Scene) pairs: a category at random, then a caption of it, then a scene of which it is
+    true."""
+    pools = {k: [CAPTIONS[t] for t in captions(k) + (captions(k, True) if allow_heldout else [])]
+             for k in CATEGORIES}
     drawn = [rng.choice(pools[rng.choice(CATEGORIES)]) for _ in range(n)]
     return [(c, sample_scene(c, rng, allow_heldout)) for c in drawn]
 

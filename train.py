@@ -38,7 +38,7 @@ import reward
 import shapes
 import text
 from config import Fault, UserError
-from grpo import advantages, grpo_loss
+from grpo import accumulate, advantages, grpo_loss
 
 
 @dataclass(frozen=True)
@@ -209,9 +209,8 @@ def main(argv):
         with torch.no_grad():
             images = vqgan.decode(tokens)                                                        # [B,3,H,W]
             scores, heldout = (f(images, captions) for f in rewards.values())                    # [B] each
-            spread = judge.embed_images(images).view(len(prompts), cfg.group_size, -1)       # [B/G,G,width]
-            cosine = (spread @ spread.transpose(1, 2)).sum((1, 2)) - cfg.group_size
-            diversity = 1 - (cosine / (cfg.group_size * (cfg.group_size - 1))).mean()
+            features_seen = judge.embed_images(images).view(len(prompts), cfg.group_size, -1)
+            diversity = evaluate.pairwise(features_seen)
         if not scores.isfinite().all():
             raise Fault(f"step {step}: reward {cfg.reward!r} gave a value that is not finite; "
                         f"the last checkpoint stands")
@@ -225,33 +224,31 @@ def main(argv):
         beta = ramp(cfg.beta_schedule, cfg.beta, cfg.beta_end, step / cfg.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
-        totals = {}
-        for epoch in range(cfg.inner_epochs):
+        epochs = []                                 # statistics of each pass over the batch
+        for _ in range(cfg.inner_epochs):
+            epochs.append({})
             optimizer.zero_grad(set_to_none=True)
             for rows in torch.arange(len(tokens), device=device).split(cfg.micro_batch):
                 with autocast:
-                    logits = policy(tokens[rows], features[rows], mask[rows], **sampling)        # [b,T,V]
+                    logits = policy(tokens[rows], features[rows], mask[rows], **sampling)    # [b,T,V]
                     with torch.no_grad():
                         ref_logits = reference(tokens[rows], features[rows], mask[rows], **sampling)
                 loss, stats = grpo_loss(
                     logits, ref_logits, tokens[rows], logp_old[rows], adv[rows], tokens.numel(), beta=beta,
                     divergence=cfg.divergence, estimator=cfg.estimator, clip_eps=cfg.clip_eps)
                 loss.backward()
-                for key, value in stats.items():
-                    if key == "max_ratio_error":    # of the first forward: afterwards the policy has moved
-                        totals[key] = max(totals.get(key, 0), value.item() if epoch == 0 else 0)
-                    elif epoch == 0 or key == "clip_share":
-                        totals[key] = totals.get(key, 0) + value.item() / (
-                            cfg.inner_epochs if key == "clip_share" else 1)
+                accumulate(epochs[-1], stats)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf)
             optimizer.step()
         clock.append(time.perf_counter())
 
         # 5. log: a line a step; now and then an evaluation, a picture, a checkpoint
+        # Statistics are those of the first pass, of the policy that sampled; only the last one can be clipped.
+        update = {k: float(v) for k, v in (epochs[0] | {"clip_share": epochs[-1]["clip_share"]}).items()}
         line = {"step": step, "reward": scores.mean().item(), "heldout_reward": heldout.mean().item(),
                 "reward_std": scores.view(-1, cfg.group_size).std(1).mean().item(),
                 "zero_spread": zero_spread,
-                "diversity": diversity.item(), **totals, "grad_norm": grad_norm.item(), "beta": beta,
+                "diversity": diversity, **update, "grad_norm": grad_norm.item(), "beta": beta,
                 "learning_rate": optimizer.param_groups[0]["lr"]}
         bar.set_postfix(reward=f"{line['reward']:.2f}", heldout=f"{line['heldout_reward']:.2f}",
                         diversity=f"{line['diversity']:.2f}", kl=f"{line['kl_reverse']:.3f}")

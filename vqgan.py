@@ -1,21 +1,24 @@
 """The tokenizer: LlamaGen's VQ model, which turns an image into a short sequence of integers, and back.
 
-    image [B,3,H,W] --encoder--> z [B,8,h,w] --nearest code--> tokens [B,T] --codebook, decoder--> image [B,3,H,W]
+    image [B,3,H,W] --encoder--> z [B,8,h,w] --nearest code--> tokens [B,T]
+    tokens [B,T] --codebook, decoder--> image [B,3,H,W]
 
-T = h*w, in raster order. A convolutional encoder shrinks the picture (16 times a side in VQ-16), each of the T
-vectors is replaced by the nearest of V learned code vectors, and a decoder paints the picture back. The language
-model in model.py only ever sees the indices. Sources: VQGAN, arXiv 2012.09841; LlamaGen, arXiv 2406.06525 sec. 3.1;
-unit-length codes of few dimensions, ViT-VQGAN, arXiv 2110.04627 sec. 3.2. The names of modules are the released
-ones, so that `vq_ds16_t2i.pt` loads unchanged.
+T = h*w, in raster order. A convolutional encoder shrinks the picture (16 times a side in VQ-16), each of
+the T vectors is replaced by the nearest of V learned code vectors, and a decoder paints the picture back.
+The language model in model.py only ever sees the indices. Sources: VQGAN, arXiv 2012.09841; LlamaGen,
+arXiv 2406.06525 sec. 3.1; unit-length codes of few dimensions, ViT-VQGAN, arXiv 2110.04627 sec. 3.2. The
+names of modules are the released ones, so that `vq_ds16_t2i.pt` loads unchanged.
 
 Departures from LlamaGen's training:
- 1. No perceptual (LPIPS) and no GAN loss: a picture of flat shapes needs neither. Both matter for photographs.
+ 1. No perceptual (LPIPS) and no GAN loss: a picture of flat shapes needs neither. Both matter for
+    photographs.
  2. `num_groups` is an option: 32 groups of one channel are InstanceNorm, which erases flat colours.
- 3. Initial weights: residual branches start at zero and convolutions keep the scale of their input. In the tiny
-    world the squared error after 300 steps is then a third of that with PyTorch's defaults (LOG.md).
- 4. `loss` can make collages: the tokens of two pictures, side by side, must decode to the two pictures side by side.
-    Nothing else asks a token to speak of its own place: GroupNorm and attention see the whole picture, and a tokenizer
-    so small hides facts about the last object in the first token, which a language model then cannot predict.
+ 3. Initial weights: residual branches start at zero and convolutions keep the scale of their input. In the
+    tiny world the squared error after 300 steps is then a third of that with PyTorch's defaults (LOG.md).
+ 4. `loss` can make collages: the tokens of two pictures, side by side, must decode to the two pictures side
+    by side. Nothing else asks a token to speak of its own place: GroupNorm and attention see the whole
+    picture, and a tokenizer so small hides facts about the last object in the first token, which a language
+    model then cannot predict.
 """
 from dataclasses import dataclass
 
@@ -90,13 +93,14 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """ResNet blocks at one resolution, attention after each if it is the lowest one, and a change of resolution."""
+    """ResNet blocks at one resolution, attention after each if it is the lowest one, and a change of
+    resolution."""
 
     def __init__(self, n_in, n_out, blocks, groups, attend, **resample):
         super().__init__()
         self.res = nn.ModuleList(ResnetBlock(n_in if j == 0 else n_out, n_out, groups) for j in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(n_out, groups) for _ in range(blocks if attend else 0))
-        for name, module in resample.items():                              # `downsample` or `upsample`, as released
+        for name, module in resample.items():                        # `downsample` or `upsample`, as released
             setattr(self, name, module)
         self.resample = list(resample)
 
@@ -153,7 +157,8 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """The nearest of V codes on the unit sphere. Both sides are normalised, so nearest means largest cosine."""
+    """The nearest of V codes on the unit sphere.
+    Both sides are normalised, so nearest means largest cosine."""
 
     def __init__(self, c):
         super().__init__()
@@ -163,14 +168,15 @@ class Quantizer(nn.Module):
     def codes(self):
         return F.normalize(self.embedding.weight, dim=1)                   # [V,8]
 
-    def forward(self, z):                                                  # [B,8,h,w] -> tokens [B,T], cosines
+    def forward(self, z):                                                  # [B,8,h,w] -> tokens [B,T], cosine
         z = F.normalize(z, dim=1).flatten(2).transpose(1, 2)               # [B,T,8]
         cosine = z @ self.codes().T                                        # [B,T,V]
         return cosine.argmax(2), z, cosine
 
 
 class VQGAN(nn.Module):
-    """LlamaGen's tokenizer. `encode` and `decode` are what the other files use; `loss` is what pretrain.py descends."""
+    """LlamaGen's tokenizer. `encode` and `decode` are what the other files use; `loss` is what pretrain.py
+    descends."""
 
     def __init__(self, config):
         super().__init__()
@@ -186,7 +192,8 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """images [B,3,H,W] in [-1,1], H = W a multiple of 2**(levels-1) -> tokens [B,T] in 0..V-1, raster order."""
+        """images [B,3,H,W] in [-1,1], H = W a multiple of 2**(levels-1) -> tokens [B,T] in 0..V-1, raster
+        order."""
         factor = 2 ** (len(self.config.ch_mult) - 1)
         if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
             raise ValueError(f"encode takes images [B,3,H,W] with sides a multiple of {factor}, "
@@ -206,8 +213,8 @@ class VQGAN(nn.Module):
     def loss(self, images, own=None):
         """images [B,3,H,W] -> (loss, {name: detached term}, tokens [B,T]). VQ-VAE, arXiv 1711.00937 eq. 3.
 
-        own [B,h,w], bool: where False, a picture gets the token, and has to show the pixels, of its partner in the
-        batch (the first with the last, and so on). See departure 4.
+        own [B,h,w], bool: where False, a picture gets the token, and has to show the pixels, of its partner
+        in the batch (the first with the last, and so on). See departure 4.
         """
         c, z = self.config, self.quant_conv(self.encoder(images))
         tokens, unit, cosine = self.quantize(z)
@@ -219,7 +226,8 @@ class VQGAN(nn.Module):
             # On the unit sphere the squared distance is 2 - 2 cosine.
             logp = F.log_softmax((2 * cosine / c.entropy_temperature).flatten(0, 1), 1)
             mean = logp.exp().mean(0)
-            terms["entropy"] = (c.entropy_weight, -(logp.exp() * logp).sum(1).mean() + (mean * (mean + 1e-5).log()).sum())
+            terms["entropy"] = (c.entropy_weight,
+                                -(logp.exp() * logp).sum(1).mean() + (mean * (mean + 1e-5).log()).sum())
         # Straight through: the decoder sees the code, its gradient goes to the vector that was rounded.
         code = unit + (code - unit).detach()
         if own is not None:
@@ -227,5 +235,6 @@ class VQGAN(nn.Module):
             pixels = F.interpolate(own[:, None].float(), images.shape[2:]) > .5                   # [B,1,H,W]
             images = torch.where(pixels, images, images.flip(0))
         painted = self._paint(code, *z.shape[2:])
-        terms["l1"], terms["l2"] = (c.l1_weight, F.l1_loss(painted, images)), (c.l2_weight, F.mse_loss(painted, images))
+        terms["l1"], terms["l2"] = ((c.l1_weight, F.l1_loss(painted, images)),
+                                    (c.l2_weight, F.mse_loss(painted, images)))
         return sum(w * v for w, v in terms.values()), {k: v.detach() for k, (w, v) in terms.items()}, tokens

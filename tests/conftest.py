@@ -1,4 +1,5 @@
-"""Shared by all tests: the project's files on the path, one thread, and a base small enough to be made on the spot."""
+"""Shared by all tests: the project's files on the path, one thread, and a base small enough to be made on
+the spot."""
 import os
 import sys
 
@@ -6,12 +7,13 @@ import pytest
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-torch.set_num_threads(1)                # results do not depend on the cores of the machine, and nothing waits for them
+torch.set_num_threads(1)      # results do not depend on the cores of the machine, and nothing waits for them
 
 
 @pytest.fixture(scope="session")
 def mini_base(tmp_path_factory):
-    """A base with random weights in the tiny world's interfaces: quick where a test is about plumbing, not pictures."""
+    """A base with random weights in the tiny world's interfaces: quick where a test is about plumbing, not
+    pictures."""
     import checkpoint
     import reward
     import text
