@@ -49,7 +49,7 @@ def test_each_category_means_what_it_says():
     assert all(matches(scene, parse(t)) for t in true) and not any(matches(scene, parse(t)) for t in false)
     assert matches(Scene("grey", (red, red._replace(x=20))), parse("two red circles"))
     assert not matches(scene._replace(readable=False), parse(true[0]))
-    near = Scene("white", (red, blue._replace(x=10, y=24)))                       # only 2 pixels to the right
+    near = Scene("white", (red, blue._replace(x=9, y=24)))                       # only 3 pixels to the right
     assert not matches(near, parse("a red circle left of a blue square"))
 
 
