@@ -71,7 +71,7 @@ def grpo_loss(logits, ref_logits, tokens, logp_old, adv, n_tokens, *, divergence
 
 
 def accumulate(total, stats):
-    """Adds the statistics of a micro-batch to those of the step, in place; of the max_ ones the largest counts."""
+    """Adds a micro-batch's statistics to those of the step, in place; of the max_ ones the largest counts."""
     for key, value in stats.items():
         if key in total:
             value = torch.maximum(total[key], value) if key.startswith("max_") else total[key] + value

@@ -1,5 +1,5 @@
 """Builds the tiny world's base from nothing: tokenizer, then policy, then judge.
-About 12 minutes on 2 CPU cores.
+About 11 minutes on 2 CPU cores.
 
     python pretrain.py                                writes out/tiny_base.pt
     python pretrain.py --out=assets/tiny_base.pt      replaces the base that the repository ships
@@ -31,7 +31,8 @@ from model import GPT, GPTConfig
 from vqgan import VQGAN, VQConfig
 
 VQ = VQConfig(codebook_size=256, codebook_embed_dim=8, ch=24, ch_mult=(1, 2, 2), num_res_blocks=1,
-              z_channels=48, num_groups=8, l1_weight=1.0, commit_weight=1.0)
+              z_channels=48, num_groups=8, l1_weight=1.0, commit_weight=1.0, collage_weight=.03,
+              temperature=.1)
 AR = GPTConfig(dim=128, n_layer=4, n_head=4, multiple_of=32, vocab_size=VQ.codebook_size, block_size=64,
                cls_token_num=text.LENGTH, caption_dim=text.DIM, initializer_range=.06,
                # every picture is new: no over-fitting
@@ -45,30 +46,39 @@ class Config:
     scenes: int = 24000                # pictures rendered for training
     wrong_captions: float = 0.1        # share of training captions that belong to another picture
     # ---- optimisation
-    vq_steps: int = 1600               # batches of 8 pictures, half of them collages
+    vq_steps: int = 2400               # batches of 4 pictures and 4 collages
     vq_lr: float = 1e-3                # peak; warm-up over 50 steps, then cosine to 2 %
-    gpt_steps: int = 3000              # batches of 32 pictures
-    gpt_lr: float = 3e-3               # peak, same schedule
+    gpt_steps: int = 5000              # batches of 16 pictures
+    gpt_lr: float = 2e-3               # peak of AdamW, same schedule
+    muon_lr: float = 1e-2              # peak of Muon, same schedule
     judge_steps: int = 1200            # batches of 64 pictures x 128 captions
     judge_lr: float = 2e-3             # peak, same schedule
 
 
-def train(name, params, steps, lr, loss_of):
-    """`steps` steps of AdamW on loss_of(step) -> (loss, {figure: value}), with a bar that shows the
-    figures."""
-    optimizer = torch.optim.AdamW(params, lr, betas=(.9, .98), weight_decay=.01)
+def train(name, optimizers, steps, loss_of):
+    """`steps` steps on loss_of(step) -> (loss, {figure: value}), with a bar that shows the figures.
+
+    Learning rates rise to that of each optimizer over 50 steps, then fall along a cosine to 2 % of it.
+    """
+    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     bar = trange(steps, desc=name, ncols=110)
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 50) * (
+        for group, peak in groups:
+            group["lr"] = peak * min(1, (step + 1) / 50) * (
                 .02 + .98 * (1 + math.cos(math.pi * step / steps)) / 2)
         loss, figures = loss_of(step)
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        torch.nn.utils.clip_grad_norm_([p for group, _ in groups for p in group["params"]], 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
         if step % 20 == 0 or step == steps - 1:
             bar.set_postfix({k: f"{float(v):.4f}" for k, v in figures.items()})
+
+
+def adamw(params, lr):
+    return torch.optim.AdamW(params, lr, betas=(.9, .98), weight_decay=.01)
 
 
 @torch.no_grad()
@@ -88,34 +98,38 @@ def revive(vq, images, dead):
 
 def pretrain_tokenizer(cfg, images):
     vq = VQGAN(VQ)
-
     side, used = shapes.SIDE // 2 ** (len(VQ.ch_mult) - 1), torch.zeros(VQ.codebook_size, dtype=torch.bool)
 
     def loss(step):
         if step and step % 40 == 0 and step < .7 * cfg.vq_steps:
             revive(vq, images[torch.randint(len(images), (32,))], ~used)
             used.fill_(False)
-        # Half of the batch are collages, cut at a random row or column (vqgan.py, departure 4).
-        cut, place = torch.randint(1, side, (8, 1, 1)), torch.arange(side)
-        own = torch.where(torch.rand(8, 1, 1) < .5, place.view(1, -1, 1) < cut, place.view(1, 1, -1) < cut)
-        own[:4] = True
-        total, terms, tokens = vq.loss(images[torch.randint(len(images), (8,))], own)
+        # Collages are cut at a random row or column (vqgan.py, departure 4).
+        cut, place = torch.randint(1, side, (4, 1, 1)), torch.arange(side)
+        own = torch.where(torch.rand(4, 1, 1) < .5, place.view(1, -1, 1) < cut, place.view(1, 1, -1) < cut)
+        total, terms, tokens = vq.loss(images[torch.randint(len(images), (4,))], own)
         used.index_fill_(0, tokens.flatten(), True)
-        return total, {k: terms[k] for k in ("l1", "l2", "commit")}
-    train("tokenizer", list(vq.parameters()), cfg.vq_steps, cfg.vq_lr, loss)
+        return total, {k: terms[k] for k in ("l1", "l2", "collage")}
+    train("tokenizer", [adamw(vq.parameters(), cfg.vq_lr)], cfg.vq_steps, loss)
     return vq.eval()
 
 
 def pretrain_policy(cfg, tokens, captions, rng):
     gpt = GPT(AR)
+    # Muon (Jordan 2024) turns the step of each matrix into one that moves all directions alike. It is meant
+    # for hidden layers; embeddings, norms and the logits keep AdamW. At 1,500 steps: reader .24 against .06.
+    hidden = [p for k, p in gpt.named_parameters()
+              if p.dim() == 2 and k.startswith(("layers", "cls_embedding"))]
+    rest = [p for p in gpt.parameters() if all(p is not h for h in hidden)]
 
     def loss(step):
-        i = torch.randint(len(tokens), (32,))
-        wrong = torch.rand(32) < cfg.wrong_captions
+        i = torch.randint(len(tokens), (16,))
+        wrong = torch.rand(16) < cfg.wrong_captions
         told = [rng.choice(captions) if w else captions[j] for j, w in zip(i.tolist(), wrong.tolist())]
         nll = F.cross_entropy(gpt(tokens[i], *text.encode(told)).flatten(0, 1), tokens[i].flatten())
         return nll, {"nll": nll.detach()}
-    train("policy", list(gpt.parameters()), cfg.gpt_steps, cfg.gpt_lr, loss)
+    train("policy", [torch.optim.Muon(hidden, cfg.muon_lr, weight_decay=0), adamw(rest, cfg.gpt_lr)],
+          cfg.gpt_steps, loss)
     return gpt.eval()
 
 
@@ -143,7 +157,7 @@ def pretrain_judge(cfg, images, scenes, captions, rng):
         truth = torch.tensor([[shapes.matches(scenes[j], c) for c in parsed] for j in i], dtype=torch.float)
         nll = judge.loss(images[i], told, truth)
         return nll, {"loss": nll.detach()}
-    train("judge", list(judge.parameters()), cfg.judge_steps, cfg.judge_lr, loss)
+    train("judge", [adamw(judge.parameters(), cfg.judge_lr)], cfg.judge_steps, loss)
     return judge.eval()
 
 

@@ -41,7 +41,7 @@ class Judge(nn.Module):
 
     def embed_captions(self, captions):
         """B captions -> unit vectors [B,width]. Words are summed, so order reaches us by their features."""
-        features, mask = text.encode(captions, self.scale.device)
+        features, mask = text.encode(captions, self.scale.device, times=1)
         return F.normalize(self.caption((self.word(features) * mask[..., None]).sum(1)), dim=1)
 
     def loss(self, images, captions, truth):

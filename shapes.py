@@ -30,7 +30,7 @@ BACKGROUNDS = dict(white=(240, 240, 240), grey=(135, 135, 135), black=(25, 25, 2
 SHAPES = ("circle", "square", "triangle", "cross")
 RADII = dict(small=5, large=7)                                  # half the width of a shape
 NUMBERS = dict(two=2, three=3)
-GAP, MARGIN, LATTICE = 2, 1, 4                                  # pixels between shapes, to border, of places
+GAP, MARGIN, LATTICE = 2, 1, 8                                  # pixels between shapes, to border, of places
 RELATION_MARGIN = 4                                             # "left of" means at least this many pixels
 # These pairs appear in no caption and no picture of pretraining or GRPO: they test generalisation.
 HELD_OUT = {("red", "cross"), ("green", "circle"), ("blue", "triangle")}

@@ -243,7 +243,7 @@ def main(argv):
         clock.append(time.perf_counter())
 
         # 5. log: a line a step; now and then an evaluation, a picture, a checkpoint
-        # Statistics are those of the first pass, of the policy that sampled; only the last one can be clipped.
+        # Statistics are those of the first pass, of the policy that sampled; only the last can be clipped.
         update = {k: float(v) for k, v in (epochs[0] | {"clip_share": epochs[-1]["clip_share"]}).items()}
         line = {"step": step, "reward": scores.mean().item(), "heldout_reward": heldout.mean().item(),
                 "reward_std": scores.view(-1, cfg.group_size).std(1).mean().item(),

@@ -18,21 +18,28 @@ def test_bpe_learns_the_commonest_pair_first():
 def test_every_word_of_the_world_is_one_token_and_decodes_back():
     for caption in shapes.CAPTIONS:
         ids = text.tokenize(caption)
-        assert len(ids) == len(caption.split()) <= text.LENGTH
+        assert len(ids) == len(caption.split()) <= text.WORDS
         assert text.encoding().decode(ids) == " " + caption
 
 
 def test_padding_is_on_the_left_and_zero():
     features, mask = text.encode(["a red circle", "a red circle left of a blue square"])
-    assert features.shape == (2, text.LENGTH, text.DIM) and mask.sum(1).tolist() == [3, 8]
-    assert mask[0].tolist() == [False] * 5 + [True] * 3 and (features[~mask] == 0).all()
-    assert torch.equal(features[0, 5:], features[1, :3])            # position counts from the caption's start
+    assert features.shape == (2, text.LENGTH, text.DIM) and mask.sum(1).tolist() == [12, 32]
+    assert mask[0].tolist() == [False] * 20 + [True] * 12 and (features[~mask] == 0).all()
+    assert torch.equal(features[0, 20:23], features[1, :3])         # position counts from the caption's start
+
+
+def test_said_four_times_over():
+    often, once = text.encode(["a red circle"]), text.encode(["a red circle"], times=1)
+    assert once[0].shape == (1, text.WORDS, text.DIM)
+    for a, b in zip(often, once):
+        assert torch.equal(a[0, 20:], b[0, 5:].repeat(4, *[1] * (a.dim() - 2)))
 
 
 def test_bags_of_features_tell_captions_apart():
     """The model reads the mean of the prefix, so no two captions may be the same set of features."""
     features, mask = text.encode(list(shapes.CAPTIONS))
-    bags = {tuple(sorted(map(tuple, f[m].tolist()))) for f, m in zip(features[:, :, :60], mask)}
+    bags = {tuple(sorted(map(tuple, f[m].tolist()))) for f, m in zip(features[:, :, :160], mask)}
     assert len(bags) == len(shapes.CAPTIONS)
 
 

@@ -10,7 +10,7 @@ from config import locate
 from vqgan import VQGAN, VQConfig
 
 TINY = VQConfig(codebook_size=64, ch=16, ch_mult=(1, 2), num_res_blocks=1, z_channels=16, num_groups=8,
-                entropy_weight=.1, entropy_temperature=.1)
+                entropy_weight=.1, collage_weight=.1, temperature=.1)
 
 
 def released_keys(levels, blocks, widths):
@@ -98,7 +98,7 @@ def test_loss_terms_and_straight_through():
     model, images = VQGAN(TINY), torch.rand(4, 3, 8, 8) * 2 - 1
     loss, terms, tokens = model.loss(images)
     c = TINY
-    weights = dict(codebook=c.codebook_weight, commit=c.commit_weight, entropy=c.entropy_weight,
+    weights = dict(codebook=c.codebook_weight, commit=c.commit_weight, entropy=c.entropy_weight, collage=c.collage_weight,
                    l1=c.l1_weight, l2=c.l2_weight)
     assert loss.item() == pytest.approx(sum(weights[k] * v.item() for k, v in terms.items()), rel=1e-6)
     assert terms["l2"].item() == pytest.approx(
@@ -114,6 +114,29 @@ def test_loss_terms_and_straight_through():
         terms_l2 := (model._paint(z + (model.quantize.codes()[tokens] - z).detach(), 4, 4)
                      - images).square().mean(), z)
     assert terms_l2.item() == pytest.approx(terms["l2"].item(), rel=1e-5) and g.abs().sum() > 0
+
+
+def test_collages():
+    """Picture by picture and token by token: what is shown, which token is asked for, and what it costs."""
+    torch.manual_seed(0)
+    model, images, own = VQGAN(TINY), torch.rand(3, 3, 8, 8) * 2 - 1, torch.rand(3, 4, 4) < .5
+    collages = images.clone()
+    for b in range(3):
+        for y in range(8):
+            for x in range(8):
+                collages[b, :, y, x] = images[b if own[b, y // 2, x // 2] else 2 - b, :, y, x]
+    loss, terms, tokens = model.loss(images, own)
+    both = torch.cat([images, collages])
+    assert torch.equal(tokens, model.encode(both))
+    assert terms["l2"].item() == pytest.approx((model.decode(tokens) - both).square().mean().item(), rel=1e-4)
+    z = torch.nn.functional.normalize(model.quant_conv(model.encoder(collages)), dim=1)
+    cost = 0
+    for b in range(3):
+        for t in range(16):
+            asked = tokens[b if own[b, t // 4, t % 4] else 2 - b, t]
+            distance = (model.quantize.codes() - z[b, :, t // 4, t % 4]).square().sum(1)
+            cost -= torch.log_softmax(-distance / TINY.temperature, 0)[asked].item() / 48
+    assert terms["collage"].item() == pytest.approx(cost, rel=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8), (1, 3, 9, 8)])
