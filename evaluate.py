@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 import checkpoint
 import config
@@ -65,7 +65,7 @@ def draw(policy, vqgan, prompts, draws, *, cfg_scale=1.0, temperature=1.0, seed=
     device = next(policy.parameters()).device
     captions = [p for p in prompts for _ in range(draws)]
     generator, tokens, images = torch.Generator(device).manual_seed(seed), [], []
-    for i in range(0, len(captions), CHUNK):
+    for i in trange(0, len(captions), CHUNK, desc="drawing", ncols=110, leave=False):
         cond = text.encode(captions[i:i + CHUNK], device)
         tokens.append(policy.generate(*cond, cfg_scale=cfg_scale, temperature=temperature,
                                       generator=generator, **cut))

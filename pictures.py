@@ -7,11 +7,11 @@ SCALE, PAD, LINE = 3, 4, 15                # pixels: of one image pixel, between
 
 
 def grid(rows, path, headings=()):
-    """Saves rows of (caption, images[N,3,H,W] in [-1,1], scores[N] or None) as one PNG.
+    """Saves rows of (caption, groups, scores) as one PNG.
 
-    A None among the images' dimension leaves a gap: pass `images` as a list of tensors to draw groups side
-    by side, each under its heading. A frame is green where the score is above 1/2, else red; without scores
-    there is none.
+    groups: a list of images [N,3,H,W] in [-1,1], drawn side by side, each under its heading; scores: a list
+    of [N] to match, or None. A frame is green where the score is above 1/2, else red; without scores there
+    is none.
     """
     font = ImageFont.load_default()
     side = rows[0][1][0].shape[-1] * (SCALE if rows[0][1][0].shape[-1] <= 64 else 1) + PAD

@@ -44,7 +44,7 @@ class Config:
     out: str = "out/tiny_base.pt"      # where the base is written
     seed: int = 0                      # of everything: scenes, weights, order
     scenes: int = 24000                # pictures rendered for training
-    wrong_captions: float = 0.1        # share of training captions that belong to another picture
+    wrong_captions: float = 0.25       # share of training captions that belong to another picture
     # ---- optimisation
     vq_steps: int = 2400               # batches of 4 pictures and 4 collages
     vq_lr: float = 1e-3                # peak; warm-up over 50 steps, then cosine to 2 %

@@ -77,7 +77,7 @@ class Config:
     inner_epochs: int = 1              # gradient steps on each batch of samples
     micro_batch: int = 64              # sequences a forward pass; changes memory, not the result
     # ---- optimiser
-    learning_rate: float = 3e-4        # peak of AdamW; the 775M model takes 1e-5
+    learning_rate: float = 1e-3        # peak of AdamW; the 775M model takes 1e-5
     warmup: float = 0.1                # share of max_steps with a rising rate
     min_lr_ratio: float = 0.1          # the cosine ends at this share of the peak
     weight_decay: float = 0.0          # of AdamW

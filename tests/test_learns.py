@@ -18,11 +18,11 @@ def evaluations(folder):
 
 
 def test_a_few_steps_raise_the_reward_that_is_trained(tmp_path):
-    """At four times the usual rate 12 steps raise the judge score by more than
-    chance does."""
-    train.main([f"--out_dir={tmp_path / 'run'}", "--max_steps=12", "--warmup=0", "--learning_rate=1e-3",
+    """Without warm-up 12 steps raise the judge score by more than chance does."""
+    train.main([f"--out_dir={tmp_path / 'run'}", "--max_steps=12", "--warmup=0",
                 "--eval_prompts=1", "--divergence=none", "--device=cpu", "--eval_interval=12"])
     before, after = evaluations(tmp_path / "run")
+    assert .35 <= before["heldout_reward"] <= .65                   # the base is imperfect on purpose
     assert after["reward"] > before["reward"] + .03
 
 

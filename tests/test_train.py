@@ -76,7 +76,8 @@ def test_micro_batches_do_not_change_the_step(divergence, estimator, mini_base, 
     one, four = (lines(tmp_path / f"m{m}")[0] for m in (16, 4))
     for key in ("grad_norm", "kl_reverse", "entropy", "clip_share"):
         assert one[key] == pytest.approx(four[key], rel=1e-5, abs=1e-7)
-    # Adam's first moment is .1 of the gradient: compare that, as its step is the same for a gradient near zero or not.
+    # Adam's first moment is .1 of the gradient: compare that, as its step is the same for a gradient near
+    # zero or not.
     for i, state in runs[0]["optimizer"]["state"].items():
         other = runs[1]["optimizer"]["state"][i]["exp_avg"]
         assert (state["exp_avg"] - other).norm() <= 1e-5 * state["exp_avg"].norm() + 1e-9, i
