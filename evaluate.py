@@ -9,7 +9,9 @@ Every prompt is drawn `draws` times. Reported, as means over prompts:
   open_entropy        nat; sum over the attributes that the caption leaves open (shapes.open_attributes) of
                       the entropy of their values. Always of 64 pictures: the plug-in estimate is biased, by
                       about (values-1)/(2*64) each, so it compares only at equal numbers. Unreadable
-                      pictures do not enter; they are counted.
+                      pictures do not enter; they are counted. A prompt with fewer than 64 that are readable
+                      and show enough objects has none
+  entropy_kept        open_entropy as a share of the base's, on the prompts where both have one
   pairwise            mean of 1 - cosine between pictures of one prompt, in judge features
   vendi               exp of the entropy of the eigenvalues of their cosine matrix / n: an effective number
                       of distinct pictures, between 1 and n. Vendi score, arXiv 2210.02410 eq. 2
@@ -118,13 +120,13 @@ def divergence_to(policy, other, prompts, tokens, **sampling):
 
 
 @torch.no_grad()
-def evaluate(policy, vqgan, judge, rewards, *, base=None, base_tokens=None, prompts=3, draws=96,
-             cfg_scale=1.0, temperature=1.0):
+def evaluate(policy, vqgan, judge, rewards, *, base=None, prompts=3, draws=96, cfg_scale=1.0,
+             temperature=1.0):
     """-> (results: {figure: number, "reward/single": ...}, tokens [P*draws,T], images).
     See the module's docstring.
 
-    rewards: {"reward": f, "heldout_reward": f}; base and base_tokens (what this returned for it) are needed
-    for KLs.
+    rewards: {"reward": f, "heldout_reward": f}; base: (its policy, and the results and tokens that this
+    returned for it), to compare with.
     """
     sampling = dict(cfg_scale=cfg_scale, temperature=temperature)
     seen, unseen = fixed_prompts(prompts), fixed_prompts(prompts, heldout=True)
@@ -145,9 +147,12 @@ def evaluate(policy, vqgan, judge, rewards, *, base=None, base_tokens=None, prom
 
     scenes = shapes.read(images)
     measured = [open_entropy(scenes[i * draws:(i + 1) * draws], shapes.parse(p)) for i, p in enumerate(seen)]
-    known = [h for h, _ in measured if h is not None]
+    per_prompt = out["open_entropy_of"] = [h for h, _ in measured]
+    known = [h for h in per_prompt if h is not None]
     out["open_entropy"] = sum(known) / len(known) if known else float("nan")
-    out["open_entropy_prompts"] = len(known)
+    both = [(h, b) for h, b in zip(per_prompt, base[1]["open_entropy_of"] if base else per_prompt)
+            if h is not None and b is not None]
+    out["entropy_kept"] = sum(h for h, _ in both) / sum(b for _, b in both) if both else float("nan")
     out["unreadable"] = sum(n for _, n in measured) / len(scenes)
     features = judge.embed_images(images).view(len(seen), draws, -1)[:, :COUNTED]            # [P,64,width]
     out["pairwise"] = pairwise(features)
@@ -156,13 +161,13 @@ def evaluate(policy, vqgan, judge, rewards, *, base=None, base_tokens=None, prom
     def some(t):
         return t.view(len(seen), draws, -1)[:, :KL_DRAWS].flatten(0, 1)
     out["kl_reverse"], out["token_entropy"] = divergence_to(
-        policy, base or policy, seen, some(tokens), **sampling)
-    out["kl_forward"] = divergence_to(base, policy, seen, some(base_tokens), **sampling)[0] if base else 0.0
+        policy, base[0] if base else policy, seen, some(tokens), **sampling)
+    out["kl_forward"] = divergence_to(base[0], policy, seen, some(base[2]), **sampling)[0] if base else 0.0
     return out, tokens, images
 
 
-COLUMNS = ["reward", "heldout_reward", "unseen", "open_entropy", "pairwise", "vendi", "token_entropy",
-           "kl_reverse", "kl_forward", "unreadable"]
+COLUMNS = ["reward", "heldout_reward", "unseen", "open_entropy", "entropy_kept", "pairwise", "vendi",
+           "token_entropy", "kl_reverse", "kl_forward", "unreadable"]
 
 
 def table(rows):
@@ -219,9 +224,7 @@ def main(argv):
             name = "base" + (f" ({options['reward']}, {options['init_from']})" if len(bases) > 1 else "")
             rows += [(name, bases[key][1]), (f"best of {BEST_OF} of the {name}", best_of_n(bases[key][1]))]
             columns.append((name, bases[key][3]))
-        base, _, base_tokens, _ = bases[key]
-        results, _, images = evaluate(policy, vqgan, judge, rewards, base=base, base_tokens=base_tokens,
-                                      **settings)
+        results, _, images = evaluate(policy, vqgan, judge, rewards, base=bases[key][:3], **settings)
         alike = str({k: v for k, v in options.items()
                      if k not in ("seed", "out_dir", "resume", "stop_after", "device")})
         if alike not in groups:

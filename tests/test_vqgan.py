@@ -98,7 +98,8 @@ def test_loss_terms_and_straight_through():
     model, images = VQGAN(TINY), torch.rand(4, 3, 8, 8) * 2 - 1
     loss, terms, tokens = model.loss(images)
     c = TINY
-    weights = dict(codebook=c.codebook_weight, commit=c.commit_weight, entropy=c.entropy_weight, l1=c.l1_weight, l2=c.l2_weight)
+    weights = dict(codebook=c.codebook_weight, commit=c.commit_weight, entropy=c.entropy_weight,
+                   l1=c.l1_weight, l2=c.l2_weight)
     assert loss.item() == pytest.approx(sum(weights[k] * v.item() for k, v in terms.items()), rel=1e-6)
     assert terms["l2"].item() == pytest.approx(
         (model.decode(tokens) - images).square().mean().item(), rel=1e-4)
