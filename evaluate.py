@@ -41,6 +41,7 @@ from config import UserError
 
 COUNTED = 64                    # readable pictures a prompt that enter open_entropy
 KL_DRAWS = 16                   # draws a prompt that enter the KLs and the token entropy
+UNSEEN_DRAWS = 8                # draws a prompt for captions that were kept from training
 BEST_OF = 8
 CHUNK = 256                     # sequences sampled at once
 
@@ -67,7 +68,8 @@ def draw(policy, vqgan, prompts, draws, *, cfg_scale=1.0, temperature=1.0, seed=
     device = next(policy.parameters()).device
     captions = [p for p in prompts for _ in range(draws)]
     generator, tokens, images = torch.Generator(device).manual_seed(seed), [], []
-    for i in trange(0, len(captions), CHUNK, desc="drawing", ncols=110, leave=False):
+    for i in trange(0, len(captions), CHUNK, desc="drawing", ncols=110, leave=False,
+                    disable=len(captions) <= CHUNK):
         cond = text.encode(captions[i:i + CHUNK], device)
         tokens.append(policy.generate(*cond, cfg_scale=cfg_scale, temperature=temperature,
                                       generator=generator, **cut))
@@ -141,9 +143,9 @@ def evaluate(policy, vqgan, judge, rewards, *, base=None, prompts=3, draws=96, c
     out["best_of_n_reward"] = best.values.mean().item()
     out["best_of_n_heldout_reward"] = scores["heldout_reward"].view(len(seen), -1, BEST_OF).gather(
         2, best.indices[..., None]).mean().item()
-    few = max(8, draws // 4)
-    _, others = draw(policy, vqgan, unseen, few, seed=1, **sampling)
-    out["unseen"] = rewards["heldout_reward"](others, [p for p in unseen for _ in range(few)]).mean().item()
+    _, others = draw(policy, vqgan, unseen, UNSEEN_DRAWS, seed=1, **sampling)
+    out["unseen"] = rewards["heldout_reward"](
+        others, [p for p in unseen for _ in range(UNSEEN_DRAWS)]).mean().item()
 
     scenes = shapes.read(images)
     measured = [open_entropy(scenes[i * draws:(i + 1) * draws], shapes.parse(p)) for i, p in enumerate(seen)]

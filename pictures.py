@@ -52,8 +52,10 @@ def curves(lines, path, evaluations=()):
         axis.set_title(title, fontsize=9)
         for key in keys:
             y = np.array([line[key] for line in lines], float)
-            (faint,) = axis.plot([line["step"] for line in lines], y, lw=.7, alpha=.35 if len(y) > 20 else 1)
-            if len(y) > 20:                      # mean over about a tenth of the run
+            long = len(y) > 20
+            (faint,) = axis.plot([line["step"] for line in lines], y, lw=.7, alpha=.35 if long else 1,
+                                 label=None if long else key)
+            if long:                             # mean over about a tenth of the run
                 k = max(2, len(y) // 10)
                 smooth = np.convolve(y, np.ones(k) / k, "valid")
                 axis.plot(np.arange(len(smooth)) + (k - 1) / 2, smooth, color=faint.get_color(), label=key)

@@ -1,13 +1,13 @@
 """Builds the tiny world's base from nothing: tokenizer, then policy, then judge.
-About 11 minutes on 2 CPU cores.
+About 12 minutes on 2 CPU cores.
 
     python pretrain.py                                writes out/tiny_base.pt
     python pretrain.py --out=assets/tiny_base.pt      replaces the base that the repository ships
 
  1. Tokenizer (vqgan.py): reconstruct pictures through a bottleneck of 64 codes.
  2. Policy (model.py): predict the codes of a picture from its caption, by maximum likelihood. On purpose a
-    share of the captions is wrong, as on the web, so the base draws the wrong thing about half of the time:
-    that is what reinforcement learning then has to mend.
+    quarter of the captions belongs to another picture, as on the web, so the base draws the wrong thing more
+    often than not: that is what reinforcement learning then has to mend.
  3. Judge (reward.py): tell captions that are true of a picture from those that are not.
 Captions and pictures with a held-out pair (shapes.HELD_OUT) are kept from policy and judge; the tokenizer
 sees them.

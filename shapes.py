@@ -191,7 +191,7 @@ def read(images):
     offset = p - ground[:, :, None, None]
     a = (torch.einsum("bchw,bkc->bkhw", offset, d) / (d * d).sum(2)[..., None, None]).clamp(0, 1)
     residual = (offset[:, None] - a[:, :, None] * d[..., None, None]).square().sum(2)            # [B,4,H,W]
-    coverage = a.gather(1, residual.argmin(1, keepdim=True))                                     # [B,1,H,W]
+    coverage = a.gather(1, residual.min(1, keepdim=True).indices)                                # [B,1,H,W]
     mask = (coverage > .5).float()
     # Every pixel takes the largest label around it until nothing changes: one label a connected region.
     labels = mask * torch.arange(1., SIDE * SIDE + 1).view(1, 1, SIDE, SIDE)
