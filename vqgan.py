@@ -19,7 +19,7 @@ Departures from LlamaGen's training:
     token that it had in its own picture. Nothing else asks a token to speak of its own place only: GroupNorm
     and attention see the whole picture, so a plain patch of background takes one of several codes by what
     is elsewhere. Such flicker costs the reconstruction nothing, but a language model has to predict it:
-    1.3 nat a token in the tiny world without collages, .08 with them (LOG.md).
+    1.4 nat a token in the tiny world without collages, .08 with them (LOG.md).
 """
 from dataclasses import dataclass
 
