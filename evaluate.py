@@ -8,9 +8,9 @@ Every prompt is drawn `draws` times. Reported, as means over prompts:
   unseen              held-out reward on captions with a pair of colour and shape that no training ever showed
   open_entropy        nat; sum over the attributes that the caption leaves open (shapes.open_attributes) of
                       the entropy of their values. Always of 64 pictures: the plug-in estimate is biased, by
-                      about (values-1)/(2*64) each, so it compares only at equal numbers. Unreadable
-                      pictures do not enter; they are counted. A prompt with fewer than 64 that are readable
-                      and show enough objects has none
+                      about (values-1)/(2*64) each, so it compares only at equal numbers. Pictures that are
+                      unreadable or show too few objects do not enter; `unreadable` is their share. A prompt
+                      with fewer than 64 others has no entropy
   entropy_kept        open_entropy as a share of the base's, on the prompts where both have one
   pairwise            mean of 1 - cosine between pictures of one prompt, in judge features
   vendi               exp of the entropy of the eigenvalues of their cosine matrix / n: an effective number
