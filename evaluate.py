@@ -5,7 +5,7 @@
 
 Every prompt is drawn `draws` times. Reported, as means over prompts:
   reward, heldout     the run's own reward and one that it was not trained on, also per category
-  unseen              held-out reward on captions with a colour and shape that policy and judge never saw together
+  unseen              held-out reward on captions with a pair (shapes.HELD_OUT) kept from policy and judge
   open_entropy        nat; sum over the attributes that the caption leaves open (shapes.open_attributes) of
                       the entropy of their values. Always of 64 pictures: the plug-in estimate is biased, by
                       about (values-1)/(2*64) each, so it compares only at equal numbers. Pictures that are
