@@ -5,7 +5,7 @@
 
 Every prompt is drawn `draws` times. Reported, as means over prompts:
   reward, heldout     the run's own reward and one that it was not trained on, also per category
-  unseen              held-out reward on captions with a pair (shapes.HELD_OUT) kept from policy and judge
+  unseen              held-out reward on captions with a pair (shapes.HELD_OUT) that the policy has never seen
   open_entropy        nat; sum over the attributes that the caption leaves open (shapes.open_attributes) of
                       the entropy of their values. Always of 64 pictures: the plug-in estimate is biased, by
                       about (values-1)/(2*64) each, so it compares only at equal numbers. Pictures that are
@@ -41,7 +41,7 @@ from config import UserError
 
 COUNTED = 64                    # readable pictures a prompt that enter open_entropy
 KL_DRAWS = 16                   # draws a prompt that enter the KLs and the token entropy
-UNSEEN_DRAWS = 8                # draws a prompt for captions that were kept from training
+UNSEEN_DRAWS = 8                # draws a prompt for captions with held-out pairs
 BEST_OF = 8
 CHUNK = 256                     # sequences sampled at once
 

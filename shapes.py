@@ -32,7 +32,7 @@ RADII = dict(small=5, large=7)                                  # half the width
 NUMBERS = dict(two=2, three=3)
 GAP, MARGIN, LATTICE = 2, 1, 8                                  # pixels between shapes, to border, of places
 RELATION_MARGIN = 4                                             # "left of" means at least this many pixels
-# These pairs appear in no caption and no picture of pretraining or GRPO: they test generalisation.
+# The policy meets these pairs in no caption and no picture, in pretraining or GRPO: they test generalisation.
 HELD_OUT = {("red", "cross"), ("green", "circle"), ("blue", "triangle")}
 CATEGORIES = ("single", "two", "counting", "position", "binding")
 

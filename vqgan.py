@@ -227,8 +227,9 @@ class VQGAN(nn.Module):
         code = F.embedding(tokens, self.quantize.codes())                  # [B,T,8]
         terms = {"codebook": (c.codebook_weight, F.mse_loss(code, unit.detach())),    # moves codes to vectors
                  "commit": (c.commit_weight, F.mse_loss(unit, code.detach()))}        # moves vectors to codes
-        # p = softmax(-distance / temperature); on the unit sphere the squared distance is 2 - 2 cosine.
-        logp = F.log_softmax(2 * cosine / c.temperature, 2)                # [B,T,V]
+        if c.entropy_weight or own is not None:
+            # p = softmax(-distance / temperature); on the unit sphere the squared distance is 2 - 2 cosine.
+            logp = F.log_softmax(2 * cosine / c.temperature, 2)            # [B,T,V]
         if c.entropy_weight:
             # E[H(p)] - H(E[p]): each choice sure, all choices used
             mean = logp.exp().mean((0, 1))

@@ -40,8 +40,9 @@ def test_revived_codes_are_vectors_that_were_far_from_all():
 
 
 def test_near_misses_are_captions_of_the_same_form():
-    rng = pretrain.random.Random(0)
+    rng, changed = pretrain.random.Random(0), []
     for caption in list(shapes.CAPTIONS)[::7]:
         other = pretrain.near_miss(caption, rng)
         assert other in shapes.CAPTIONS and len(other.split()) == len(caption.split())
-        assert sum(a != b for a, b in zip(caption.split(), other.split())) <= 1
+        changed.append(sum(a != b for a, b in zip(caption.split(), other.split())))
+    assert max(changed) == 1 and changed.count(1) > .95 * len(changed)
