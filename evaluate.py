@@ -66,13 +66,14 @@ def fixed_prompts(per_category, heldout=False):
 def draw(policy, vqgan, prompts, draws, *, cfg_scale=1.0, temperature=1.0, seed=0, **cut):
     """`draws` samples of each prompt -> tokens [P*draws,T], images [P*draws,3,H,W]; one prompt's in a row."""
     device = next(policy.parameters()).device
-    captions = [p for p in prompts for _ in range(draws)]
+    features, mask = text.encode(prompts, device)
+    prompt = torch.arange(len(prompts), device=device).repeat_interleave(draws)
     generator, tokens, images = torch.Generator(device).manual_seed(seed), [], []
-    for i in trange(0, len(captions), CHUNK, desc="drawing", ncols=110, leave=False,
-                    disable=len(captions) <= CHUNK):
-        cond = text.encode(captions[i:i + CHUNK], device)
-        tokens.append(policy.generate(*cond, cfg_scale=cfg_scale, temperature=temperature,
-                                      generator=generator, **cut))
+    for i in trange(0, len(prompt), CHUNK, desc="drawing", ncols=110, leave=False,
+                    disable=len(prompt) <= CHUNK):
+        used, own = prompt[i:i + CHUNK].unique(return_inverse=True)
+        tokens.append(policy.generate(features[used], mask[used], own, cfg_scale=cfg_scale,
+                                      temperature=temperature, generator=generator, **cut))
         images.append(vqgan.decode(tokens[-1]))
     return torch.cat(tokens), torch.cat(images)
 
@@ -111,14 +112,13 @@ def vendi(features):
 def divergence_to(policy, other, prompts, tokens, **sampling):
     """Exact sum over tokens of KL(policy || other) along `tokens` [P*n,T], nat per image; policy's nat per
     token."""
-    captions = [p for p in prompts for _ in range(len(tokens) // len(prompts))]
     kl = token_entropy = 0.0
-    for i in range(0, len(captions), 64):
-        cond = text.encode(captions[i:i + 64], tokens.device)
-        logp, logq = (m(tokens[i:i + 64], *cond, **sampling).log_softmax(-1) for m in (policy, other))
+    for caption, own in zip(prompts, tokens.chunk(len(prompts))):
+        cond = *text.encode([caption], tokens.device), torch.zeros_like(own[:, 0])
+        logp, logq = (m(own, *cond, **sampling).log_softmax(-1) for m in (policy, other))
         kl += (logp.exp() * (logp - logq)).sum().item()
         token_entropy -= (logp.exp() * logp).sum().item()
-    return kl / len(captions), token_entropy / tokens.numel()
+    return kl / len(tokens), token_entropy / tokens.numel()
 
 
 @torch.no_grad()

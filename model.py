@@ -1,20 +1,27 @@
 """The policy: LlamaGen's autoregressive transformer, which writes an image as a sequence of VQ codes.
 
-    caption features [B,L,C] -> cap_proj -> prefix [B,L,D]  |  image tokens 0 .. T-2 -> embeddings
+    caption features [P,L,C] -> cap_proj -> prefix [P,L,D]  |  image tokens 0 .. T-2 -> embeddings [B,T-1,D]
     [prefix, tokens] -> n_layer x (RMSNorm, causal attention with 2-D RoPE, RMSNorm, SwiGLU) -> logits [B,T,V]
 
 Row t of the logits predicts image token t, so the last prefix position predicts token 0. It is a Llama in
 all but three things: the prefix, the rotation in two dimensions, and classifier-free guidance (CFG).
 Source: LlamaGen, arXiv 2406.06525; names of modules are the released ones, so that its files load unchanged.
-Shapes: B sequences, T image tokens, V codes, D width, L prefix length, C width of a caption feature.
+Shapes: P prompts, B sequences, R rows (B, or 2B under CFG: conditional, then unconditional), T image tokens,
+V codes, D width, L prefix length, C width of a caption feature, S positions, hd width of a head.
 
 What surprises everyone, and is kept exactly as released:
- 1. The prefix is rotated with a table of *zeros* (cos = sin = 0), not left unrotated: its queries and keys
-    are zero vectors. So each image token gives every visible prefix token the same score, 0, and reads the
-    caption as an even mean of values: a bag. Word order reaches the image only through what the features
-    themselves carry.
+ 1. The prefix is rotated with a table of *zeros* (cos = sin = 0), not left unrotated, so its queries and keys
+    are zero vectors and every score that involves one is 0. Two things follow, exactly:
+      - A prefix row attends evenly: its attention is the mean of the values of the visible rows up to it.
+      - An image token gives each of the n visible prefix rows the weight exp(0) = 1, so together
+            sum_j 1 v_j = n mean_j v_j = exp(log n) * mean_j v_j,
+        as one token would have with key 0, a score raised by log n, and the mean for its value.
+    So the model reads its caption as a bag, evenly; word order reaches the image only through what the
+    features themselves carry. And the caption is *one* vector a layer. It does not depend on the image, so
+    `read` computes it once a prompt, and all G images of the prompt attend to 1 + t positions in `forward`
+    and `generate`, not L + t. The rows of the prefix that would be run again for each image are saved.
  2. Captions are padded on the left. Padded keys are masked, but each row still sees itself (no row may be
-    empty).
+    empty): a caption of padding alone predicts token 0 from its last padded row.
  3. The unconditional branch of CFG is `uncond_embedding`, in the space of the features, under the *same*
     mask.
  4. Dropout and the dropping of conditions are live in train mode. They belong to pretraining: in GRPO the
@@ -26,6 +33,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 PRESETS = {  # name: (n_layer, n_head, dim)
     "GPT-B": (12, 12, 768), "GPT-L": (24, 16, 1024), "GPT-XL": (36, 20, 1280), "GPT-XXL": (48, 24, 1536),
@@ -68,22 +76,20 @@ class RMSNorm(nn.Module):
         return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 
-def rope_table(side, head_dim, base, prefix):
-    """[prefix + side*side, head_dim/2, 2] of (cos, sin): half the pairs turn with the row, half with the
-    column."""
+def rope_table(side, head_dim, base):
+    """[side*side, head_dim/2] of exp(i angle): half of the pairs turn with the row, half with the column."""
     # angle = position * base^(-2j / (head_dim/2)),  j = 0 .. head_dim/4 - 1, the same for rows and columns
     freq = base ** (-torch.arange(0, head_dim // 2, 2).double() / (head_dim // 2))            # [hd/4]
     angle = torch.outer(torch.arange(side).double(), freq)                                    # [side,hd/4]
     angle = torch.cat([angle[:, None].expand(-1, side, -1), angle.expand(side, -1, -1)], 2).flatten(0, 1)
-    table = torch.stack([angle.cos(), angle.sin()], -1)
-    return torch.cat([torch.zeros(prefix, *table.shape[1:]), table])                              # surprise 1
+    return torch.polar(torch.ones_like(angle), angle)
 
 
 def rotate(x, table):
-    """x [B,S,heads,hd], table [S,hd/2,2]: turns the interleaved pairs (x0,x1), (x2,x3) ... in fp32."""
-    a, b = at_least_fp32(x).unflatten(-1, (-1, 2)).unbind(-1)                             # [B,S,heads,hd/2]
-    cos, sin = table[:, None].unbind(-1)                                                      # [S,1,hd/2]
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).type_as(x)
+    """x [R,S,heads,hd], table [S,hd/2]: turns the interleaved pairs (x0,x1), (x2,x3) ... in fp32."""
+    # (x0 + i x1) exp(i angle): a product of complex numbers is a rotation, and one pass over memory
+    pairs = torch.view_as_complex(at_least_fp32(x).unflatten(-1, (-1, 2)))                # [R,S,heads,hd/2]
+    return torch.view_as_real(pairs * table[:, None]).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -93,18 +99,31 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(c.dim, 3 * c.dim, bias=False)
         self.wo = nn.Linear(c.dim, c.dim, bias=False)
 
-    def forward(self, x, table, mask, cache=None, start=0):
-        """x [B,S,D] at positions start .. start+S-1; mask [B,1,S,start+S], True where visible; cache (k, v)
-        or None."""
-        q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)                # [B,S,heads,hd]
-        q, k = rotate(q, table), rotate(k, table)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                    # [B,heads,S,hd]
-        if cache is not None:                       # write in place, then look at the filled part only
-            end = start + x.shape[1]
+    def read(self, x, sees):
+        """Prefix rows x [P,L,D]; sees [P,L+1,L], 1 where a row sees a column, row L for the image tokens.
+        -> the rows' output [P,L,D], and what image tokens get from the caption [P,heads,1,hd]."""
+        v = F.linear(x, self.wqkv.weight[-x.shape[2]:])               # queries and keys are zero: only values
+        # mean over what is seen; 0/1 and sums of them are exact in bf16 as well, 1/n would not be
+        mean = ((sees @ v) / sees.sum(2, keepdim=True).clamp_min(1)).type_as(v)                   # [P,L+1,D]
+        y = F.dropout(self.wo(mean[:, :-1]), self.dropout, self.training)
+        return y, mean[:, -1:].unflatten(2, (self.n_head, -1)).transpose(1, 2)
+
+    def forward(self, x, table, bias, caption=None, cache=None):
+        """Image rows x [R,S,D]; table their rotation; bias [R or 1,1,S,1+S'] to the scores, column 0 for the
+        caption. Teacher forcing: caption [R,heads,1,hd] as `read` returned it. Sampling: cache, (k, v)
+        [R,heads,T,hd] with the caption at 0, and these rows are the last S of the 1 + S' in use."""
+        qkv = self.wqkv(x).unflatten(-1, (3 * self.n_head, -1))                           # [R,S,3 heads,hd]
+        qk, v = qkv.tensor_split([2 * self.n_head], 2)
+        q, k = rotate(qk, table).chunk(2, 2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                    # [R,heads,S,hd]
+        if cache is None:
+            k, v = F.pad(k, (0, 0, 1, 0)), torch.cat([caption, v], 2)                # the caption's key is 0
+        else:                                       # write in place, then look at the filled part only
+            end = bias.shape[3]
             for store, new in zip(cache, (k, v)):
-                store[:, :, start:end] = new
+                store[:, :, end - x.shape[1]:end] = new
             k, v = (store[:, :, :end] for store in cache)
-        y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)              # [B,S,D]
+        y = F.scaled_dot_product_attention(q, k, v, bias.type_as(q)).transpose(1, 2).flatten(2)   # [R,S,D]
         return F.dropout(self.wo(y), self.dropout, self.training)
 
 
@@ -125,8 +144,14 @@ class Block(nn.Module):
         self.attention, self.feed_forward = Attention(c), FeedForward(c)
         self.attention_norm, self.ffn_norm = RMSNorm(c.dim, c.norm_eps), RMSNorm(c.dim, c.norm_eps)
 
+    def read(self, x, sees):
+        y, caption = self.attention.read(self.attention_norm(x), sees)
+        return self._feed(x + y), caption
+
     def forward(self, x, *args):
-        x = x + self.attention(self.attention_norm(x), *args)
+        return self._feed(x + self.attention(self.attention_norm(x), *args))
+
+    def _feed(self, x):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -178,12 +203,13 @@ class GPT(nn.Module):
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.output = nn.Linear(c.dim, c.vocab_size, bias=False)
         self.rope = None          # made at first use; no buffer, or .bfloat16() would round the angles
+        self.recompute = False    # True: keep no activations inside layers, run them again in the backward
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=c.initializer_range)
         nn.init.zeros_(self.output.weight)                                 # the first guess is uniform
 
-    def _check(self, cond, cond_mask, cfg_scale, temperature):
+    def _check(self, cond, cond_mask, prompt, cfg_scale, temperature):
         c, L = self.config, self.config.cls_token_num
         if c.model_type == "t2i" and (cond.dim() != 3 or tuple(cond.shape[1:]) != (L, c.caption_dim)):
             raise ValueError(f"cond must be features [B,{L},{c.caption_dim}], not {tuple(cond.shape)}")
@@ -191,100 +217,128 @@ class GPT(nn.Module):
             raise ValueError(f"cond must be class labels [B], not {cond.dtype} {tuple(cond.shape)}")
         if cond_mask is not None and tuple(cond_mask.shape) != (len(cond), L):
             raise ValueError(f"cond_mask must be [{len(cond)},{L}], not {tuple(cond_mask.shape)}")
+        if prompt is not None and (prompt.dim() != 1 or prompt.is_floating_point()):
+            raise ValueError(f"prompt must be indices [B] of rows of cond, not {tuple(prompt.shape)}")
         if cfg_scale < 1 or temperature < 0:
             raise ValueError(f"cfg_scale must be >= 1 and temperature >= 0, "
                              f"not {cfg_scale} and {temperature}")
 
-    def _prefix(self, cond, cond_mask, cfg_scale):
-        """-> prefix [R,L,D], mask [R,L] or None; R = 2B under CFG: conditional rows, then unconditional."""
+    def _read(self, cond, cond_mask, prompt, cfg_scale):
+        """Everything that image tokens need of their captions -> (hidden [R,1,D], which predicts token 0;
+        a list of what each layer sees of the caption, [R,heads,1,hd]; log n [R or 1,1,1,1])."""
+        L, P = self.config.cls_token_num, len(cond)
+        visible = cond.new_ones(1, L) if cond_mask is None else cond_mask
         if cond_mask is not None and cond.is_floating_point():
             cond = cond * cond_mask[..., None].to(cond.dtype)              # surprise 2
         if self.training and self.config.class_dropout_prob:               # surprise 4
-            drop = torch.rand(len(cond), device=cond.device) < self.config.class_dropout_prob
+            drop = torch.rand(P, device=cond.device) < self.config.class_dropout_prob
             cond = torch.where(drop.view(-1, *[1] * (cond.dim() - 1)), self.cls_embedding.uncond(cond), cond)
+        row = torch.arange(P, device=cond.device) if prompt is None else prompt            # [B], in 0 .. P-1
         if cfg_scale > 1:                                                  # surprise 3
             cond = torch.cat([cond, self.cls_embedding.uncond(cond)])
-            cond_mask = None if cond_mask is None else torch.cat([cond_mask, cond_mask])
-        return self.cls_embedding(cond), cond_mask
+            visible = visible.repeat(2 if len(visible) > 1 else 1, 1)
+            row = torch.cat([row, row + P])
+        x = F.dropout(self.cls_embedding(cond), self.config.token_dropout_p, self.training)       # [..,L,D]
+        visible = visible.bool()[:, None]
+        own = torch.eye(L, dtype=torch.bool, device=x.device)
+        sees = torch.cat([(visible | own).tril(), visible], 1).to(x.dtype)                        # [..,L+1,L]
+        captions = []
+        for layer in self.layers:
+            x, caption = self._run(layer.read, x, sees)
+            captions.append(caption[row])
+        log_n = visible.sum(2).to(self._table(x).real.dtype).log()[:, :, None, None]   # -inf: no caption
+        return x[row, -1:], captions, log_n if len(log_n) == 1 else log_n[row]
 
-    def _mask(self, cond_mask, length, device):
-        """[R or 1,1,length,length]: True where a row may look at a column."""
-        rows, columns = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)
-        mask = (columns <= rows)[None]                                     # causal
-        if cond_mask is not None:                                          # surprise 2
-            visible = F.pad(cond_mask.bool(), (0, length), value=True)[:, None, :length]
-            mask = mask & (visible | (columns == rows))
-        return mask[:, None]
+    def _run(self, layer, *args):
+        if self.recompute and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
 
-    def _layers(self, x, mask, start=0, caches=None):
-        x = F.dropout(x, self.config.token_dropout_p, self.training)
-        c = self.config
-        if self.rope is None or self.rope.device != x.device:
-            self.rope = rope_table(self.side, c.dim // c.n_head, c.rope_base, c.cls_token_num).to(x.device)
-        table = self.rope[start:start + x.shape[1]].to(at_least_fp32(x[:0]).dtype)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, table, mask, None if caches is None else caches[i], start)
-        return x
+    def _bias(self, log_n, length):
+        """[R or 1,1,length,1+length]: log n towards the caption, 0 towards earlier tokens, -inf to later
+        ones."""
+        future = torch.full((length, length), -torch.inf, device=log_n.device, dtype=log_n.dtype).triu(1)
+        return torch.cat([log_n.expand(-1, 1, length, 1), future.expand(len(log_n), 1, -1, -1)], 3)
 
-    def _logits(self, x, cfg_scale, temperature):
-        """x [R,...,D] -> the logits of the policy [B,...,V] in fp32."""
-        logits = at_least_fp32(self.output(self.norm(x)))
+    def _table(self, x):
+        """The rotations of all positions, [T,hd/2], on x's device and in its precision, but never below
+        fp32."""
+        c, dtype = self.config, torch.promote_types(x.dtype, torch.complex64)
+        if self.rope is None or (self.rope.device, self.rope.dtype) != (x.device, dtype):
+            self.rope = rope_table(self.side, c.dim // c.n_head, c.rope_base).to(x.device, dtype)
+        return self.rope
+
+    def logits(self, hidden, cfg_scale=1.0, temperature=1.0):
+        """hidden [R,..,D] of `hidden` -> the logits of the policy [B,..,V] in fp32."""
+        logits = at_least_fp32(self.output(self.norm(hidden)))
         if cfg_scale > 1:
             # guided = uncond + scale * (cond - uncond)
             cond, uncond = logits.chunk(2)
             logits = uncond + cfg_scale * (cond - uncond)
         return logits / temperature if temperature not in (0, 1) else logits
 
-    def forward(self, tokens, cond, cond_mask=None, *, cfg_scale=1.0, temperature=1.0):
+    def hidden(self, tokens, cond, cond_mask=None, prompt=None, *, cfg_scale=1.0):
+        """Teacher forcing up to the logits, [R,T,D]: `logits` of it, or of a part of its positions, is what
+        `forward` returns, so a loss can be computed without holding [B,T,V]. Arguments as in `forward`."""
+        self._check(cond, cond_mask, prompt, cfg_scale, 1)
+        B, T = len(cond) if prompt is None else len(prompt), self.config.block_size
+        if tokens.dim() != 2 or len(tokens) != B or not 0 < tokens.shape[1] <= T:
+            raise ValueError(f"tokens must be [{B}, 1 to {T}], not {tuple(tokens.shape)}")
+        first, captions, log_n = self._read(cond, cond_mask, prompt, cfg_scale)
+        x = self.tok_embeddings(tokens[:, :-1])                            # the last token predicts nothing
+        x = F.dropout(x.repeat(len(first) // B, 1, 1), self.config.token_dropout_p, self.training)
+        table, bias = self._table(x)[:x.shape[1]], self._bias(log_n, x.shape[1])
+        for layer, caption in zip(self.layers, captions):
+            x = self._run(layer, x, table, bias, caption)
+        return torch.cat([first.type_as(x), x], 1)
+
+    def forward(self, tokens, cond, cond_mask=None, prompt=None, *, cfg_scale=1.0, temperature=1.0):
         """Teacher forcing: logits [B,T,V], row t for token t given tokens < t, at this CFG and temperature.
 
-        tokens [B,T] in 0..V-1, T <= block_size; cond [B,L,C] features or [B] labels; cond_mask [B,L],
-        1 = visible.
+        tokens [B,T] in 0..V-1, T <= block_size; cond [P,L,C] features or [P] labels; cond_mask [P,L],
+        1 = visible; prompt [B], the row of cond that each sequence belongs to (None: P = B, its own).
         cfg_scale >= 1 (1: no guidance); temperature > 0 (0 leaves the logits as they are). Raises ValueError.
         """
-        self._check(cond, cond_mask, cfg_scale, temperature)
-        if tokens.dim() != 2 or len(tokens) != len(cond) or not 0 < tokens.shape[1] <= self.config.block_size:
-            raise ValueError(f"tokens must be [{len(cond)}, 1 to {self.config.block_size}], "
-                             f"not {tuple(tokens.shape)}")
-        prefix, cond_mask = self._prefix(cond, cond_mask, cfg_scale)
-        inputs = tokens[:, :-1].repeat(len(prefix) // len(tokens), 1)      # the last token predicts nothing
-        x = torch.cat([prefix, self.tok_embeddings(inputs)], 1)            # [R,L+T-1,D]
-        x = self._layers(x, self._mask(cond_mask, x.shape[1], x.device))
-        return self._logits(x[:, self.config.cls_token_num - 1:], cfg_scale, temperature)
+        self._check(cond, cond_mask, prompt, cfg_scale, temperature)
+        return self.logits(self.hidden(tokens, cond, cond_mask, prompt, cfg_scale=cfg_scale),
+                           cfg_scale, temperature)
 
     @torch.no_grad()
-    def generate(self, cond, cond_mask=None, *, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0,
-                 generator=None, return_logp=False):
+    def generate(self, cond, cond_mask=None, prompt=None, *, cfg_scale=1.0, temperature=1.0, top_k=0,
+                 top_p=1.0, generator=None, return_logp=False):
         """Samples tokens [B,block_size]; with return_logp also logp [B,T] of the distribution really sampled.
 
-        temperature 0 is greedy (log-probability 0); top_k 0 and top_p 1 cut nothing; generator lives on the
-        model's device. Keys and values of all positions are kept in buffers made once, so a token costs one
-        position.
+        cond, cond_mask, prompt as in `forward`; temperature 0 is greedy (log-probability 0); top_k 0 and
+        top_p 1 cut nothing; generator lives on the model's device. Keys and values of all positions are kept
+        in buffers made once, so a token costs one position.
         """
-        self._check(cond, cond_mask, cfg_scale, temperature)
+        self._check(cond, cond_mask, prompt, cfg_scale, temperature)
         if top_k < 0 or not 0 < top_p <= 1:
             raise ValueError(f"top_k must be >= 0 and top_p in (0,1], not {top_k} and {top_p}")
-        c, L, B = self.config, self.config.cls_token_num, len(cond)
-        x, cond_mask = self._prefix(cond, cond_mask, cfg_scale)            # [R,L,D]
-        shape = (2, len(x), c.n_head, L + c.block_size - 1, c.dim // c.n_head)
-        caches = [x.new_empty(shape).unbind(0) for _ in self.layers]
-        tokens = torch.empty(B, c.block_size, dtype=torch.long, device=x.device)
-        logps = torch.zeros(B, c.block_size, device=x.device)
-        mask, start = self._mask(cond_mask, L + c.block_size - 1, x.device), 0
-        for t in range(c.block_size):
-            end = start + x.shape[1]
-            h = self._layers(x, mask[:, :, start:end, :end], start, caches)[:, -1]                # [R,D]
-            logp = truncated_logp(self._logits(h, cfg_scale, temperature), top_k, top_p)
+        T, B = self.config.block_size, len(cond) if prompt is None else len(prompt)
+        x, captions, log_n = self._read(cond, cond_mask, prompt, cfg_scale)                       # [R,1,D]
+        caches = []
+        for caption in captions:                    # place 0 for the caption, then T-1 for tokens 0 .. T-2
+            k = caption.new_zeros(len(x), caption.shape[1], T, caption.shape[3])
+            caches.append((k, torch.zeros_like(k)))
+            caches[-1][1][:, :, :1] = caption
+        table, bias = self._table(x), F.pad(log_n, (0, T - 1))                              # [R or 1,1,1,T]
+        tokens = torch.empty(B, T, dtype=torch.long, device=x.device)
+        logps = torch.zeros(B, T, device=x.device)
+        for t in range(T):
+            logp = truncated_logp(self.logits(x[:, -1], cfg_scale, temperature), top_k, top_p)
             if temperature == 0:
                 tokens[:, t] = logp.argmax(1)
             else:
-                # p_i / E_i with E_i ~ Exp(1) is largest at i with probability p_i; the CPU never waits for
-                # the GPU
-                race = torch.empty_like(logp).exponential_(generator=generator)
+                # p_i / E_i with E_i ~ Exp(1) is largest at i with probability p_i, and -log of a uniform
+                # number is Exp(1). No number goes back to the CPU, so it never waits for the GPU.
+                race = -torch.rand(logp.shape, generator=generator, device=x.device).log()
                 tokens[:, t] = (logp.exp() / race).argmax(1)
                 logps[:, t] = logp.gather(1, tokens[:, t:t + 1])[:, 0]
-            x = self.tok_embeddings(tokens[:, t:t + 1]).repeat(len(x) // B, 1, 1)
-            start = end
+            if t < T - 1:
+                x = self.tok_embeddings(tokens[:, t:t + 1]).repeat(len(x) // B, 1, 1)
+                for layer, cache in zip(self.layers, caches):
+                    x = layer(x, table[t:t + 1], bias[..., :t + 2], None, cache)
         return (tokens, logps) if return_logp else tokens
 
 

@@ -32,7 +32,8 @@ RADII = dict(small=5, large=7)                                  # half the width
 NUMBERS = dict(two=2, three=3)
 GAP, MARGIN, LATTICE = 2, 1, 8                                  # pixels between shapes, to border, of places
 RELATION_MARGIN = 4                                             # "left of" means at least this many pixels
-# The policy meets these pairs in no caption and no picture, in pretraining or GRPO: they test generalisation.
+# Policy and judge meet these pairs in no caption and no picture, in pretraining or GRPO: they test
+# generalisation.
 HELD_OUT = {("red", "cross"), ("green", "circle"), ("blue", "triangle")}
 CATEGORIES = ("single", "two", "counting", "position", "binding")
 
@@ -91,10 +92,14 @@ def parse(text):
     return CAPTIONS[text]
 
 
+def held_out(caption):
+    """True where a Caption names a pair of HELD_OUT."""
+    return any((colour, shape) in HELD_OUT for shape, colour in caption.slots)
+
+
 def captions(category, heldout=False):
     """All caption texts of a category, either without held-out pairs or with at least one."""
-    named = [c for c in CAPTIONS.values() if c.category == category]
-    return [c.text for c in named if heldout == any((colour, shape) in HELD_OUT for shape, colour in c.slots)]
+    return [c.text for c in CAPTIONS.values() if c.category == category and held_out(c) == heldout]
 
 
 # ---- the renderer ------------------------------------------------------------------------------------------

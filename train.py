@@ -38,7 +38,7 @@ import reward
 import shapes
 import text
 from config import Fault, UserError
-from grpo import accumulate, advantages, grpo_loss
+from grpo import accumulate, advantages, chunked_loss
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class Config:
     clip_eps: float = 0.2              # ratio is clipped to 1 +- this; binds from the second inner epoch on
     inner_epochs: int = 1              # gradient steps on each batch of samples
     micro_batch: int = 64              # sequences a forward pass; changes memory, not the result
+    chunk: int = 0                     # positions whose logits exist at once; 0 = all; memory, not the result
+    recompute: bool = False            # keep no activations inside layers; memory for time, not the result
     # ---- optimiser
     learning_rate: float = 1e-3        # peak of AdamW; the 775M model takes 1e-5
     warmup: float = 0.1                # share of max_steps with a rising rate
@@ -92,7 +94,7 @@ def check(cfg):
                         "one, so the samples would not be the policy's: leave them at 0 and 1 here, and "
                         "use them in sample.py")
     least = dict(max_steps=1, stop_after=0, eval_interval=1, eval_prompts=1, prompts_per_step=1, group_size=2,
-                 keep=0, cfg_scale=1, beta=0, beta_end=0, clip_eps=0, inner_epochs=1, micro_batch=1,
+                 keep=0, cfg_scale=1, beta=0, beta_end=0, clip_eps=0, inner_epochs=1, micro_batch=1, chunk=0,
                  learning_rate=0, warmup=0, min_lr_ratio=0, weight_decay=0, grad_clip=0)
     for key, low in least.items():
         if not low <= getattr(cfg, key) < math.inf:
@@ -156,6 +158,7 @@ def main(argv):
     for module in (reference, vqgan, judge):
         module.requires_grad_(False)
     policy.eval()                               # dropout off: the loss must see the distribution that sampled
+    policy.recompute = cfg.recompute
     rewards = {"reward": reward.build(cfg.reward, judge),
                "heldout_reward": reward.build(cfg.heldout_reward, judge)}
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, betas=(.9, .95),
@@ -199,10 +202,11 @@ def main(argv):
         # 1. sample: G pictures for each caption
         prompts = [random.choice(random.choice(pools)) for _ in range(cfg.prompts_per_step)]
         captions = [p for p in prompts for _ in range(cfg.group_size)]                       # B = prompts * G
-        features, mask = text.encode(captions, device)                                       # [B,L,C], [B,L]
+        features, mask = text.encode(prompts, device)                                        # [P,L,C], [P,L]
+        prompt = torch.arange(len(prompts), device=device).repeat_interleave(cfg.group_size)            # [B]
         with autocast:
-            tokens, logp_old = policy.generate(features, mask, generator=generator, return_logp=True,
-                                               **sampling)
+            tokens, logp_old = policy.generate(features, mask, prompt, generator=generator, return_logp=True,
+                                               **sampling)                                           # [B,T]
         clock.append(time.perf_counter())
 
         # 2. reward: decode, then score with what is trained and with what is only watched
@@ -229,13 +233,17 @@ def main(argv):
             epochs.append({})
             optimizer.zero_grad(set_to_none=True)
             for rows in torch.arange(len(tokens), device=device).split(cfg.micro_batch):
+                used, own = prompt[rows].unique(return_inverse=True)         # prompts of this micro-batch
+                batch = tokens[rows], features[used], mask[used], own
                 with autocast:
-                    logits = policy(tokens[rows], features[rows], mask[rows], **sampling)    # [b,T,V]
+                    hidden = policy.hidden(*batch, cfg_scale=cfg.cfg_scale)                          # [b,T,D]
                     with torch.no_grad():
-                        ref_logits = reference(tokens[rows], features[rows], mask[rows], **sampling)
-                loss, stats = grpo_loss(
-                    logits, ref_logits, tokens[rows], logp_old[rows], adv[rows], tokens.numel(), beta=beta,
-                    divergence=cfg.divergence, estimator=cfg.estimator, clip_eps=cfg.clip_eps)
+                        ref_hidden = reference.hidden(*batch, cfg_scale=cfg.cfg_scale)
+                    loss, stats = chunked_loss(
+                        (hidden, lambda h: policy.logits(h, **sampling)),
+                        (ref_hidden, lambda h: reference.logits(h, **sampling)),
+                        tokens[rows], logp_old[rows], adv[rows], tokens.numel(), chunk=cfg.chunk, beta=beta,
+                        divergence=cfg.divergence, estimator=cfg.estimator, clip_eps=cfg.clip_eps)
                 loss.backward()
                 accumulate(epochs[-1], stats)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf)

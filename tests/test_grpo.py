@@ -2,8 +2,10 @@
 import pytest
 import torch
 
+from bench import peak_bytes
+
 from divergences import DIVERGENCES
-from grpo import advantages, grpo_loss, policy_loss
+from grpo import advantages, chunked_loss, grpo_loss, policy_loss
 
 ALL = [("none", "sampled")] + [(d, e) for d in DIVERGENCES for e in ("sampled", "unbiased", "exact")]
 
@@ -109,3 +111,40 @@ def test_statistics_against_torch_distributions():
     assert stats["clamp_share"].item() == pytest.approx(1 / 40)
     assert stats["clip_share"].item() == pytest.approx(1 / 40)
     assert stats["max_ratio_error"].item() == pytest.approx(torch.tensor(.5).exp().item() - 1)
+
+
+def heads(B, T, D, V, dtype=torch.float64):
+    """Hidden states and output matrices of a policy and a reference, and the rest of a batch."""
+    g = torch.Generator().manual_seed(1)
+    hidden, ref_hidden = (torch.randn(B, T, D, generator=g, dtype=dtype) for _ in range(2))
+    matrix, ref_matrix = (torch.randn(D, V, generator=g, dtype=dtype) for _ in range(2))
+    tokens = torch.randint(V, (B, T), generator=g)
+    logp_old = (hidden @ matrix).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    policy = (hidden.requires_grad_(), lambda h: h @ matrix.requires_grad_())
+    reference, adv = (ref_hidden, lambda h: h @ ref_matrix), torch.randn(B, generator=g)
+    return policy, reference, matrix, tokens, logp_old, adv
+
+
+@pytest.mark.parametrize("divergence, estimator", ALL)
+@pytest.mark.parametrize("chunk", [1, 3, 7, 50])
+def test_chunks_do_not_change_loss_gradient_or_statistics(divergence, estimator, chunk):
+    policy, reference, matrix, tokens, logp_old, adv = heads(B=6, T=7, D=3, V=11)
+    found = []
+    for size in (0, chunk):
+        loss, stats = chunked_loss(policy, reference, tokens, logp_old, adv, tokens.numel(), chunk=size,
+                                   beta=.3, divergence=divergence, estimator=estimator)
+        found.append((loss, *torch.autograd.grad(loss, [policy[0], matrix]), stats))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-12)
+    whole = grpo_loss(policy[1](policy[0]), reference[1](reference[0]), tokens, logp_old, adv, tokens.numel(),
+                      beta=.3, divergence=divergence, estimator=estimator)
+    torch.testing.assert_close((found[1][0], found[1][-1]), whole, rtol=1e-6, atol=1e-12)
+
+
+def test_memory_grows_with_the_chunk_not_with_the_image():
+    def peak(T, chunk):
+        policy, reference, _, tokens, logp_old, adv = heads(B=4, T=T, D=8, V=4096, dtype=torch.float32)
+        return peak_bytes(lambda: chunked_loss(policy, reference, tokens, logp_old, adv, tokens.numel(),
+                                               chunk=chunk, beta=.3)[0].backward(), torch.device("cpu"))
+    one = 4 * 8 * 4096 * 4                                               # bytes of [B,chunk,V] in fp32
+    assert peak(64, 8) < 1.2 * peak(16, 8) and peak(64, 8) < 12 * one
+    assert peak(64, 0) > 4 * peak(64, 8)

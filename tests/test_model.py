@@ -120,6 +120,33 @@ def test_causality(model_type):
         assert moved.tolist() == [row > t for row in range(16)]
 
 
+@both_types
+@both_scales
+def test_images_of_a_prompt_share_one_caption(model_type, cfg_scale):
+    gpt, _, tokens, cond, mask = build(model_type, torch.float64, batch=6)
+    few, prompt = 3, torch.tensor([2, 0, 0, 1, 2, 2])                   # any order, any number a prompt
+    cond, mask = cond[:few], mask if mask is None else mask[:few]
+    shared = gpt(tokens, cond, mask, prompt, cfg_scale=cfg_scale)
+    apart = gpt(tokens, cond[prompt], mask if mask is None else mask[prompt], cfg_scale=cfg_scale)
+    assert_close(shared, apart, rtol=0, atol=1e-12)
+    grads = [torch.autograd.grad(y.square().sum(), list(gpt.parameters())) for y in (shared, apart)]
+    assert_close(*grads, rtol=1e-10, atol=1e-10)
+    a = gpt.generate(cond, mask, prompt, cfg_scale=cfg_scale, generator=torch.Generator().manual_seed(1))
+    b = gpt.generate(cond[prompt], mask if mask is None else mask[prompt], cfg_scale=cfg_scale,
+                     generator=torch.Generator().manual_seed(1))
+    assert torch.equal(a, b)
+
+
+@both_scales
+def test_recomputing_activations_changes_nothing(cfg_scale):
+    gpt, _, *batch = build()
+    grads = []
+    for gpt.recompute in (False, True):
+        loss = gpt(*batch, cfg_scale=cfg_scale).log_softmax(-1)[..., 0].mean()
+        grads.append((loss, *torch.autograd.grad(loss, list(gpt.parameters()))))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
 # ---- the released checkpoints ----
 
 @both_types
@@ -220,8 +247,9 @@ def test_condition_drop(model_type):
 def test_bad_input_is_refused():
     gpt, _, tokens, cond, mask = build()
     for batch in [(tokens, cond[..., :-1], mask), (tokens, cond[:, :-1], mask), (tokens, cond, mask[:, :-1]),
-                  (tokens[:-1], cond, mask), (tokens, cond, mask[:-1]), (tokens.repeat(1, 2), cond, mask)]:
-        with pytest.raises(ValueError):                                     # width, length, batch, T
+                  (tokens[:-1], cond, mask), (tokens, cond, mask[:-1]), (tokens.repeat(1, 2), cond, mask),
+                  (tokens, cond, mask, torch.arange(3)), (tokens, cond, mask, cond[:, 0, 0])]:
+        with pytest.raises(ValueError):                                     # width, length, batch, T, prompt
             gpt(*batch)
     for knobs in [dict(temperature=-1.0), dict(top_p=0.0), dict(top_p=1.5)]:
         with pytest.raises(ValueError):

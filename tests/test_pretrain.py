@@ -44,5 +44,7 @@ def test_near_misses_are_captions_of_the_same_form():
     for caption in list(shapes.CAPTIONS)[::7]:
         other = pretrain.near_miss(caption, rng)
         assert other in shapes.CAPTIONS and len(other.split()) == len(caption.split())
+        # A held-out caption would always be a false one, and its pair a sign of falsehood to the judge.
+        assert other == caption or not any((c, s) in shapes.HELD_OUT for s, c in shapes.CAPTIONS[other].slots)
         changed.append(sum(a != b for a, b in zip(caption.split(), other.split())))
     assert max(changed) == 1 and changed.count(1) > .95 * len(changed)

@@ -71,8 +71,9 @@ def test_log_has_its_keys_and_the_sampler_is_the_trained_policy(mini_base, tmp_p
 @pytest.mark.parametrize("divergence, estimator", [
     ("js", "sampled"), ("reverse_kl", "unbiased"), ("forward_kl", "exact")])
 def test_micro_batches_do_not_change_the_step(divergence, estimator, mini_base, tmp_path):
-    runs = [go(tmp_path / f"m{m}", mini_base, "--max_steps=1", f"--micro_batch={m}",
-               f"--divergence={divergence}", f"--estimator={estimator}") for m in (16, 4)]
+    runs = [go(tmp_path / f"m{m}", mini_base, "--max_steps=1", f"--micro_batch={m}", *memory,
+               f"--divergence={divergence}", f"--estimator={estimator}")
+            for m, *memory in [(16,), (4, "--chunk=5", "--recompute")]]
     one, four = (lines(tmp_path / f"m{m}")[0] for m in (16, 4))
     for key in ("grad_norm", "kl_reverse", "entropy", "clip_share"):
         assert one[key] == pytest.approx(four[key], rel=1e-5, abs=1e-7)

@@ -1,0 +1,370 @@
+"""The experiment: which divergence, in which estimator, gives the most reward for the diversity it costs?
+
+    python frontier.py                  go on where results/frontier.csv ends (a run: 3 minutes of a core)
+    python frontier.py --minutes=60     the same, but start no run after an hour
+    python frontier.py --only=figures   figures and verdicts from the csv alone
+
+One answer for one strength says little: a weaker divergence always gets more reward and less diversity. So
+every divergence and estimator is run over a grid of strengths, and what is compared is the *frontier* of
+(diversity kept, reward gained) that it traces. JS takes four times the beta of a KL, because its curvature at
+the reference is a quarter of theirs (divergences.py). Everything else is configs/tiny_js.py: 120 GRPO steps
+on the tiny world, and per seed the same prompts in the same order.
+
+    cells = none  +  {reverse_kl, forward_kl, js} x {sampled, unbiased, exact} x 5 betas
+                  +  {reverse_kl, forward_kl, js} with a sampled beta that falls from 2b to 0 (mean b)
+
+Runs are made in an order in which stopping early leaves a smaller but balanced experiment: three betas and
+three seeds of every cell first. Each appends one line to results/frontier.csv and is never made again. A line
+carries the device and the base it was made with; figures use the lines of one pair of them only.
+
+Claims, each stated before it was tested, with its verdict in results/frontier.md:
+  (i)   at one beta, JS beats both KLs
+  (ii)  at matched strength (whole frontiers), JS beats both KLs
+  (iii) the exact estimator gains more than the sampled one at equal diversity
+  (iv)  the unbiased estimator gains more than the sampled one at equal diversity
+  (v)   a beta that falls from strong to weak gains more than a constant one at equal diversity
+Differences are paired by seed; intervals are 95 % bootstrap intervals over the seeds (10,000 resamples).
+"""
+import csv
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+import config
+from config import UserError, locate
+
+DIVERGENCES, ESTIMATORS = ("reverse_kl", "forward_kl", "js"), ("sampled", "unbiased", "exact")
+BETAS = (.125, .03125, .5, .0625, .25)         # of a KL, the first three first; times 4 for JS
+SCHEDULED = .125                               # mean beta of the falling schedule, likewise
+TARGET = .2                                    # reward of training pictures whose first step is reported
+LEVELS = (.7, .95)                             # of diversity kept: the range in which frontiers are compared
+MEASURES = ("reward", "heldout_reward", "unseen", "open_entropy", "entropy_kept", "pairwise", "vendi",
+            "token_entropy", "kl_reverse", "kl_forward", "unreadable")
+FIELDS = ("divergence", "estimator", "beta", "schedule", "seed", *MEASURES, "base_reward",
+          "base_heldout_reward", "curve", "minutes", "device", "torch", "base", "date")
+COLOURS = {"none": "black", "reverse_kl": "tab:blue", "forward_kl": "tab:orange", "js": "tab:green"}
+
+
+@dataclass(frozen=True)
+class Config:
+    only: Literal["all", "runs", "figures"] = "all"  # runs, then figures and verdicts; or one of them
+    seeds: int = 5                     # of each cell
+    minutes: float = 0.0               # start no run after this; 0 = make all
+    jobs: int = 2                      # runs at a time, one thread each
+    device: Literal["cuda", "mps", "cpu"] = "cpu"  # tiny runs are as quick on a core as on a GPU alone
+    csv: str = "results/frontier.csv"  # one line a run
+    out: str = "out/frontier"          # run folders, removed when their line is written
+
+
+# ---- the runs ----------------------------------------------------------------------------------------------
+def cells(betas):
+    """(divergence, estimator, beta, schedule) of every cell with one of these betas (of a KL)."""
+    for b in betas:
+        for estimator in ESTIMATORS:
+            for d in DIVERGENCES:
+                yield d, estimator, b * (4 if d == "js" else 1), "constant"
+    if SCHEDULED in betas:
+        for d in DIVERGENCES:
+            yield d, "sampled", SCHEDULED * (4 if d == "js" else 1), "linear"
+        yield "none", "sampled", 0.0, "constant"
+
+
+def plan(seeds):
+    """All (cell, seed), in the order of the docstring: 3 betas x 3 seeds, 3 betas x all, all x all."""
+    stages = [(BETAS[:3], range(min(3, seeds))), (BETAS, range(min(3, seeds))), (BETAS, range(seeds))]
+    return list(dict.fromkeys((cell, seed) for betas, some in stages for seed in some
+                              for cell in cells(betas)))
+
+
+def load(path):
+    """Lines of the csv as dicts, numbers as floats. UserError if it has other columns."""
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != list(FIELDS):
+            raise UserError(f"{path} is not a csv of this version of frontier.py; move it away")
+        return [{k: float(v) if k in MEASURES + ("beta", "base_reward", "base_heldout_reward") else v
+                 for k, v in row.items()} for row in reader]
+
+
+def key(row):
+    return (row["divergence"], row["estimator"], float(row["beta"]), row["schedule"]), int(row["seed"])
+
+
+def command(cell, seed, cfg, folder):
+    divergence, estimator, beta, schedule = cell
+    falling = [f"--beta={2 * beta}", "--beta_schedule=linear", "--beta_end=0.0"]
+    return [sys.executable, locate("train.py"), "configs/tiny_js.py", f"--divergence={divergence}",
+            f"--estimator={estimator}", f"--seed={seed}", f"--device={cfg.device}", f"--out_dir={folder}",
+            "--eval_interval=120", *(falling if schedule == "linear" else [f"--beta={beta}"])]
+
+
+def row_of(cell, seed, folder, minutes, device, base):
+    """What a finished run's folder says, as a line of the csv."""
+    import torch
+    before, after = ([json.loads(text) for text in open(os.path.join(folder, "evaluations.jsonl"),
+                                                         encoding="utf-8")][i] for i in (0, -1))
+    steps = [json.loads(text) for text in open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8")]
+    rewards = np.array([s["reward"] for s in steps]).reshape(-1, 10).mean(1)       # of 10 steps each
+    return dict(zip(FIELDS, (
+        *cell, seed, *(round(after[m], 5) for m in MEASURES), round(before["reward"], 5),
+        round(before["heldout_reward"], 5), " ".join(f"{r:.4f}" for r in rewards), round(minutes, 2), device,
+        torch.__version__, base, time.strftime("%Y-%m-%d"))))
+
+
+def fingerprint():
+    with open(locate("assets/tiny_base.pt"), "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()[:8]
+
+
+def make(cfg):
+    """Makes what is missing, `jobs` at a time; every finished run is on disk before the next one starts."""
+    base, rows = fingerprint(), load(cfg.csv)
+    if any((r["device"], r["base"]) != (cfg.device, base) for r in rows):
+        raise UserError(f"{cfg.csv} has runs of another device or another base than {cfg.device}, {base}; "
+                        f"a comparison must not mix them: move it away, or choose another --csv")
+    done = {key(r) for r in rows}
+    todo, begin, running = [r for r in plan(cfg.seeds) if r not in done], time.time(), {}
+    os.makedirs(os.path.dirname(cfg.csv) or ".", exist_ok=True)
+    os.makedirs(cfg.out, exist_ok=True)
+    if not rows:
+        with open(cfg.csv, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(FIELDS)
+    bar = tqdm(total=len(todo) + len(rows), initial=len(rows), desc="frontier", unit="run", ncols=110)
+    while todo or running:
+        late = cfg.minutes and time.time() - begin > 60 * cfg.minutes
+        while todo and len(running) < cfg.jobs and not late:
+            cell, seed = todo.pop(0)
+            folder = os.path.join(cfg.out, "_".join(map(str, (*cell, seed))))
+            shutil.rmtree(folder, ignore_errors=True)                      # half of a run that was killed
+            log = open(folder + ".log", "w", encoding="utf-8")
+            process = subprocess.Popen(command(cell, seed, cfg, folder), stdout=log, stderr=log,
+                                       env=os.environ | {"OMP_NUM_THREADS": "1"})
+            running[process] = cell, seed, folder, time.time()
+        if late and not running:
+            break
+        time.sleep(1)
+        for process in [p for p in running if p.poll() is not None]:
+            cell, seed, folder, started = running.pop(process)
+            if process.returncode:
+                raise config.Fault(f"the run {folder} failed; {folder}.log says why")
+            row = row_of(cell, seed, folder, (time.time() - started) / 60, cfg.device, base)
+            with open(cfg.csv, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, FIELDS).writerow(row)
+            shutil.rmtree(folder)
+            os.remove(folder + ".log")
+            bar.update()
+            bar.set_postfix_str(f"{'/'.join(map(str, cell))} seed {seed}: kept {row['entropy_kept']:.2f}, "
+                                f"reward {row['reward']:.3f}")
+
+
+# ---- the statistics ----------------------------------------------------------------------------------------
+def gain(row, measure="reward"):
+    """What a run gained over its base."""
+    return row[measure] - row["base_" + measure]
+
+
+def entropy_kept(row):
+    return row["entropy_kept"]
+
+
+def complete(rows):
+    """(betas of a KL, seeds) of the largest block of which every cell was run: comparisons use only that."""
+    done, seeds = {key(r) for r in rows}, {int(r["seed"]) for r in rows}
+    blocks = [(BETAS[:n], [s for s in sorted(seeds) if all((cell, s) in done for cell in cells(BETAS[:n]))])
+              for n in range(1, len(BETAS) + 1)]
+    return max(blocks, key=lambda block: (len(block[0]) >= 3, len(block[0]) * len(block[1])))
+
+
+def frontier(rows, seed, divergence, estimator, betas, measure="reward"):
+    """Points (diversity kept, gain) of one seed: these betas, the run without a divergence, and the base."""
+    strengths = [b * (4 if divergence == "js" else 1) for b in betas]
+    return [(1.0, 0.0)] + [
+        (r["entropy_kept"], gain(r, measure)) for r in rows if int(r["seed"]) == seed and (
+            r["divergence"] == "none" or (r["divergence"], r["estimator"], r["schedule"]) ==
+            (divergence, estimator, "constant") and r["beta"] in strengths)]
+
+
+def reachable(points, level):
+    """The largest gain at `level` of diversity or more, on the upper hull of the points: between two runs
+    lies what a coin attains that chooses between their policies for each prompt."""
+    best = max((g for k, g in points if k >= level), default=-np.inf)
+    mixed = [g + (g2 - g) * (level - k) / (k2 - k) for k, g in points for k2, g2 in points if k < level <= k2]
+    return max([best, *mixed])
+
+
+def area(points):
+    """Mean of the reachable gain over the range of LEVELS: one number for a frontier."""
+    return float(np.mean([reachable(points, level) for level in np.linspace(*LEVELS, 51)]))
+
+
+def say(differences):
+    """Paired differences -> 'mean [low, high]' with the 95 % bootstrap interval, and what it shows."""
+    d = np.asarray(differences, float)
+    means = np.random.RandomState(0).choice(d, (10000, len(d))).mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    shown = "more" if low > 0 else "less" if high < 0 else "not shown"
+    return f"{d.mean():+.3f} [{low:+.3f}, {high:+.3f}]", shown
+
+
+def verdicts(rows):
+    """The claims and what the runs say: lines (claim, comparison, measure, difference, what is shown)."""
+    betas, seeds = complete(rows)
+    at = {key(r): r for r in rows}
+    out = []
+
+    def compare(claim, what, measure, difference):
+        out.append((claim, what, measure, *say([difference(s) for s in seeds])))
+    # (i): the same number as beta for all three. "Beats" asks for more of one and no less of the other.
+    for b in sorted(set(betas) & {4 * b for b in betas}):
+        for kl in DIVERGENCES[:2]:
+            for name, value in (("reward gained", gain), ("diversity kept", entropy_kept)):
+                compare("(i)", f"js - {kl}, sampled, both beta {b:g}", name, lambda s: value(
+                    at[("js", "sampled", b, "constant"), s]) - value(at[(kl, "sampled", b, "constant"), s]))
+    for measure, name in (("reward", "mean reachable reward"), ("heldout_reward", "the same for the reader")):
+        def reach(s, d, e):
+            return area(frontier(rows, s, d, e, betas, measure))
+        for estimator in ESTIMATORS:
+            for kl in DIVERGENCES[:2]:
+                compare("(ii)", f"js - {kl}, {estimator}", name,
+                        lambda s: reach(s, "js", estimator) - reach(s, kl, estimator))
+        for claim, estimator in (("(iii)", "exact"), ("(iv)", "unbiased")):
+            for d in DIVERGENCES:
+                compare(claim, f"{estimator} - sampled, {d}", name,
+                        lambda s: reach(s, d, estimator) - reach(s, d, "sampled"))
+        for d in DIVERGENCES:
+            def above(s):                # the falling run against the constant frontier at its diversity
+                run = at[(d, "sampled", SCHEDULED * (4 if d == "js" else 1), "linear"), s]
+                return gain(run, measure) - reachable(
+                    frontier(rows, s, d, "sampled", betas, measure), run["entropy_kept"])
+            compare("(v)", f"falling - constant, {d}", name.replace("mean reachable ", ""), above)
+    return out
+
+
+# ---- the report --------------------------------------------------------------------------------------------
+def groups(rows):
+    """{cell: its lines}, in the order of DIVERGENCES, ESTIMATORS and beta."""
+    out = {}
+    for r in sorted(rows, key=lambda r: (r["divergence"] == "none", r["divergence"], r["estimator"],
+                                         r["schedule"], r["beta"])):
+        out.setdefault(key(r)[0], []).append(r)
+    return out
+
+
+def spread(values):
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def steps_to(row):
+    """The first step by which ten steps' mean reward was TARGET or more; NaN if that did not come."""
+    reached = np.array(row["curve"].split(), float) >= TARGET
+    return 10.0 * (reached.argmax() + 1) if reached.any() else np.nan
+
+
+def trace(axis, found, x, y, style="-", legend=True):
+    """A line through a divergence's cells from weak to strong, with crosses of one standard deviation."""
+    for d, colour in COLOURS.items():
+        cell = [(np.array([x(r) for r in rs]), np.array([y(r) for r in rs]))
+                for (name, *_), rs in found if name == d]
+        if cell:
+            xs, ys = ([np.nanmean(v[i]) for v in cell] for i in (0, 1))
+            errors = [[np.nanstd(v[i], ddof=1) if len(v[i]) > 1 else 0 for v in cell] for i in (0, 1)]
+            axis.errorbar(xs, ys, errors[1], errors[0], fmt="o" + style, ms=3, lw=1, elinewidth=.6,
+                          color=colour, label=d if legend else None)
+
+
+def figures(rows, folder):
+    """frontier.png: the main result. frontier_more.png: the other views. From the csv's lines alone."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    found = list(groups(rows).items())
+
+    def pick(estimator=None, betas=None, js=4):
+        return [(cell, rs) for cell, rs in found if cell[0] == "none" or cell[3] == "constant"
+                and estimator in (None, cell[1])
+                and (betas is None or cell[2] / (js if cell[0] == "js" else 1) in betas)]
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), sharey=True, sharex=True, layout="constrained")
+    for axis, estimator in zip(axes, ESTIMATORS):
+        trace(axis, pick(estimator), entropy_kept, gain)
+        axis.plot(1, 0, "s", color="grey", label="base")
+        axis.set(title=f"{estimator}, beta grid (js x 4)", xlabel="open-attribute entropy kept")
+    axes[0].set_ylabel("judge reward gained")
+    axes[0].legend(frameon=False)
+    figure.savefig(os.path.join(folder, "frontier.png"), dpi=110)
+    plt.close(figure)
+
+    kept, judged = "open-attribute entropy kept", "judge reward gained"
+    same = set(BETAS) & {4 * b for b in BETAS}
+    same |= {b / 4 for b in same} | {4 * b for b in same}
+    figure, axes = plt.subplots(2, 3, figsize=(14, 8.4), layout="constrained")
+    for axis, js, title in ((axes[0, 0], 1, "one beta for all"),
+                            (axes[0, 1], 4, "matched strength (js x 4)")):
+        trace(axis, pick("sampled", same, js), entropy_kept, gain)
+        axis.set(title=f"sampled, {title}", xlabel=kept, ylabel=judged)
+    trace(axes[0, 2], pick("sampled"), lambda r: r["kl_reverse"], gain)
+    trace(axes[0, 2], pick("exact")[:-1], lambda r: r["kl_reverse"], gain, "--", legend=False)
+    axes[0, 2].set(title="reward and exact KL(policy || base); dashed: exact", xlabel="nat per picture",
+                   ylabel=judged, xscale="log")
+    trace(axes[1, 0], pick(), gain, lambda r: gain(r, "heldout_reward"), "")
+    axes[1, 0].set(title="what is trained and what is only watched", xlabel=judged,
+                   ylabel="reader's score gained")
+    trace(axes[1, 1], pick("sampled"), lambda r: r["beta"] / (4 if r["divergence"] == "js" else 1), steps_to)
+    axes[1, 1].set(title=f"steps to a training reward of {TARGET}, sampled", xlabel="beta (js / 4)",
+                   ylabel="steps")
+    trace(axes[1, 2], [c for c in found if c[0][3] == "linear"], entropy_kept, gain, "")
+    trace(axes[1, 2], pick("sampled"), entropy_kept, gain, ":", legend=False)
+    axes[1, 2].set(title="a falling beta (dots) and constant ones (dotted)", xlabel=kept, ylabel=judged)
+    for axis in axes.flat:
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(os.path.join(folder, "frontier_more.png"), dpi=110)
+    plt.close(figure)
+
+
+def report(rows, path):
+    """frontier.md: the verdicts, then every cell."""
+    betas, seeds = complete(rows)
+
+    def table(head, lines):
+        return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(
+            f"# Performance against diversity\n\nBy `python frontier.py --only=figures` from frontier.csv: "
+            f"{len(rows)} runs, device {rows[0]['device']}, base {rows[0]['base']}. Verdicts use the betas of "
+            f"a KL {sorted(betas)} (js x 4) and the seeds {seeds}; frontier.py says what they mean.\n\n"
+            + table(["claim", "difference of", "in", "mean [95 % interval]", "shown"],
+                    [list(v) for v in verdicts(rows)]) + "\n\n" +
+            table(["divergence", "estimator", "beta", "schedule", "seeds", "judge", "reader", "entropy kept",
+                   "Vendi score", "KL to the base, nat a picture"],
+                  [[d, e, f"{b:g}", how, str(len(rs))] + [spread([r[m] for r in rs]) for m in (
+                      "reward", "heldout_reward", "entropy_kept", "vendi", "kl_reverse")]
+                   for (d, e, b, how), rs in groups(rows).items()]) + "\n")
+
+
+def main(argv):
+    cfg, _ = config.load(Config, argv)
+    if cfg.seeds < 1 or cfg.jobs < 1:
+        raise UserError("seeds and jobs must be at least 1")
+    if cfg.only != "figures":
+        make(cfg)
+    if cfg.only != "runs":
+        rows, folder = load(cfg.csv), os.path.dirname(cfg.csv) or "."
+        if not rows or not complete(rows)[1]:
+            raise UserError(f"{cfg.csv} has no seed yet with all cells; go on with python frontier.py")
+        figures(rows, folder)
+        report(rows, os.path.join(folder, "frontier.md"))
+        print(open(os.path.join(folder, "frontier.md"), encoding="utf-8").read())
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,146 @@
+"""python -m pytest tests/test_frontier.py
+
+The statistics on points that can be checked by hand, and the bookkeeping: nothing made twice, nothing mixed.
+"""
+import csv
+import itertools
+import json
+import os
+import sys
+
+import pytest
+
+import frontier
+from config import UserError
+from frontier import area, cells, complete, key, load, plan, reachable, say, steps_to
+
+
+def line(cell, seed, reward=.2, kept=.9, **more):
+    """A csv line as `load` returns it."""
+    row = dict.fromkeys(frontier.MEASURES, 0.) | dict(zip(frontier.FIELDS[:5], (*cell, seed)))
+    return row | dict(reward=reward, heldout_reward=reward, entropy_kept=kept, base_reward=.1, kl_reverse=1.,
+                      base_heldout_reward=.1, curve=" ".join(["0.1"] * 6 + ["0.3"] * 6), minutes="2",
+                      device="cpu", torch="2", base="abc", date="2026-01-01") | more
+
+
+def test_the_plan_has_every_cell_once_and_is_balanced_from_the_start():
+    runs = plan(5)
+    assert len(runs) == len(set(runs)) == 5 * (3 * 3 * 5 + 3 + 1)
+    first = runs[:3 * (3 * 3 * 3 + 4)]
+    assert {seed for _, seed in first} == {0, 1, 2}
+    for d, e in itertools.product(frontier.DIVERGENCES, frontier.ESTIMATORS):
+        betas = {c[2] for c, _ in first if c[:2] == (d, e) and c[3] == "constant"}
+        assert len(betas) == 3 and sum(c[:2] == (d, e) and c[3] == "constant" for c, _ in first) == 9
+    # what is compared at one beta must be there at that beta
+    assert {.125, .5} <= {c[2] for c, _ in first if c[0] == "js"} & {c[2] for c, _ in first if c[0] != "js"}
+
+
+def test_reachable_gain_by_hand():
+    points = [(1., 0.), (.9, .2), (.5, .3), (.8, .1)]                   # (.8, .1) lies below the others
+    assert reachable(points, .9) == pytest.approx(.2) and reachable(points, .95) == pytest.approx(.1)
+    assert reachable(points, .7) == pytest.approx(.25) and reachable(points, .8) == pytest.approx(.225)
+    assert reachable(points, .4) == pytest.approx(.3)
+    # linear between .7 and .9 (mean .225) and between .9 and .95 (mean .15)
+    assert area(points) == pytest.approx((.2 * .225 + .05 * .15) / .25, abs=1e-3)
+    assert area([(1., 0.)]) == 0
+
+
+def test_intervals():
+    text, shown = say([.1, .1, .1])
+    assert text == "+0.100 [+0.100, +0.100]" and shown == "more"
+    assert say([-.2, -.1, -.15, -.1])[1] == "less" and say([-.2, .1, .15, -.1])[1] == "not shown"
+
+
+def test_steps_to_a_reward():
+    assert steps_to(line(("js", "sampled", .5, "constant"), 0)) == 70
+    assert steps_to(line(("js", "sampled", .5, "constant"), 0, curve="0.1 0.1")) != 70
+
+
+def test_only_a_complete_block_is_compared():
+    rows = [line(c, s) for c, s in plan(5)[:93]]                        # three betas of seeds 0-2
+    assert complete(rows) == (frontier.BETAS[:3], [0, 1, 2])
+    assert complete(rows[:-1])[1] == [0, 1]
+    assert complete([line(c, s) for c, s in plan(2)]) == (frontier.BETAS, [0, 1])
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A csv in which JS gains .05 more than the KLs, whatever the estimator, and falling betas .02 more."""
+    path = tmp_path / "frontier.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        out = csv.DictWriter(file, frontier.FIELDS)
+        out.writeheader()
+        for cell, seed in plan(3):
+            b = cell[2] / (4 if cell[0] == "js" else 1)
+            gain = .1 - .1 * b + .05 * (cell[0] == "js") + .02 * (cell[3] == "linear")
+            out.writerow(line(cell, seed, reward=.1 + (gain if b else .2) + .001 * seed,
+                              kept=.85 + .3 * b if b else .6))
+    return path
+
+
+def test_verdicts_say_what_was_put_in(finished):
+    said = {(claim, what, measure): (text, shown) for claim, what, measure, text, shown
+            in frontier.verdicts(load(finished))}
+    assert said["(ii)", "js - reverse_kl, exact", "mean reachable reward"][1] == "more"
+    assert said["(iii)", "exact - sampled, js", "mean reachable reward"][1] == "not shown"
+    assert said["(v)", "falling - constant, forward_kl", "reward"][1] == "more"
+    # at one beta JS is weaker here: more reward and less diversity, which beats nobody
+    assert said["(i)", "js - forward_kl, sampled, both beta 0.5", "reward gained"][1] == "more"
+    assert said["(i)", "js - forward_kl, sampled, both beta 0.5", "diversity kept"][1] == "less"
+
+
+def test_figures_and_report_come_from_the_csv_alone(finished, capsys):
+    frontier.main([f"--csv={finished}", "--only=figures"])
+    assert {"frontier.png", "frontier_more.png", "frontier.md"} <= set(os.listdir(finished.parent))
+    report = (finished.parent / "frontier.md").read_text(encoding="utf-8")
+    assert "seeds [0, 1, 2]" in report and report in capsys.readouterr().out
+    assert report.count("| js | sampled |") == 6
+
+
+FAKE = """
+import json, os, sys
+folder = [a for a in sys.argv if a.startswith("--out_dir=")][0][10:]
+os.makedirs(folder)
+row = dict.fromkeys({measures!r}, 0.5)
+for name, steps in (("evaluations", 2), ("metrics", 20)):
+    with open(os.path.join(folder, name + ".jsonl"), "w") as f:
+        for i in range(steps):
+            f.write(json.dumps(dict(row, step=i)) + chr(10))
+"""
+
+
+def test_runs_are_made_once_and_never_mixed(tmp_path, monkeypatch):
+    (tmp_path / "fake.py").write_text(FAKE.format(measures=frontier.MEASURES))
+    commands = []
+
+    def command(cell, seed, cfg, folder):
+        commands.append((cell, seed))
+        return [sys.executable, str(tmp_path / "fake.py"), f"--out_dir={folder}"]
+    monkeypatch.setattr(frontier, "command", command)
+    monkeypatch.setattr(frontier, "plan", lambda seeds: plan(seeds)[:4])
+    monkeypatch.setattr(frontier.time, "sleep", lambda seconds, sleep=frontier.time.sleep: sleep(.02))
+    path = tmp_path / "results" / "frontier.csv"
+    options = [f"--csv={path}", f"--out={tmp_path / 'out'}", "--only=runs"]
+    frontier.main(options)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:3]) + "\n")                         # two of four are left
+    frontier.main(options)
+    assert len(commands) == 6 and [key(r) for r in load(path)][:2] == commands[:2]
+    assert sorted(map(str, commands[4:])) == sorted(map(str, (key(r) for r in load(path)[2:])))
+    assert os.listdir(tmp_path / "out") == []
+    with pytest.raises(UserError, match="another device or another base"):
+        frontier.main([*options, "--device=cuda"])
+    path.write_text("divergence,beta\njs,1\n")
+    with pytest.raises(UserError, match="other|not a csv of this version"):
+        frontier.main(options)
+
+
+def test_commands_are_runs_that_train_understands():
+    import train
+    from config import load as options
+    for cell in cells(frontier.BETAS):
+        cfg, _ = options(train.Config, frontier.command(cell, 3, frontier.Config(), "out/x")[2:])
+        train.check(cfg)
+        beta = [train.ramp(cfg.beta_schedule, cfg.beta, cfg.beta_end, s / 120) for s in range(121)]
+        assert (cfg.divergence, cfg.estimator, cfg.seed) == (cell[0], cell[1], 3)
+        assert sum(beta) / 121 == pytest.approx(cell[2]) and json.dumps(cfg.out_dir)
