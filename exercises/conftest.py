@@ -1,0 +1,23 @@
+"""Shared by the checkers: the project's files on the path, one thread, and `exercise`, what is checked."""
+import importlib.util
+import os
+import pathlib
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def exercise(request):
+    """For test_eNN_name.py: exercises/eNN_name.py, or, with SOLUTIONS=1, solutions/eNN_name.py."""
+    name = request.path.stem.removeprefix("test_")
+    folder = "solutions" if os.environ.get("SOLUTIONS") == "1" else "exercises"
+    spec = importlib.util.spec_from_file_location(f"{folder}_{name}", ROOT / folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

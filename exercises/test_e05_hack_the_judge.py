@@ -1,0 +1,83 @@
+"""python -m pytest exercises/test_e05_hack_the_judge.py"""
+import random
+
+import pytest
+import torch
+
+STEPS, BUDGET = 20, .1                           # .1 of a range of 2: 13 of 255 grey levels
+
+
+@pytest.fixture(scope="module")
+def wrong():
+    """The shipped judge, 16 clean pictures, and a caption for each that the reader finds to be false."""
+    import checkpoint
+    import config
+    import reward
+    import shapes
+    judge = checkpoint.load_models(config.locate("assets/tiny_base.pt"), torch.device("cpu"))[2]
+    pairs = shapes.random_scenes(32, random.Random(0))
+    images = shapes.render([scene for _, scene in pairs])
+    captions = [pairs[i - 1][0].text for i in range(32)]                       # the neighbour's
+    rows = (reward.reader(images, captions) == 0).nonzero()[:16, 0]
+    return judge, images[rows], [captions[i] for i in rows]
+
+
+def test_budget_is_kept(exercise, wrong):
+    judge, images, captions = wrong
+    before = images.clone()
+    for budget in (BUDGET, .02):
+        hacked = exercise.hack(judge, images, captions, 4, budget)
+        assert hacked.shape == images.shape and not hacked.requires_grad, "same shape, no gradient"
+        assert torch.equal(images, before), "hack must not write into the pictures that it was given"
+        assert hacked.abs().max() <= 1, "a picture lives in [-1,1]; clamp after each step"
+        change = (hacked - images).abs().max().item()
+        assert change <= budget + 1e-6, f"one pixel moved by {change:.3f}, the budget is {budget}"
+
+
+def test_judge_is_convinced_and_the_reader_is_not(exercise, wrong):
+    import reward
+    judge, images, captions = wrong
+    hacked = exercise.hack(judge, images, captions, STEPS, BUDGET)
+    noise = BUDGET * torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).sign()
+    scores = [judge(x, captions).mean().item() for x in (images, hacked, (images + noise).clamp(-1, 1))]
+    read = reward.reader(hacked, captions).mean().item()
+    found = (f"judge before {scores[0]:.3f}, after {scores[1]:.3f}, with noise of that size "
+             f"{scores[2]:.3f}; reader before 0, after {read:.3f}")
+    print(found)
+    assert scores[1] > scores[0] + .2, (
+        f"the judge should rise by .2 or more (ours: by .43). {found}. Ascent, not descent? Is the "
+        "step large enough to reach the border of the budget? Is each picture held against its own caption?")
+    assert read == 0, f"pictures became right: that is no hack but painting. {found}"
+
+
+def curves(steps=120, seed=0):
+    """Noise of a standard deviation of .05 for two curves, as lists."""
+    g = torch.Generator().manual_seed(seed)
+    return (.05 * torch.randn(2, steps, generator=g, dtype=torch.float64)).tolist()
+
+
+def test_detect_finds_the_step(exercise):
+    # rewards rise by .01 a step. heldout is flat to step 50, then falls by .01 a step. From t = 59 its mean
+    # over ten steps is .5 - .01 (t - 54.5), and that of 20 steps before .5, until t = 70. So the fall is .045
+    # at 59 and .055 at 60.
+    rewards = [.01 * t for t in range(120)]
+    heldout = [.5 - .01 * max(0, t - 50) for t in range(120)]
+    step = exercise.detect(rewards, heldout)
+    assert step == 60, (
+        f"by hand the first step is 60, you say {step}. (Means end *at* t: y[t-9] .. y[t], so the first step "
+        "that can show anything is 29. 59 or less: is the margin .05 kept? 51: do your means start at t?)")
+    noisy = [[a + b for a, b in zip(*pair)] for pair in zip((rewards, heldout), curves())]
+    step = exercise.detect(*noisy)
+    assert step is not None and 50 <= step <= 75, f"with noise it should show between 50 and 75, not {step}"
+
+
+def test_detect_is_silent_where_there_is_no_hacking(exercise):
+    up, down, flat = ([.5 + slope * t for t in range(120)] for slope in (.005, -.005, 0))
+    for name, pair in dict(healthy=(up, up), collapse=(down, down), blind=(flat, down), trade=(down, up),
+                           short=(up[:20], down[:20])).items():
+        assert exercise.detect(*pair) is None, (
+            f"{name}: hacking is a reward that rises *while* the held-out reward falls; you say "
+            f"{exercise.detect(*pair)}")
+    for seed in range(3):
+        assert exercise.detect(*curves(seed=seed)) is None, (
+            "two flat, noisy curves: compare means over ten steps, or noise will look like hacking")

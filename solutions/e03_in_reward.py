@@ -1,0 +1,13 @@
+"""Solution 3.
+
+grad D = E_pi[(f - w f') s] and c = -w f', so grad D = E_pi[(f + c) s]. The loss -A log pi + beta D has the
+mean gradient E_pi[-A s + beta (f + c) s] = E_pi[-(A - beta (f + c)) s]: REINFORCE with A' = A - beta (f + c).
+reverse_kl: f + c = -log w = log pi - log rho, the familiar "reward minus beta log-ratio" of PPO.
+The sampled form of section 1 has c alone, without f: that is not the gradient of D.
+"""
+from divergences import DIVERGENCES
+
+
+def shaped_advantage(adv, logp, logp_ref, beta, divergence):
+    d, x = DIVERGENCES[divergence], (logp_ref - logp).detach()                                   # [B,T]
+    return adv[:, None] - beta * (d.f(x) + d.c(x))
