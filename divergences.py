@@ -1,6 +1,9 @@
 """Three divergences to a reference policy, each in three estimators, with the gradients worked out.
 
-    python divergences.py        draws the curves to out/divergences.png and checks every gradient below
+    python divergences.py          draws the curves to out/divergences.png and checks every gradient below
+    python divergences.py --demo   a policy of ten tokens under each divergence and estimator: out/demo.gif
+
+[test_name] behind an equation is the test of tests/test_divergences.py that verifies it.
 
 Notation. pi = the policy, rho = the frozen reference, a = the sampled token, s = grad log pi(a).
     w = rho(a) / pi(a),  x = log w = log rho(a) - log pi(a).  x > 0: the policy has moved below the reference.
@@ -11,6 +14,8 @@ c (w - 1) to f changes nothing, because E_pi[w] = 1; it only lowers the variance
     forward_kl   f = w log w - w + 1           E_pi[w log w] = sum rho log(rho/pi) = KL(rho || pi)
     js           f = 1/2 [-log((1+w)/2) + w log(2w/(1+w))]     with m = (pi + rho)/2:   pi/m = 2/(1+w),
                  rho/m = 2w/(1+w), so E_pi[f] = 1/2 KL(pi || m) + 1/2 KL(rho || m), between 0 and log 2
+[test_mean_of_sampled_is_the_divergence, test_exact_equals_torch_distributions,
+test_js_is_bounded_and_finite_far_out]
 
 --- 1. sampled: what the paper differentiates (arXiv 2606.21498; k3 of joschu.net/blog/kl-approx.html for
     reverse KL)
@@ -24,7 +29,7 @@ dw/dlog pi = -w, so
 So a token of advantage A acts as one of advantage A - beta c(w). That is the shape the method is named
 after. As the policy drops a token of the reference (w large) reverse_kl and js pull it back in proportion
 to w, forward_kl even as w log w; as the policy overdoes one (w small) reverse_kl pushes at a constant 1,
-the others let go.
+the others let go.   [test_weight_equals_autograd_of_sampled, test_weight_in_the_table_of_the_facts]
 
 --- 2. What the sampled forms descend: not the divergence they are named after
 A score has mean zero, so constants in c drop out. In expectation over a ~ pi, with w pi = rho:
@@ -34,24 +39,26 @@ A score has mean zero, so constants in c drop out. In expectation over a ~ pi, w
     js           c = -1/2 w log(..)  U' = 1/2 log(2/(1+e^-x))  saturates at 1/2 log 2 for lost tokens (x > 0),
                                                                grows like x/2 for overdone ones (x < 0)
 A uniform force (1 even where pi = rho) is the "uniform bias" of reverse_kl in the paper; js has none
-at pi = rho.
+at pi = rho.   [test_sampled_forms_descend_what_section_2_says]
 
 --- 3. unbiased: the gradient of the divergence itself
 The sample depends on pi as well, which section 1 leaves out. By the product rule
     grad sum_v pi_v f(w_v) = sum_v pi_v [f(w_v) s_v + c(w_v) s_v] = E_pi[(f(w) - w f'(w)) s],
 and pi / stop_grad(pi), which is 1 but has the gradient s, in front of f(w) makes autograd say the same:
     reverse_kl   f - w f' = -log w       forward_kl   1 - w        js   -1/2 log((1+w)/2)
+[test_unbiased_averages_to_the_gradient_of_exact]
 After the first of several inner epochs the sample is from pi_old: use pi / pi_old instead (pass logp_old).
+[test_unbiased_off_policy]
 
 --- 4. exact: the sum over all V codes
 The logits are there, so this costs no forward pass, and the token adds no noise. With g = f - w f':
-    dD/dz_v = pi_v (g_v - sum_u pi_u g_u)       for logits z.
+    dD/dz_v = pi_v (g_v - sum_u pi_u g_u)       for logits z.   [test_the_script_checks_itself]
 
 "Exact" and "unbiased" speak of the divergence per token with its prefix held fixed: how a token changes the
 prefixes of later ones (the return-to-go of a sequence-level KL) is left out, as GRPO implementations do.
 
 --- Strength. f''(1) = 1 for both KLs and 1/4 for js: at pi = rho, js needs 4 beta to pull as hard as a KL
-at beta.
+at beta.   [test_strength_at_the_reference]
 
 Departure from the paper's code: none in section 1 (x is clamped to +-20 as there, which ends the gradient);
 sections 3 and 4 are ours to compare with.
@@ -167,10 +174,99 @@ def plot(path):
     plt.close(figure)
 
 
+# ---- a policy small enough to see --------------------------------------------------------------------------
+# One softmax over ten tokens, reward 1 for one of them, and the objective E_pi[r] - beta D(pi, rho).
+RHO = torch.tensor([.30, .22, .15, .10, .08, .06, .04, .025, .015, .01], dtype=torch.float64)
+REWARD = torch.zeros(10, dtype=torch.float64).index_fill_(0, torch.tensor(4), 1.)
+
+
+def shaping(name, estimator, logp, logq):
+    """What a token's reward is lowered by, per beta: g of sections 1 to 4, so that the gradient in the logits
+    is pi (r - beta g), less its mean. unbiased and exact differ only in their noise."""
+    d, x = DIVERGENCES[name], logq - logp
+    return d.c(x) if estimator == "sampled" else d.f(x) + d.c(x)
+
+
+def fixed_point(name, estimator, beta, steps=5000, rate=.1):
+    """Where the mean update comes to rest: pi [10]. Every token then has the same r - beta g.
+
+    Closed forms: exact (or unbiased) reverse KL rests at rho exp(r/beta) / Z; sampled reverse KL, which
+    descends the forward KL, at beta rho / (l - r), with l such that it sums to 1. The rest is found by
+    following r - beta g in the logits, which is the natural gradient: fast where pi is small, too.
+    """
+    logq, z = RHO.log(), RHO.log()
+    for _ in range(steps):
+        logp = z.log_softmax(0)
+        z = logp + rate * (REWARD - beta * shaping(name, estimator, logp, logq)).clamp(-5, 5)
+        if (z.log_softmax(0) - logp).abs().max() < 1e-13:
+            break
+    return z.softmax(0)
+
+
+def demo(path, steps=600, frames=60, batch=16, rate=.5, strength=.25, seed=0):
+    """A GIF of nine policies that learn from the same seeds, `batch` sampled tokens a step; beta = strength,
+    4 times that for js. Bars: the policy; black lines: the reference; red marks: the fixed points."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.animation import FuncAnimation, PillowWriter
+    cells = [(name, estimator) for estimator in ("sampled", "unbiased", "exact") for name in DIVERGENCES]
+    beta = {name: strength * (4 if name == "js" else 1) for name in DIVERGENCES}
+    logq = RHO.log()
+    z = {cell: logq.clone() for cell in cells}
+    g = {cell: torch.Generator().manual_seed(seed) for cell in cells}
+
+    def advance():
+        for name, estimator in cells:
+            cell = name, estimator
+            logp = z[cell].log_softmax(0)
+            pi, shape = logp.exp(), beta[name] * shaping(name, estimator, logp, logq)
+            a = torch.multinomial(pi, batch, replacement=True, generator=g[cell])
+            # the policy gradient from samples, with the mean reward as a baseline; grad log pi(a) = 1[a] - pi
+            value = (REWARD if estimator == "exact" else REWARD - shape)[a]
+            share = torch.zeros(10, dtype=torch.float64).index_add_(0, a, value - value.mean()) / batch
+            step = share - pi * share.sum()
+            if estimator == "exact":
+                step = step - pi * (shape - (pi * shape).sum())
+            z[cell] = z[cell] + rate * step
+
+    figure, axes = plt.subplots(3, 3, figsize=(9, 6.5), sharex=True, sharey=True, layout="constrained")
+    bars = {}
+    for axis, (name, estimator) in zip(axes.flat, cells):
+        bars[name, estimator] = axis.bar(range(10), RHO.tolist(), color="tab:blue")
+        axis.bar(range(10), RHO.tolist(), fill=False, edgecolor="black", lw=.8)
+        rest = fixed_point(name, estimator, beta[name]).tolist()
+        axis.plot(range(10), rest, "_", color="tab:red", ms=11, mew=2)
+        axis.set_title(f"{name} (beta {beta[name]:g}), {estimator}", fontsize=9)
+        axis.set(yscale="log", ylim=(5e-4, 1.2))                           # rare tokens are the point
+    axes[2, 1].set_xlabel("step 0")
+    figure.canvas.draw()
+    figure.set_layout_engine("none")                       # laid out once, not again for every frame
+
+    def frame(i):
+        for _ in range(steps // frames if i else 0):
+            advance()
+        for cell, drawn in bars.items():
+            for bar, height in zip(drawn, z[cell].softmax(0).tolist()):
+                bar.set_height(height)
+        axes[2, 1].set_xlabel(f"token (number 4 is rewarded), step {i * (steps // frames)}")
+    film = FuncAnimation(figure, frame, frames=frames + 1, init_func=lambda: None)
+    film.save(path, PillowWriter(fps=10), dpi=70)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     import os
+    import sys
     os.makedirs("out", exist_ok=True)
-    plot("out/divergences.png")
-    for claim, difference in check_gradients().items():
-        print(f"{claim:45s} largest difference {difference:.1e}")
-    print("curves: out/divergences.png")
+    if sys.argv[1:] == ["--demo"]:
+        demo("out/demo.gif")
+        print("out/demo.gif: bars the policy, black lines the reference, red marks where it must end")
+    elif sys.argv[1:]:
+        print("error: divergences.py takes --demo or nothing", file=sys.stderr)
+        raise SystemExit(2)
+    else:
+        plot("out/divergences.png")
+        for claim, difference in check_gradients().items():
+            print(f"{claim:45s} largest difference {difference:.1e}")
+        print("curves: out/divergences.png")

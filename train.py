@@ -70,7 +70,7 @@ class Config:
     # ---- loss
     divergence: Literal["js", "forward_kl", "reverse_kl", "none"] = "js"  # to the reference (divergences.py)
     estimator: Literal["sampled", "unbiased", "exact"] = "sampled"  # "sampled" is the paper's
-    beta: float = 0.5                  # strength; js needs 4 times as much as a KL for the same pull
+    beta: float = 0.4                  # strength; js needs 4 times as much as a KL for the same pull
     beta_schedule: Literal["constant", "linear", "cosine"] = "constant"  # beta to beta_end over max_steps
     beta_end: float = 0.0              # used by linear and cosine
     clip_eps: float = 0.2              # ratio is clipped to 1 +- this; binds from the second inner epoch on
