@@ -123,7 +123,8 @@ def seconds(sides, device, repeats):
 
 
 def peak_bytes(f, device):
-    """The most bytes that tensors held at once during f(), above what they held before."""
+    """The most bytes that tensors held at once during f(), above what they held before (in an update:
+    weights and gradients)."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -284,12 +285,12 @@ def update(device, repeats, limits):
 def growth(device, repeats):
     """{title: (letter, xs, {side: seconds}, MiB at the peak, MiB of keys and values as counted)}: how the
     cost of sampling grows with T, L and G, on a model of middle size."""
-    size = dict(dim=256, n_layer=6, n_head=4, vocab_size=1024, caption_dim=256)
+    size = dict(dim=256, n_layer=4, n_head=4, vocab_size=1024, caption_dim=256)
     if device.type == "cuda":
         size = dict(dim=768, n_layer=12, n_head=12, vocab_size=16384)
-    base = dict(T=144, L=120, G=8)
-    panels = {"tokens written": ("T", [64, 144, 256, 400]), "prompt length": ("L", [8, 60, 120, 240]),
-              "images of a prompt": ("G", [1, 2, 4, 8, 16, 32])}
+    base = dict(T=100, L=120, G=8)
+    panels = {"tokens written": ("T", [25, 64, 100, 144, 196, 256]),
+              "prompt length": ("L", [8, 60, 120, 240]), "images of a prompt": ("G", [1, 2, 4, 8, 16, 32])}
     out = {}
     for title, (letter, xs) in panels.items():
         times, memory, counted = {"plain": [], "ours": []}, [], []
@@ -359,7 +360,7 @@ def main(argv):
         report.append("## Sampling\n\n" + markdown(
             ["model", "dtype", "images", "CFG", "tokens", "plain, tokens/s", "ours, tokens/s", "ratio",
              "share of ceiling"],
-            [(*row[:5], f"{row[5]:.0f}", f"{row[6]:.0f}", f"{row[7]:.2f}", f"{row[8]:.0%}")
+            [(*row[:5], f"{row[5]:.3g}", f"{row[6]:.3g}", f"{row[7]:.2f}", f"{row[8]:.0%}")
              for row in sampling(device, cfg.repeats, limits)]))
         print(report[-1])
     if cfg.only in ("all", "update"):
@@ -379,7 +380,8 @@ def main(argv):
         print(f"all of it in {(time.time() - begin) / 60:.1f} minutes")
         with open(os.path.join(cfg.out, "bench.md"), "w", encoding="utf-8") as file:
             file.write("# Speed\n\n`python bench.py`, see bench.py for what is compared.\n\n"
-                       + "\n\n".join(report) + "\n\n## Growth\n\n![growth](bench.png)\n")
+                       + "\n\n".join(report) + "\n\nPeaks are above weights and gradients. The growth of sampling"
+                       " with tokens, prompt length and images of a prompt:\n\n![growth](bench.png)\n")
 
 
 if __name__ == "__main__":

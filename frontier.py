@@ -340,8 +340,8 @@ def report(rows, path):
     with open(path, "w", encoding="utf-8") as file:
         file.write(
             f"# Performance against diversity\n\nBy `python frontier.py --only=figures` from frontier.csv: "
-            f"{len(rows)} runs, device {rows[0]['device']}, base {rows[0]['base']}. Verdicts use the betas of "
-            f"a KL {sorted(betas)} (js x 4) and the seeds {seeds}; frontier.py says what they mean.\n\n"
+            f"{len(rows)} runs, device {rows[0]['device']}, base {rows[0]['base']}. Verdicts use the betas "
+            f"of a KL {sorted(betas)} (js x 4) and the seeds {seeds}; frontier.py says what they mean.\n\n"
             + table(["claim", "difference of", "in", "mean [95 % interval]", "shown"],
                     [list(v) for v in verdicts(rows)]) + "\n\n" +
             table(["divergence", "estimator", "beta", "schedule", "seeds", "judge", "reader", "entropy kept",

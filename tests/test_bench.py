@@ -65,6 +65,6 @@ def test_peak_bytes_counts_what_is_alive_at_once():
 def test_sampling_memory_is_linear_in_images_with_the_slope_of_the_cache():
     gpt, _, _ = setup()
     few, many = (bench.peak_bytes(lambda: gpt.generate(*bench.prompts(gpt, 1, CPU, torch.float32, n)), CPU)
-                 for n in (16, 32))                                     # with fewer, reading the caption peaks
+                 for n in (16, 32))                                    # with fewer, reading the caption peaks
     cache = 2 * 4 * 64 * 128 * 3                                        # k and v, fp32, T, D, layers
     assert (many - few) / 16 == pytest.approx(cache, rel=.25)

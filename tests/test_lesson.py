@@ -1,6 +1,7 @@
 """python -m pytest tests/test_lesson.py
 
-Prose goes stale without a sound. What lesson.md and README.md name must be there: files, functions, line counts.
+Prose goes stale without a sound. What lesson.md and README.md name must be there: files, functions, line
+counts.
 """
 import ast
 import pathlib
