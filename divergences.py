@@ -8,8 +8,9 @@
 Notation. pi = the policy, rho = the frozen reference, a = the sampled token, s = grad log pi(a).
     w = rho(a) / pi(a),  x = log w = log rho(a) - log pi(a).  x > 0: the policy has moved below the reference.
 
-An f-divergence is D = sum_v pi_v f(rho_v / pi_v) = E_pi[f(w)], f convex, f(1) = 0 (and f'(1) = 0 here: adding
-c (w - 1) to f changes nothing, because E_pi[w] = 1; it only lowers the variance of estimates).
+An f-divergence is D = sum_v pi_v f(rho_v / pi_v) = E_pi[f(w)], f convex, f(1) = 0. Adding k (w - 1) to f does
+not change D, because E_pi[w] = 1; k is chosen so that f'(1) = 0. Then f >= 0 at every token, and near
+pi = rho an estimate of D has less noise. (It does change what section 1 descends: see section 2.)
     reverse_kl   f = w - log w - 1             E_pi[-log w] = sum pi log(pi/rho) = KL(pi || rho)
     forward_kl   f = w log w - w + 1           E_pi[w log w] = sum rho log(rho/pi) = KL(rho || pi)
     js           f = 1/2 [-log((1+w)/2) + w log(2w/(1+w))]     with m = (pi + rho)/2:   pi/m = 2/(1+w),
@@ -25,40 +26,52 @@ dw/dlog pi = -w, so
     reverse_kl   f' = 1 - 1/w                   c = 1 - w
     forward_kl   f' = log w                     c = -w log w
     js           f' = 1/2 log(2w/(1+w))         c = -1/2 w log(2w/(1+w))        [*]
-    [*] d/dw of -log(1+w)/2 + w log(2w/(1+w)): the terms -1/(1+w) and w (1/w - 1/(1+w)) = 1/(1+w) cancel.
-So a token of advantage A acts as one of advantage A - beta c(w). That is the shape the method is named
-after. As the policy drops a token of the reference (w large) reverse_kl and js pull it back in proportion
-to w, forward_kl even as w log w; as the policy overdoes one (w small) reverse_kl pushes at a constant 1,
-the others let go.   [test_weight_equals_autograd_of_sampled, test_weight_in_the_table_of_the_facts]
+    [*] d/dw of -log((1+w)/2) + w log(2w/(1+w)): -1/(1+w) and w (1/w - 1/(1+w)) = 1/(1+w) cancel.
+With the loss -A log pi + beta f, a token of advantage A acts as one of advantage A - beta c(w): "shaping".
+A token that is drawn though the policy has nearly dropped it (w large) is pulled back in proportion to w by
+reverse_kl and js, and even as w log w by forward_kl; one that the policy overdoes (w small) is pushed at a
+constant 1 by reverse_kl, the others let go.
+[test_weight_equals_autograd_of_sampled, test_weight_in_the_table_of_the_facts]
 
 --- 2. What the sampled forms descend: not the divergence they are named after
-A score has mean zero, so constants in c drop out. In expectation over a ~ pi, with w pi = rho:
-    E_pi[c(w) s] = -E_rho[U'(x) s] = grad E_rho[U(x)], where U'(x) is the force on a token *of the reference*:
+A score has mean zero, so constants in c drop out. In expectation over a ~ pi, with w pi = rho and
+grad x = -s:
+    E_pi[c(w) s] = -E_rho[U'(x) s] = grad E_rho[U(x)],     U' = -c/w with the constant of c left out,
+the force on a token *of the reference*:
     reverse_kl   c = 1 - w           U' = 1                    E_rho[x] = KL(rho || pi): the FORWARD KL
     forward_kl   c = -w x            U' = x                    1/2 E_rho[x^2]: neither KL
     js           c = -1/2 w log(..)  U' = 1/2 log(2/(1+e^-x))  saturates at 1/2 log 2 for lost tokens (x > 0),
                                                                grows like x/2 for overdone ones (x < 0)
-A uniform force (1 even where pi = rho) is the "uniform bias" of reverse_kl in the paper; js has none
-at pi = rho.   [test_sampled_forms_descend_what_section_2_says]
+For reverse_kl every token of the reference is pulled up alike, also where pi = rho, and only the mean over
+tokens cancels it (what is left in the logits is pi_v - rho_v): so we read the paper's "uniform bias". U' of
+js is 0 there. Without its w - 1, reverse_kl would be f = -log w with c = 1: a sampled form with no force.
+c is a force per drawn token, U' one per unit of rho; the mean push on a logit is pi c = -rho U', less the
+mean. A lost token is drawn rarely, with a large c: the product stays. An overdone one of small rho is hardly
+pushed by js.   [test_sampled_forms_descend_what_section_2_says]
 
 --- 3. unbiased: the gradient of the divergence itself
-The sample depends on pi as well, which section 1 leaves out. By the product rule
-    grad sum_v pi_v f(w_v) = sum_v pi_v [f(w_v) s_v + c(w_v) s_v] = E_pi[(f(w) - w f'(w)) s],
+The sample depends on pi as well, which section 1 leaves out. By the product rule, with grad pi_v = pi_v s_v,
+    grad sum_v pi_v f(w_v) = sum_v pi_v [f(w_v) s_v + c(w_v) s_v] = E_pi[g(w) s],      g = f + c = f - w f',
 and pi / stop_grad(pi), which is 1 but has the gradient s, in front of f(w) makes autograd say the same:
-    reverse_kl   f - w f' = -log w       forward_kl   1 - w        js   -1/2 log((1+w)/2)
+    reverse_kl   g = -log w       forward_kl   g = 1 - w        js   g = -1/2 log((1+w)/2)
 [test_unbiased_averages_to_the_gradient_of_exact]
-After the first of several inner epochs the sample is from pi_old: use pi / pi_old instead (pass logp_old).
+(forward_kl's g is the c of sampled reverse_kl: the same mean gradient, hence the same fixed point.)
+So far a ~ pi. In later inner epochs a ~ pi_old, and E_old[(pi/pi_old) f] = E_pi[f]: use pi / pi_old instead
+(pass logp_old). `sampled` has no such weight: section 2 holds for it only while pi is near pi_old.
 [test_unbiased_off_policy]
 
 --- 4. exact: the sum over all V codes
-The logits are there, so this costs no forward pass, and the token adds no noise. With g = f - w f':
-    dD/dz_v = pi_v (g_v - sum_u pi_u g_u)       for logits z.   [test_the_script_checks_itself]
+The logits of both are there, so this costs no further forward pass, and the token adds no noise. For logits
+z, dlog pi_a/dz_v = 1[a=v] - pi_v; put into E_pi[g s] this is
+    dD/dz_v = pi_v (g_v - sum_u pi_u g_u).   [test_the_script_checks_itself]
 
-"Exact" and "unbiased" speak of the divergence per token with its prefix held fixed: how a token changes the
-prefixes of later ones (the return-to-go of a sequence-level KL) is left out, as GRPO implementations do.
+"Exact" and "unbiased" speak of the divergence per token with its prefix held fixed. How a token changes the
+prefixes of later ones, a term E[sum_t s_t (D_{t+1} + .. + D_T)] in the gradient of a whole sequence's
+divergence, is left out, as GRPO implementations do.
 
---- Strength. f''(1) = 1 for both KLs and 1/4 for js: at pi = rho, js needs 4 beta to pull as hard as a KL
-at beta.   [test_strength_at_the_reference]
+--- Strength. Near pi = rho, D is about f''(1)/2 E_pi[(w-1)^2], and f''(1) = 1 for both KLs and 1/4 for js: so
+js needs 4 beta to pull as hard as a KL at beta. Further out it is only a rule of thumb: 4 U' of sampled js is
+x - x^2/4 + .., 10 % from x at |x| = .4 and 24 % at 1.   [test_strength_at_the_reference]
 
 Departure from the paper's code: none in section 1 (x is clamped to +-20 as there, which ends the gradient);
 sections 3 and 4 are ours to compare with.
@@ -69,7 +82,7 @@ import torch
 import torch.nn.functional as F
 
 LOG2 = torch.tensor(2.0, dtype=torch.float64).log().item()
-CLAMP = 20.0                                   # |log w| past which a token's term has no gradient
+CLAMP = 20.0                 # |log w| past which f no longer varies: no gradient in `sampled`
 
 
 class Divergence(NamedTuple):
@@ -163,7 +176,7 @@ def plot(path):
         axes[0].plot(x, strength * d.weight(x), label=label)
         force = -(d.weight(x) - float(name == "reverse_kl")) / x.exp()       # the constant of c has mean zero
         axes[1].plot(x, strength * force, label=label)
-    axes[0].set(title="added to the advantage: $-\\beta c(w)$, here $c(w)$", ylabel="c(w)", ylim=(-8, 2))
+    axes[0].set(title="subtracted from the advantage, per beta: c(w)", ylabel="c(w)", ylim=(-8, 2))
     axes[1].set(title="force on a token of the reference, $U'(x)$", ylabel="U'(x)", ylim=(-6.5, 3))
     for axis in axes:
         axis.set_xlabel("x = log(reference / policy);  right: the policy has lost the token")
@@ -181,18 +194,18 @@ REWARD = torch.zeros(10, dtype=torch.float64).index_fill_(0, torch.tensor(4), 1.
 
 
 def shaping(name, estimator, logp, logq):
-    """What a token's reward is lowered by, per beta: g of sections 1 to 4, so that the gradient in the logits
-    is pi (r - beta g), less its mean. unbiased and exact differ only in their noise."""
+    """What a token's reward r is lowered by, per beta: c for sampled, g for the others, so that the gradient
+    in the logits is pi (r - beta c) or pi (r - beta g), less its mean."""
     d, x = DIVERGENCES[name], logq - logp
     return d.c(x) if estimator == "sampled" else d.f(x) + d.c(x)
 
 
 def fixed_point(name, estimator, beta, steps=5000, rate=.1):
-    """Where the mean update comes to rest: pi [10]. Every token then has the same r - beta g.
+    """Where the mean update comes to rest: pi [10]. Every token then has the same r - beta g (or r - beta c).
 
     Closed forms: exact (or unbiased) reverse KL rests at rho exp(r/beta) / Z; sampled reverse KL, which
     descends the forward KL, at beta rho / (l - r), with l such that it sums to 1. The rest is found by
-    following r - beta g in the logits, which is the natural gradient: fast where pi is small, too.
+    following that in the logits, which is the natural gradient: fast where pi is small, too.
     """
     logq, z = RHO.log(), RHO.log()
     for _ in range(steps):
