@@ -164,22 +164,25 @@ def check_gradients(vocab=50, seed=0):
 
 
 def plot(path):
-    """Two panels: the effective shift of the advantage, c(w), and the force U'(x) on a reference token."""
+    """Three panels against x: c(w) of sampled and g(w) of unbiased and exact, by which a token's advantage is
+    lowered, and the force U'(x) of sampled on a reference token."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     x = torch.linspace(-6, 2.5, 400, dtype=torch.float64)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
     for name, d in DIVERGENCES.items():
         strength = 4 if name == "js" else 1                                # matched curvature at pi = rho
         label = name + (" x 4" if name == "js" else "")
         axes[0].plot(x, strength * d.weight(x), label=label)
         force = -(d.weight(x) - float(name == "reverse_kl")) / x.exp()       # the constant of c has mean zero
-        axes[1].plot(x, strength * force, label=label)
-    axes[0].set(title="subtracted from the advantage, per beta: c(w)", ylabel="c(w)", ylim=(-8, 2))
-    axes[1].set(title="force on a token of the reference, $U'(x)$", ylabel="U'(x)", ylim=(-6.5, 3))
+        axes[1].plot(x, strength * (d.f(x) + d.c(x)), label=label)
+        axes[2].plot(x, strength * force, label=label)
+    axes[0].set(title="taken off the advantage: c(w), sampled", ylabel="c(w)", ylim=(-8, 6))
+    axes[1].set(title="g(w), unbiased and exact", ylabel="g(w)", ylim=(-8, 6))
+    axes[2].set(title="force on a token of the reference, $U'(x)$, sampled", ylabel="U'(x)", ylim=(-6.5, 3))
     for axis in axes:
-        axis.set_xlabel("x = log(reference / policy);  right: the policy has lost the token")
+        axis.set_xlabel("x = log(reference / policy); right: a lost token")
         axis.axhline(0, color="grey", lw=.6)
         axis.axvline(0, color="grey", lw=.6)
         axis.legend(frameon=False)
