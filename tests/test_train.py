@@ -5,6 +5,8 @@ The loop on a base with random weights: what is tested here is that it is the lo
 """
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -111,3 +113,9 @@ def test_schedules():
     assert train.ramp("constant", .4, 0, .5) == .4 and train.ramp("linear", .4, 0, .25) == pytest.approx(.3)
     assert train.ramp("cosine", .4, 0, .5) == pytest.approx(.2)
     assert train.ramp("cosine", .4, .1, 1) == pytest.approx(.1)
+
+
+def test_importing_train_does_not_wait_for_matplotlib():
+    """It takes longer than everything else together, and the first step does not need it."""
+    code = "import sys, train; raise SystemExit('matplotlib' in sys.modules or 'torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(train.__file__)).returncode == 0
