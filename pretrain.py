@@ -1,5 +1,5 @@
 """Builds the tiny world's base from nothing: tokenizer, then policy, then judge.
-About 12 minutes on 2 CPU cores.
+About 13 minutes on 2 CPU cores.
 
     python pretrain.py                                writes out/tiny_base.pt
     python pretrain.py --out=assets/tiny_base.pt      replaces the base that the repository ships

@@ -1,5 +1,5 @@
 """python -m pytest tests/test_learns.py           a few steps of the real thing, about 30 s
-python -m pytest -m slow tests/test_learns.py   the README's results over five seeds, about 17 min on 2 cores
+python -m pytest -m slow tests/test_learns.py   the README's results over five seeds, about 13 min on 2 cores
 """
 import json
 import os
