@@ -76,6 +76,22 @@ def unpack(make, make_config, packed, device):
     return module.float().to(device).eval()
 
 
+def freeze(module, dtype):
+    """Makes a module one that is only used, never trained, and adapts it to the precision of a run.
+
+    "bfloat16": matrices and convolutions are stored rounded. Autocast rounds them at every use anyway, so the
+    results are the same bit for bit and the module takes half the memory; all else stays in fp32. So a frozen
+    copy of the policy gives exactly the policy's logits, until the policy moves.
+    """
+    module.requires_grad_(False).eval()
+    if dtype == "float64":
+        module.double()
+    if dtype == "bfloat16":
+        for part in module.modules():
+            if isinstance(part, (torch.nn.Linear, torch.nn.Conv2d)):
+                part.bfloat16()
+
+
 def load_models(path, device):
     """Policy, tokenizer, judge (fp32, eval mode) and the run's options ({} for a base), all on `device`.
 

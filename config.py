@@ -4,8 +4,8 @@
     python train.py --help
 
 The defaults are the fields of a dataclass in the script itself, one line each with a comment, and `--help`
-prints those lines. A config file holds `key = value` lines and nothing else; it is parsed, not run. Unknown
-keys are refused in files as on the command line (nanoGPT checks the latter only, so a typo in a file costs
+prints those lines. A config file holds `key = value` lines and nothing else; it is parsed, not run. With a
+line `like = "configs/other.py"` it says only in what it differs from another one. Unknown keys are refused in files as on the command line (nanoGPT checks the latter only, so a typo in a file costs
 a run), types are checked, and an int is fine where a float is wanted.
 """
 import ast
@@ -58,8 +58,9 @@ def find(path):
     raise UserError(f"no config file {path!r}; there are: " + ", ".join("configs/" + n for n in names))
 
 
-def read_file(cls, path):
-    """{key: checked value} of a config file: a Python file of only `key = literal` lines and comments."""
+def read_file(cls, path, depth=0):
+    """{key: checked value} of a config file: a Python file of only `key = literal` lines and comments.
+    depth: how many files led here by `like`."""
     try:
         with open(path, encoding="utf-8") as file:
             tree = ast.parse(file.read())
@@ -75,7 +76,13 @@ def read_file(cls, path):
             key, value = target.id, ast.literal_eval(node.value)
         except (AttributeError, TypeError, ValueError):
             raise UserError(f"{where}: only `key = value` lines with plain values can stand here") from None
-        out[key] = _check(cls, key, value, where)
+        if key == "like":
+            if out or not isinstance(value, str) or depth > 4:
+                raise UserError(f"{where}: `like` must be the first line, name one file, and not lead in a "
+                                f"circle")
+            out |= read_file(cls, find(value), depth + 1)
+        else:
+            out[key] = _check(cls, key, value, where)
     return out
 
 

@@ -2,30 +2,26 @@
 
     python evaluate.py out/tiny_js                      one run against its base
     python evaluate.py out/tiny_js out/tiny_none ...    compare; runs that differ only in seed are averaged
+    python evaluate.py out/llamagen_js --prompts=evaluation_metadata.jsonl --save=out/geneval --cfg_scale=7.5
+                                                        pictures in GenEval's folders, for its own scorer
 
 Every prompt is drawn `draws` times. Reported, as means over prompts:
-  reward, heldout     the run's own reward and one that it was not trained on, also per category
-  unseen              held-out reward on captions with a pair (shapes.HELD_OUT) that the policy has never seen
-  open_entropy        nat; sum over the attributes that the caption leaves open (shapes.open_attributes) of
-                      the entropy of their values. Always of 64 pictures: the plug-in estimate is biased, by
-                      about (values-1)/(2*64) each, so it compares only at equal numbers. Pictures that are
-                      unreadable or show too few objects do not enter; `unreadable` is their share. A prompt
-                      with fewer than 64 others has no entropy
-  entropy_kept        open_entropy as a share of the base's, on the prompts where both have one
-  pairwise            mean of 1 - cosine between pictures of one prompt, in judge features
+  reward, heldout     the run's own reward and one that it was not trained on
+  pairwise            mean of 1 - cosine between pictures of one prompt, in the world's features (judge, CLIP)
   vendi               exp of the entropy of the eigenvalues of their cosine matrix / n: an effective number
                       of distinct pictures, between 1 and n. Vendi score, arXiv 2210.02410 eq. 2
   token_entropy       nat per token of the policy on its own samples
   kl_reverse          KL(policy || base), nat per image on the policy's samples; exact sums over the codes
   kl_forward          KL(base || policy), nat per image on the base's samples
-and for the base also best-of-N: of N samples the one that the *trained* reward likes best. It costs N times
-the sampling and no training, so a run should be held against it before its reward is praised.
+then what only this world can measure (tiny.py), and for the base also best-of-N: of N samples the one that
+the *trained* reward likes best. It costs N times the sampling and no training, so a run should be held
+against it before its reward is praised.
 """
-import math
+import importlib
+import json
 import os
-import random
-from collections import Counter
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -34,63 +30,60 @@ from tqdm import tqdm, trange
 import checkpoint
 import config
 import pictures
-import reward
-import shapes
-import text
+import prompts as prompt_files
 from config import UserError
 
-COUNTED = 64                    # readable pictures a prompt that enter open_entropy
-KL_DRAWS = 16                   # draws a prompt that enter the KLs and the token entropy
-UNSEEN_DRAWS = 8                # draws a prompt for captions with held-out pairs
+VENDI_OF = 64                   # pictures a prompt, at most, that enter pairwise and vendi
+KL_DRAWS = 16                   # draws a prompt, at most, that enter the KLs and the token entropy
 BEST_OF = 8
-CHUNK = 256                     # sequences sampled at once
+CHUNK = 2 ** 14                 # tokens of the sequences that are sampled at once
 
 
 @dataclass(frozen=True)
 class Config:
     runs: tuple = ()                   # run folders, e.g. out/tiny_js, given as bare words
-    prompts: int = 3                   # fixed training prompts of each category
-    draws: int = 96                    # pictures a prompt; at least 64 must be readable for open_entropy
+    draws: int = 96                    # pictures a prompt, a multiple of 8; 64 or more in the tiny world
+    eval_prompts: int = 3              # fixed prompts: of each category in the tiny world, else in all
+    cfg_scale: float = 0.0             # classifier-free guidance, for pictures and KLs; 0 = as it was trained
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
     picture: str = "out/compare.png"   # where the picture of all runs goes
+    # ---- pictures for a benchmark, in place of the comparison
+    prompts: str = ""                  # a file of prompts, as GenEval's evaluation_metadata.jsonl
+    save: str = ""                     # folder for the pictures: 00000/samples/0000.png, 00000/metadata.jsonl
+    n: int = 4                         # pictures a prompt
+    base: bool = False                 # draw with the run's base in place of its policy
+    top_k: int = 0                     # only the k likeliest codes; 0 = all, 1000 = LlamaGen's own sampler
 
 
-def fixed_prompts(per_category, heldout=False):
-    """The same captions whoever asks: `per_category` of each category, drawn with their own generator."""
-    rng = random.Random(1234)
-    pools = [shapes.captions(category, heldout) for category in shapes.CATEGORIES]
-    return [c for pool in pools for c in rng.sample(pool, min(per_category, len(pool)))]
+def open_world(options, device):
+    """The world (tiny.py says what that is) of a run's options, an object with train.py's Config's fields."""
+    return importlib.import_module(options.world).World(options, device)
+
+
+def options_of(run):
+    """(options of a run, the state dict of its policy). UserError if it is none."""
+    path = os.path.join(run, "ckpt.pt") if os.path.isdir(run) else run
+    saved = checkpoint.load(path)
+    if not {"config", "model"} <= set(saved):
+        raise UserError(f"{run} is a base, not a run; every run is shown beside its base anyway")
+    return SimpleNamespace(**saved["config"]), saved["model"]
 
 
 @torch.no_grad()
-def draw(policy, vqgan, prompts, draws, *, cfg_scale=1.0, temperature=1.0, seed=0, **cut):
-    """`draws` samples of each prompt -> tokens [P*draws,T], images [P*draws,3,H,W]; one prompt's in a row."""
-    device = next(policy.parameters()).device
-    features, mask = text.encode(prompts, device)
-    prompt = torch.arange(len(prompts), device=device).repeat_interleave(draws)
-    generator, tokens, images = torch.Generator(device).manual_seed(seed), [], []
-    for i in trange(0, len(prompt), CHUNK, desc="drawing", ncols=110, leave=False,
-                    disable=len(prompt) <= CHUNK):
-        used, own = prompt[i:i + CHUNK].unique(return_inverse=True)
-        tokens.append(policy.generate(features[used], mask[used], own, cfg_scale=cfg_scale,
-                                      temperature=temperature, generator=generator, **cut))
-        images.append(vqgan.decode(tokens[-1]))
+def draw(world, policy, captions, draws, *, cfg_scale=1.0, temperature=1.0, seed=0, **cut):
+    """`draws` samples of each caption -> tokens [P*draws,T], images [P*draws,3,H,W]; a caption's in a row."""
+    features, mask = world.encode(captions)
+    prompt = torch.arange(len(captions), device=features.device).repeat_interleave(draws)
+    generator, tokens, images = torch.Generator(features.device).manual_seed(seed), [], []
+    size = max(8, CHUNK // policy.config.block_size)
+    for i in trange(0, len(prompt), size, desc="drawing", ncols=110, leave=False,
+                    disable=len(prompt) <= size):
+        used, own = prompt[i:i + size].unique(return_inverse=True)
+        with world.autocast:
+            tokens.append(policy.generate(features[used], mask[used], own, cfg_scale=cfg_scale,
+                                          temperature=temperature, generator=generator, **cut))
+        images.append(world.decode(tokens[-1]))
     return torch.cat(tokens), torch.cat(images)
-
-
-def entropy(values):
-    """Plug-in entropy, in nat, of a list of hashable values."""
-    return -sum(n / len(values) * math.log(n / len(values)) for n in Counter(values).values())
-
-
-def open_entropy(scenes, caption):
-    """(entropy in nat or None, unreadable): of the first 64 usable scenes of one prompt, and how many were
-    not."""
-    found = [shapes.open_attributes(s, caption) for s in scenes]
-    usable = [f for f in found if f is not None]
-    if len(usable) < COUNTED:
-        return None, len(found) - len(usable)
-    return sum(entropy([f[k] for f in usable[:COUNTED]]) for k in usable[0]), len(found) - len(usable)
 
 
 def pairwise(features):
@@ -104,81 +97,69 @@ def pairwise(features):
 def vendi(features):
     """Unit vectors [n,d] -> the Vendi score, in 1..n. The d x d matrix has the same eigenvalues as the
     n x n one."""
-    p = torch.linalg.eigvalsh(features.T.double() @ features.double() / len(features)).clamp_min(1e-12)
+    f = features.cpu().double()                    # mps knows no float64
+    p = torch.linalg.eigvalsh((f.T @ f if len(f) > f.shape[1] else f @ f.T) / len(f)).clamp_min(1e-12)
     return (-(p * p.log()).sum()).exp().item()
 
 
 @torch.no_grad()
-def divergence_to(policy, other, prompts, tokens, **sampling):
+def divergence_to(world, policy, other, captions, tokens, **sampling):
     """Exact sum over tokens of KL(policy || other) along `tokens` [P*n,T], nat per image; policy's nat per
     token."""
     kl = token_entropy = 0.0
-    for caption, own in zip(prompts, tokens.chunk(len(prompts))):
-        cond = *text.encode([caption], tokens.device), torch.zeros_like(own[:, 0])
-        logp, logq = (m(own, *cond, **sampling).log_softmax(-1) for m in (policy, other))
+    for caption, own in zip(captions, tokens.chunk(len(captions))):
+        cond = *world.encode([caption]), torch.zeros_like(own[:, 0])
+        with world.autocast:
+            logp, logq = (m(own, *cond, **sampling).log_softmax(-1) for m in (policy, other))
         kl += (logp.exp() * (logp - logq)).sum().item()
         token_entropy -= (logp.exp() * logp).sum().item()
     return kl / len(tokens), token_entropy / tokens.numel()
 
 
 @torch.no_grad()
-def evaluate(policy, vqgan, judge, rewards, *, base=None, prompts=3, draws=96, cfg_scale=1.0,
-             temperature=1.0):
-    """-> (results: {figure: number, "reward/single": ...}, tokens [P*draws,T], images).
-    See the module's docstring.
+def evaluate(world, policy, base=None, *, prompts=3, draws=96, cfg_scale=1.0, temperature=1.0):
+    """-> (results: {figure: number, ...}, tokens [P*draws,T], images). See the module's docstring.
 
-    rewards: {"reward": f, "heldout_reward": f}; base: (its policy, and the results and tokens that this
-    returned for it), to compare with.
+    base: (results, tokens, ...) that this returned for world.reference, to compare with; None for that
+    itself. draws: a multiple of 8.
     """
     sampling = dict(cfg_scale=cfg_scale, temperature=temperature)
-    seen, unseen = fixed_prompts(prompts), fixed_prompts(prompts, heldout=True)
-    tokens, images = draw(policy, vqgan, seen, draws, **sampling)
-    captions = [p for p in seen for _ in range(draws)]
-    scores = {name: f(images, captions).view(len(seen), draws).cpu() for name, f in rewards.items()}
+    captions = world.fixed_prompts(prompts)
+    P = len(captions)
+    tokens, images = draw(world, policy, captions, draws, **sampling)
+    every = [c for c in captions for _ in range(draws)]
+    scores = {name: f(images, every).view(P, draws).cpu() for name, f in world.rewards.items()}
     out = {name: s.mean().item() for name, s in scores.items()}
-    for category in shapes.CATEGORIES:
-        rows = [i for i, p in enumerate(seen) if shapes.parse(p).category == category]
-        out |= {f"{name}/{category}": s[rows].mean().item() for name, s in scores.items()}
-    best = scores["reward"].view(len(seen), -1, BEST_OF).max(2)
+    best = scores["reward"].view(P, -1, BEST_OF).max(2)
     out["best_of_n_reward"] = best.values.mean().item()
-    out["best_of_n_heldout_reward"] = scores["heldout_reward"].view(len(seen), -1, BEST_OF).gather(
+    out["best_of_n_heldout_reward"] = scores["heldout_reward"].view(P, -1, BEST_OF).gather(
         2, best.indices[..., None]).mean().item()
-    _, others = draw(policy, vqgan, unseen, UNSEEN_DRAWS, seed=1, **sampling)
-    out["unseen"] = rewards["heldout_reward"](
-        others, [p for p in unseen for _ in range(UNSEEN_DRAWS)]).mean().item()
-
-    scenes = shapes.read(images)
-    measured = [open_entropy(scenes[i * draws:(i + 1) * draws], shapes.parse(p)) for i, p in enumerate(seen)]
-    per_prompt = out["open_entropy_of"] = [h for h, _ in measured]
-    known = [h for h in per_prompt if h is not None]
-    out["open_entropy"] = sum(known) / len(known) if known else float("nan")
-    both = [(h, b) for h, b in zip(per_prompt, base[1]["open_entropy_of"] if base else per_prompt)
-            if h is not None and b is not None]
-    out["entropy_kept"] = sum(h for h, _ in both) / sum(b for _, b in both) if both else float("nan")
-    out["unreadable"] = sum(n for _, n in measured) / len(scenes)
-    features = judge.embed_images(images).view(len(seen), draws, -1)[:, :COUNTED]            # [P,64,width]
+    out |= world.extra(policy, captions, scores, images, base and base[0], **sampling)
+    features = world.embed(images).view(P, draws, -1)[:, :VENDI_OF]
     out["pairwise"] = pairwise(features)
-    out["vendi"] = sum(vendi(f) for f in features) / len(seen)
+    out["vendi"] = sum(vendi(f) for f in features) / P
 
     def some(t):
-        return t.view(len(seen), draws, -1)[:, :KL_DRAWS].flatten(0, 1)
+        return t.view(P, draws, -1)[:, :KL_DRAWS].flatten(0, 1)
     out["kl_reverse"], out["token_entropy"] = divergence_to(
-        policy, base[0] if base else policy, seen, some(tokens), **sampling)
-    out["kl_forward"] = divergence_to(base[0], policy, seen, some(base[2]), **sampling)[0] if base else 0.0
+        world, policy, world.reference, captions, some(tokens), **sampling)
+    out["kl_forward"] = divergence_to(world, world.reference, policy, captions, some(base[1]),
+                                      **sampling)[0] if base else 0.0
     return out, tokens, images
 
 
-COLUMNS = ["reward", "heldout_reward", "unseen", "open_entropy", "entropy_kept", "pairwise", "vendi",
-           "token_entropy", "kl_reverse", "kl_forward", "unreadable"]
+COLUMNS = ["reward", "heldout_reward", "pairwise", "vendi", "token_entropy", "kl_reverse", "kl_forward"]
 
 
-def table(rows):
-    """[(name, results or list of results)] -> the text of a table; of a list, mean +- std over members."""
+def table(rows, more=()):
+    """[(name, results or list of results)] -> the text of a table; of a list, mean +- std over members.
+    more: names of further columns, a world's own."""
     def cell(results, key):
         values = torch.tensor([r[key] for r in results], dtype=torch.float64)
         return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
     rows = [(name, r if isinstance(r, list) else [r]) for name, r in rows]
-    body = [["run"] + COLUMNS] + [[name] + [cell(r, key) if key in r[0] else "-" for key in COLUMNS]
+    columns = COLUMNS[:2] + list(more) + COLUMNS[2:]
+    body = [["run"] + columns] + [[name] + [cell(r, key) if key in r[0] else "-" for key in columns]
                                   for name, r in rows]
     widths = [max(len(line[i]) for line in body) for i in range(len(body[0]))]
     body.insert(1, ["-" * w for w in widths])
@@ -190,44 +171,62 @@ def best_of_n(base):
     return {"reward": base["best_of_n_reward"], "heldout_reward": base["best_of_n_heldout_reward"]}
 
 
-def picture(path, prompts, columns, a_row=2):
-    """A grid: a row a prompt (two of each category), side by side the first pictures of each (heading,
-    images)."""
-    every = fixed_prompts(prompts)
-    draws, shown = len(columns[0][1]) // len(every), max(3, 8 // len(columns))
-    rows = []
-    for i, caption in enumerate(every):
-        if i % prompts < a_row:
-            groups = [images[i * draws:i * draws + shown] for _, images in columns]
-            rows.append((caption, groups, [reward.reader(g, [caption] * shown) for g in groups]))
-    pictures.grid(rows, path, [heading for heading, _ in columns])
+def save_pictures(cfg, device):
+    """Draws every prompt of a file and saves the pictures as GenEval's scorer (arXiv 2310.11513) wants them:
+    save/00000/metadata.jsonl, the prompt's own line of the file, and save/00000/samples/0000.png ..."""
+    if len(cfg.runs) != 1 or not cfg.prompts:
+        raise UserError("--save draws one run for a file of prompts: python evaluate.py RUN "
+                        "--prompts=FILE --save=FOLDER")
+    if os.path.isdir(cfg.save) and os.listdir(cfg.save):
+        raise UserError(f"{cfg.save} is not empty: choose another folder by --save=...")
+    records = prompt_files.records(cfg.prompts)
+    options, state = options_of(cfg.runs[0])
+    world = open_world(options, device)
+    if not cfg.base:
+        world.policy.load_state_dict(state)
+    for i, (caption, record) in enumerate(tqdm(records, desc="drawing", unit="prompt", ncols=110)):
+        folder = os.path.join(cfg.save, f"{i:05d}")
+        os.makedirs(os.path.join(folder, "samples"))
+        with open(os.path.join(folder, "metadata.jsonl"), "w", encoding="utf-8") as file:
+            json.dump(record, file)
+        images = draw(world, world.policy, [caption], cfg.n, seed=i, temperature=options.temperature,
+                      cfg_scale=cfg.cfg_scale or options.cfg_scale, top_k=cfg.top_k)[1]
+        for j, image in enumerate(images):
+            pictures.to_pil(image).save(os.path.join(folder, "samples", f"{j:04d}.png"))
+    print(f"{len(records)} x {cfg.n} pictures in {cfg.save}")
 
 
 def main(argv):
     cfg, _ = config.load(Config, argv, positional="runs")
     if not cfg.runs:
         raise UserError("name at least one run: python evaluate.py out/tiny_js")
-    if cfg.draws < COUNTED or cfg.draws % BEST_OF or cfg.prompts < 1:
-        raise UserError(f"draws must be at least {COUNTED} and a multiple of {BEST_OF}, prompts at least 1")
+    if cfg.draws < BEST_OF or cfg.draws % BEST_OF or cfg.eval_prompts < 1 or cfg.n < 1 or cfg.top_k < 0:
+        raise UserError(f"draws must be a multiple of {BEST_OF}, eval_prompts and n at least 1, top_k at "
+                        f"least 0")
+    if cfg.cfg_scale and cfg.cfg_scale < 1:
+        raise UserError(f"cfg_scale must be at least 1, or 0 for the run's own, not {cfg.cfg_scale}")
     device = config.pick_device(cfg.device)
+    if cfg.save or cfg.prompts:
+        return save_pictures(cfg, device)
     bases, groups, columns, rows = {}, {}, [], []
     for run in tqdm(cfg.runs, desc="evaluating", unit="run"):
-        policy, vqgan, judge, options = checkpoint.load_models(run, device)
-        if not options:
-            raise UserError(f"{run} is a base, not a run; every run is shown beside its base anyway")
-        rewards = {"reward": reward.build(options["reward"], judge),
-                   "heldout_reward": reward.build(options["heldout_reward"], judge)}
-        settings = dict(prompts=cfg.prompts, draws=cfg.draws, cfg_scale=options["cfg_scale"],
-                        temperature=options["temperature"])
-        key = (options["init_from"], options["reward"], options["heldout_reward"], *settings.values())
+        options, state = options_of(run)
+        options.eval_draws = cfg.draws
+        settings = dict(prompts=cfg.eval_prompts, draws=cfg.draws,
+                        cfg_scale=cfg.cfg_scale or options.cfg_scale, temperature=options.temperature)
+        key = tuple(getattr(options, k) for k in (
+            "world", "init_from", "gpt_ckpt", "vq_ckpt", "reward", "heldout_reward")) + tuple(settings.values())
         if key not in bases:
-            base = checkpoint.load_models(config.locate(options["init_from"]), device)[0]
-            bases[key] = base, *evaluate(base, vqgan, judge, rewards, **settings)
-            name = "base" + (f" ({options['reward']}, {options['init_from']})" if len(bases) > 1 else "")
-            rows += [(name, bases[key][1]), (f"best of {BEST_OF} of the {name}", best_of_n(bases[key][1]))]
-            columns.append((name, bases[key][3]))
-        results, _, images = evaluate(policy, vqgan, judge, rewards, base=bases[key][:3], **settings)
-        alike = str({k: v for k, v in options.items()
+            world = open_world(options, device)
+            bases[key] = world, evaluate(world, world.reference, **settings)
+            name = "base" + (f" ({options.reward}, {options.init_from})" if len(bases) > 1 else "")
+            rows += [(name, bases[key][1][0]), (f"best of {BEST_OF} of the {name}",
+                                                best_of_n(bases[key][1][0]))]
+            columns.append((name, bases[key][1][2]))
+        world, base = bases[key]
+        world.policy.load_state_dict(state)
+        results, _, images = evaluate(world, world.policy, base, **settings)
+        alike = str({k: v for k, v in vars(options).items()
                      if k not in ("seed", "out_dir", "resume", "stop_after", "device")})
         if alike not in groups:
             groups[alike] = (run, [])
@@ -235,10 +234,10 @@ def main(argv):
         groups[alike][1].append(results)
     rows += [(name + (f" and alike, {len(found)} seeds" if len(found) > 1 else ""), found)
              for name, found in groups.values()]
-    print(table(rows))
+    print(table(rows, world.columns))
     os.makedirs(os.path.dirname(cfg.picture) or ".", exist_ok=True)
-    picture(cfg.picture, cfg.prompts, columns)
-    print(f"pictures of each (green: the reader finds what the caption says): {cfg.picture}")
+    world.picture(cfg.picture, world.fixed_prompts(cfg.eval_prompts), columns)
+    print(f"pictures of each: {cfg.picture}")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ Departures:
     average changes.
  2. A group whose rewards are all equal gets advantages of exactly zero (rounding in the mean would leave
     +-eps-sized noise), and such groups are counted: they teach nothing.
-The paper's released script also picks "critical tokens" and re-weights advantages; neither is here.
+The paper's released script also averages the loss over "critical tokens" only, and weights the policy term:
+`selected` and `dynamic` below, off by default; critical.py says what they are.
 """
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from critical import dynamic_weight
 from divergences import CLAMP, DIVERGENCES
 
 
@@ -37,13 +39,14 @@ def policy_loss(logp, logp_old, adv, clip_eps):
     return -torch.minimum(ratio * adv, ratio.clamp(1 - clip_eps, 1 + clip_eps) * adv), ratio
 
 
-def grpo_loss(logits, ref_logits, tokens, logp_old, adv, n_tokens, *, divergence="js", estimator="sampled",
-              beta=0.0, clip_eps=0.2):
+def grpo_loss(logits, ref_logits, tokens, logp_old, adv, n_tokens, selected=None, *, divergence="js",
+              estimator="sampled", beta=0.0, clip_eps=0.2, dynamic=False):
     """The loss of a micro-batch, as its share of the step's mean, and statistics of the same forward pass.
 
     logits, ref_logits [B,T,V] of policy and reference under the sampler's temperature and CFG; tokens
     [B,T]; logp_old [B,T] recorded by the sampler; adv [B]; n_tokens = N of the whole step; divergence: a
-    name of DIVERGENCES, or "none"; estimator: sampled, unbiased or exact. Returns (loss, stats): a scalar,
+    name of DIVERGENCES, or "none"; estimator: sampled, unbiased or exact. selected [B,T], with mean 1 over
+    the step: weights of the tokens; dynamic: weight of the policy term. Returns (loss, stats): a scalar,
     and detached scalars that add up over micro-batches to means over the step (but max_ratio_error, of
     which the largest counts).
     """
@@ -51,6 +54,8 @@ def grpo_loss(logits, ref_logits, tokens, logp_old, adv, n_tokens, *, divergence
     logp = logp_all.gather(-1, tokens[..., None])[..., 0]                                        # [B,T]
     logp_ref = ref_all.gather(-1, tokens[..., None])[..., 0]
     loss, ratio = policy_loss(logp, logp_old, adv, clip_eps)
+    if dynamic:
+        loss = loss * dynamic_weight(logp, logp_ref)
     if divergence != "none" and beta:
         d = DIVERGENCES[divergence]
         if estimator == "exact":
@@ -69,10 +74,10 @@ def grpo_loss(logits, ref_logits, tokens, logp_old, adv, n_tokens, *, divergence
             "clamp_share": ((logp_ref - logp).abs() > CLAMP).sum() / n_tokens,
             "max_ratio_error": (ratio - 1).abs().max(),
         }
-    return loss.sum() / n_tokens, stats
+    return (loss if selected is None else loss * selected).sum() / n_tokens, stats
 
 
-def chunked_loss(policy, reference, tokens, logp_old, adv, n_tokens, *, chunk=0, **options):
+def chunked_loss(policy, reference, tokens, logp_old, adv, n_tokens, selected=None, *, chunk=0, **options):
     """grpo_loss of a micro-batch, `chunk` positions at a time (0: all at once), with the same result.
 
     Logits are a hundred times larger than what they are made from: 16,384 codes against a width of 1,280, in
@@ -80,15 +85,16 @@ def chunked_loss(policy, reference, tokens, logp_old, adv, n_tokens, *, chunk=0,
     backward pass comes to the piece: memory grows with the chunk, at the price of a second product with the
     output matrix. policy, reference: (hidden [R,T,D], function from a piece of it to logits [B,t,V]).
     """
-    def piece(h, ref_h, *columns):
+    def piece(h, ref_h, tokens, logp_old, selected):
         with torch.no_grad():
             ref_logits = reference[1](ref_h)
-        return grpo_loss(policy[1](h), ref_logits, *columns, adv, n_tokens, **options)
+        return grpo_loss(policy[1](h), ref_logits, tokens, logp_old, adv, n_tokens, selected, **options)
 
     T = tokens.shape[1]
     total, stats = 0.0, {}
     for i in range(0, T, chunk or T):
-        columns = [x[:, i:i + (chunk or T)] for x in (policy[0], reference[0], tokens, logp_old)]
+        columns = [x if x is None else x[:, i:i + (chunk or T)]
+                   for x in (policy[0], reference[0], tokens, logp_old, selected)]
         loss, part = checkpoint(piece, *columns, use_reentrant=False) if chunk else piece(*columns)
         total = total + loss
         accumulate(stats, part)

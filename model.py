@@ -209,6 +209,12 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=c.initializer_range)
         nn.init.zeros_(self.output.weight)                                 # the first guess is uniform
 
+    @classmethod
+    def from_pretrained(cls, path, **overrides):
+        """The policy in a released file, in eval mode; arguments and errors as `load_gpt` in weights.py."""
+        import weights                                                     # here, as it imports this file
+        return weights.load_gpt(path, **overrides)
+
     def _check(self, cond, cond_mask, prompt, cfg_scale, temperature):
         c, L = self.config, self.config.cls_token_num
         if c.model_type == "t2i" and (cond.dim() != 3 or tuple(cond.shape[1:]) != (L, c.caption_dim)):
@@ -268,12 +274,16 @@ class GPT(nn.Module):
             self.rope = rope_table(self.side, c.dim // c.n_head, c.rope_base).to(x.device, dtype)
         return self.rope
 
-    def logits(self, hidden, cfg_scale=1.0, temperature=1.0):
-        """hidden [R,..,D] of `hidden` -> the logits of the policy [B,..,V] in fp32."""
+    def logits(self, hidden, cfg_scale=1.0, temperature=1.0, uncond_grad=True):
+        """hidden [R,..,D] of `hidden` -> the logits of the policy [B,..,V] in fp32.
+
+        uncond_grad=False: the unconditional branch has its part in the value, but gets no gradient. The
+        guided distribution is the same; only the conditional branch is trained to improve it."""
         logits = at_least_fp32(self.output(self.norm(hidden)))
         if cfg_scale > 1:
             # guided = uncond + scale * (cond - uncond)
             cond, uncond = logits.chunk(2)
+            uncond = uncond if uncond_grad else uncond.detach()
             logits = uncond + cfg_scale * (cond - uncond)
         return logits / temperature if temperature not in (0, 1) else logits
 
@@ -305,12 +315,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, cond, cond_mask=None, prompt=None, *, cfg_scale=1.0, temperature=1.0, top_k=0,
-                 top_p=1.0, generator=None, return_logp=False):
+                 top_p=1.0, generator=None, return_logp=False, part=(0, 1)):
         """Samples tokens [B,block_size]; with return_logp also logp [B,T] of the distribution really sampled.
 
         cond, cond_mask, prompt as in `forward`; temperature 0 is greedy (log-probability 0); top_k 0 and
-        top_p 1 cut nothing; generator lives on the model's device. Keys and values of all positions are kept
-        in buffers made once, so a token costs one position.
+        top_p 1 cut nothing; generator lives on the model's device. part (i, n): these sequences are the i-th
+        of n equal parts of a batch, whose other parts other processes draw; the noise is that of the whole
+        batch, so that n processes draw what one would. Keys and values of all positions are kept in buffers
+        made once, so a token costs one position.
         """
         self._check(cond, cond_mask, prompt, cfg_scale, temperature)
         if top_k < 0 or not 0 < top_p <= 1:
@@ -324,7 +336,7 @@ class GPT(nn.Module):
             caches[-1][1][:, :, :1] = caption
         table, bias = self._table(x), F.pad(log_n, (0, T - 1))                              # [R or 1,1,1,T]
         tokens = torch.empty(B, T, dtype=torch.long, device=x.device)
-        logps = torch.zeros(B, T, device=x.device)
+        logps = torch.zeros(B, T, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         for t in range(T):
             logp = truncated_logp(self.logits(x[:, -1], cfg_scale, temperature), top_k, top_p)
             if temperature == 0:
@@ -332,7 +344,8 @@ class GPT(nn.Module):
             else:
                 # p_i / E_i with E_i ~ Exp(1) is largest at i with probability p_i, and -log of a uniform
                 # number is Exp(1). No number goes back to the CPU, so it never waits for the GPU.
-                race = -torch.rand(logp.shape, generator=generator, device=x.device).log()
+                noise = torch.rand(part[1] * B, logp.shape[1], generator=generator, device=x.device)
+                race = -noise[part[0] * B:][:B].log()
                 tokens[:, t] = (logp.exp() / race).argmax(1)
                 logps[:, t] = logp.gather(1, tokens[:, t:t + 1])[:, 0]
             if t < T - 1:

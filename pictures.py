@@ -20,6 +20,11 @@ from config import UserError
 SCALE, PAD, LINE = 3, 4, 15                # pixels: of one image pixel, between images, of a line of text
 
 
+def to_pil(image):
+    """image [3,H,W] in [-1,1], clipped to it -> Pillow image."""
+    return Image.fromarray(((image.float().clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy())
+
+
 def grid(rows, path, headings=()):
     """Saves rows of (caption, groups, scores) as one PNG.
 
@@ -39,10 +44,9 @@ def grid(rows, path, headings=()):
         y = top + r * (side + LINE)
         draw.text((PAD, y), caption, "black", font)
         for i, group in enumerate(groups):
-            pixels = ((group.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).cpu().numpy()
-            for j, image in enumerate(pixels):
+            for j, image in enumerate(group):
                 x = sum(widths[:i]) + j * side + PAD
-                picture = Image.fromarray(image).resize((side - PAD,) * 2, Image.NEAREST)
+                picture = to_pil(image).resize((side - PAD,) * 2, Image.NEAREST)
                 canvas.paste(picture, (x, y + LINE - 1))
                 if scores is not None:
                     colour = (30, 160, 60) if scores[i][j] > .5 else (210, 50, 50)

@@ -1,5 +1,6 @@
 """Rewards: functions (images[B,3,H,W] in [-1,1], captions) -> scores[B], higher is better.
 
+Of the tiny world (those of the full-size one are in clip.py):
   reader   1 if the picture shows exactly what the caption says, else 0. Verifiable: geometry, no learning
            (shapes.py).
   judge    cosine of picture and caption under a small CLIP-like model that pretrain.py trains in the tiny
@@ -42,7 +43,8 @@ class Judge(nn.Module):
     def embed_captions(self, captions):
         """B captions -> unit vectors [B,width]. Words are summed, so order reaches us by their features."""
         features, mask = text.encode(captions, self.scale.device, times=1)
-        return F.normalize(self.caption((self.word(features) * mask[..., None]).sum(1)), dim=1)
+        words = self.word(features.to(self.scale.dtype)) * mask[..., None]
+        return F.normalize(self.caption(words.sum(1)), dim=1)
 
     def loss(self, images, captions, truth):
         """truth [B,N] in {0,1}: is caption n true of image b? -> mean over pairs of
@@ -62,19 +64,18 @@ def reader(images, captions):
     return torch.tensor(right, dtype=torch.float, device=images.device)
 
 
-REWARDS = {                                # name: (judge: Judge) -> function (images, captions) -> scores[B]
-    "judge": lambda judge: judge,
-    "reader": lambda judge: reader,
-}
+REWARDS = {}                               # name: function (images, captions) -> scores [B]; yours go here
+OF_WORLD = {"tiny": ("judge", "reader"), "llamagen": ("hps", "pickscore", "clipscore", "aesthetic")}
 
 
-def parse(spec):
+def parse(spec, world="tiny"):
     """'judge:1,reader:0.5' -> {'judge': 1.0, 'reader': 0.5}; a weight left out is 1. Raises UserError."""
+    known = (*OF_WORLD[world], *REWARDS)
     weights = {}
     for part in spec.split(","):
         name, _, weight = part.strip().partition(":")
-        if name not in REWARDS:
-            raise UserError(f"unknown reward {name!r}; there are: {', '.join(REWARDS)}")
+        if name not in known:
+            raise UserError(f"the {world} world has no reward {name!r}; it has: {', '.join(known)}")
         try:
             weights[name] = float(weight or 1)
         except ValueError:
@@ -82,7 +83,6 @@ def parse(spec):
     return weights
 
 
-def build(spec, judge):
-    """A spec as in `parse` -> one function (images, captions) -> the weighted sum of its rewards, [B]."""
-    parts = [(weight, REWARDS[name](judge)) for name, weight in parse(spec).items()]
-    return lambda images, captions: sum(weight * f(images, captions) for weight, f in parts)
+def build(weights, functions):
+    """{name: weight} of `parse` and {name: function} -> one function, the weighted sum of the rewards [B]."""
+    return lambda images, captions: sum(w * functions[name](images, captions) for name, w in weights.items())

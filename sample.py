@@ -2,55 +2,120 @@
 
     python sample.py --ckpt=out/tiny_js --prompt="a red circle left of a blue square"
     python sample.py --prompt="three blue crosses; a circle and a square" --temperature=0.8
+    python sample.py --gpt_ckpt=t2i_XL_stage1_256.pt --vq_ckpt=vq_ds16_t2i.pt --prompt="a red fox in the snow"
+    python sample.py --gpt_ckpt=c2i_L_384.pt --vq_ckpt=vq_ds16_c2i.pt --prompt="207; 360; 387"
+    python sample.py --ckpt=out/llamagen_js --prompt="a red fox in the snow"
 
 Here, unlike in training, the distribution may be cut (top_k, top_p), cooled, or guided: nothing is learned
-from it. A frame is green where the exact reader finds what the caption says, red where not; captions
-outside the world's grammar, but of its words, get no frame.
+from it. In the tiny world a frame is green where the exact reader finds what the caption says, red where not;
+captions outside its grammar, but of its words, get no frame. A class-conditional model takes class numbers of
+ImageNet, 0 to 999, for prompts. Released files are looked for in `weights`, and fetched if they are not there.
+
+Also printed: how many different codes were used, and a hash of them. Two machines that print the same hash for
+the same seed drew the same tokens; on a GPU the last bit of a sum may differ, and then they do not.
 """
+import hashlib
 import os
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
+
+import torch
 
 import checkpoint
 import config
 import evaluate
+import llamagen
 import pictures
 import reward
 import shapes
+import text
+import weights
 from config import UserError
+
+USUAL = {"tiny": (1.0, 0), "t2i": (7.5, 1000), "c2i": (4.0, 2000)}      # (cfg_scale, top_k); LlamaGen's samplers
 
 
 @dataclass(frozen=True)
 class Config:
-    ckpt: str = "assets/tiny_base.pt"  # a run's folder, a checkpoint, or a base
-    prompt: str = "a red circle left of a blue square"  # captions, with ; between them
+    ckpt: str = "assets/tiny_base.pt"  # a run's folder, a checkpoint, or a base of the tiny world
+    prompt: str = "a red circle left of a blue square"  # captions, with ; between them; or class numbers
     out: str = "out/sample.png"        # where the picture goes
     n: int = 8                         # pictures a caption
     seed: int = 0                      # of the samples
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
     # ---- distribution
     temperature: float = 1.0           # 0 is greedy: the likeliest code each time, so n equal pictures
-    cfg_scale: float = 1.0             # classifier-free guidance; 1 is none
-    top_k: int = 0                     # only the k likeliest codes; 0 is all
+    cfg_scale: float = 0.0             # classifier-free guidance; 1 is none; 0 = usual: tiny 1, t2i 7.5, c2i 4
+    top_k: int = -1                    # only the k likeliest codes; 0 is all; -1 = usual: tiny 0, 1000, 2000
     top_p: float = 1.0                 # only the fewest codes with this much probability; 1 is all
+    # ---- released files in place of ckpt (as in train.py)
+    gpt_ckpt: str = ""                 # e.g. t2i_XL_stage1_256.pt, c2i_L_384.pt, or one that weights.py exported
+    vq_ckpt: str = "vq_ds16_t2i.pt"    # tokenizer; vq_ds16_c2i.pt for c2i
+    t5: str = "flan-t5-xl"             # encoder of the captions, t2i only
+    weights: str = "weights"           # folder of these files
+    n_head: int = 0                    # attention heads of gpt_ckpt; 0 = by the table of released sizes
+    block_size: int = 0                # image tokens of gpt_ckpt; 0 = by its name: _256, _384 or _512 pixels
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the policy's matrix products
+
+
+def load(cfg, device):
+    """-> (policy, the parts of a world that drawing needs: encode, decode, autocast; and its kind)."""
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    options, state = cfg, None
+    if not cfg.gpt_ckpt:
+        path = config.locate(cfg.ckpt)
+        saved = checkpoint.load(os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path)
+        if saved.get("config", {}).get("world", "tiny") == "tiny":
+            policy, vqgan, _, _ = checkpoint.load_models(path, device)
+            return policy, SimpleNamespace(encode=lambda c: text.encode(c, device), decode=vqgan.decode,
+                                           autocast=autocast, kind="tiny")
+        options, state = SimpleNamespace(**saved["config"]), saved["model"]
+    policy, vqgan = llamagen.load_models(
+        options, weights.find([options.gpt_ckpt, options.vq_ckpt], cfg.weights), device)
+    if state:
+        policy.load_state_dict(state)
+    if policy.config.model_type == "c2i":
+        def encode(classes):
+            return torch.tensor(classes, device=device), torch.ones(len(classes), 1, device=device)
+    else:
+        captions = llamagen.captions_of(options, weights.find([options.t5], cfg.weights), device)
+
+        def encode(texts):
+            return captions.encode(texts, device)
+    return policy, SimpleNamespace(encode=encode, decode=vqgan.decode, autocast=autocast,
+                                   kind=policy.config.model_type)
 
 
 def main(argv):
     cfg, _ = config.load(Config, argv)
-    if cfg.n < 1 or cfg.temperature < 0 or cfg.cfg_scale < 1 or cfg.top_k < 0 or not 0 < cfg.top_p <= 1:
-        raise UserError("out of range: n >= 1, temperature >= 0, cfg_scale >= 1, top_k >= 0, 0 < top_p <= 1")
+    if (cfg.n < 1 or cfg.temperature < 0 or cfg.cfg_scale and cfg.cfg_scale < 1 or cfg.top_k < -1
+            or not 0 < cfg.top_p <= 1):
+        raise UserError("out of range: n >= 1, temperature >= 0, cfg_scale >= 1 (or 0, the usual), top_k >= 0 "
+                        "(or -1, the usual), 0 < top_p <= 1")
     device = config.pick_device(cfg.device)
-    policy, vqgan, _, _ = checkpoint.load_models(config.locate(cfg.ckpt), device)
+    policy, world = load(cfg, device)
     captions = [c.strip() for c in cfg.prompt.split(";")]
-    _, images = evaluate.draw(policy, vqgan, captions, cfg.n, seed=cfg.seed, temperature=cfg.temperature,
-                              cfg_scale=cfg.cfg_scale, top_k=cfg.top_k, top_p=cfg.top_p)
-    rows = [(c, [group], [reward.reader(group, [c] * cfg.n)] if c in shapes.CAPTIONS else None)
+    told = captions
+    if world.kind == "c2i":
+        told = [int(c) if c.isdecimal() else -1 for c in captions]
+        if not all(0 <= c < policy.config.num_classes for c in told):
+            raise UserError(f"prompt must be class numbers from 0 to {policy.config.num_classes - 1} with ; "
+                            f"between them, not {cfg.prompt!r}: {cfg.gpt_ckpt} is class-conditional")
+    scale, top_k = USUAL[world.kind]
+    tokens, images = evaluate.draw(world, policy, told, cfg.n, seed=cfg.seed, temperature=cfg.temperature,
+                                   cfg_scale=cfg.cfg_scale or scale,
+                                   top_k=top_k if cfg.top_k < 0 else cfg.top_k, top_p=cfg.top_p)
+    rows = [(c, [group], [reward.reader(group, [c] * cfg.n)]
+             if world.kind == "tiny" and c in shapes.CAPTIONS else None)
             for c, group in zip(captions, images.split(cfg.n))]
     os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
     pictures.grid(rows, cfg.out)
-    for caption, _, scores in rows:
+    for caption, _, scores in rows if world.kind == "tiny" else ():
         print(f"{caption}: "
               + (f"{scores[0].mean():.0%} right" if scores else "not of the grammar, so not judged"))
+    print(f"{tokens.numel()} tokens, {len(tokens.unique())} different codes, hash "
+          + hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()[:16])
     print(f"wrote {cfg.out}")
 
 

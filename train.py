@@ -4,6 +4,8 @@
     python train.py configs/tiny_none.py              the same without a divergence: watch the diversity go
     python train.py configs/tiny_js.py --beta=0.2 --seed=1 --out_dir=out/mine
     python train.py configs/tiny_js.py --resume       go on where the run in its out_dir stopped
+    python train.py configs/llamagen_js.py            the 775M LlamaGen with real captions, on one GPU
+    torchrun --nproc_per_node=8 train.py configs/llamagen_js.py             the same on eight (parallel.py)
 
 Each step: sample G pictures for each of some captions, score them, turn scores into advantages within each
 group, and take one gradient step on the GRPO loss (grpo.py) with a divergence to the frozen base
@@ -13,13 +15,12 @@ Post-Training", arXiv 2606.21498.
 The distribution that samples *is* the one that is trained: same temperature and same CFG scale in the
 rollout, in the loss, and for the reference. `max_ratio_error` in the log checks that at every step. In the
 run folder you find metrics.jsonl (a line a step), evaluations.jsonl, samples_*.png, ckpt.pt, and at the end
-before_after.png, curves.png and table.md.
+before_after.png, curves.png and table.md. Models, captions and rewards are the business of the *world*:
+tiny.py says what that is, llamagen.py is the one with released weights.
 
-Departures from the paper (its recipe for the 775M model needs weights that are not in this repository yet):
- 1. One device, and the tiny base of pretrain.py instead of LlamaGen-XL.
- 2. No critical-token selection and no dynamic advantage weight (both are in the released script).
+The defaults below are those of the tiny world; configs/llamagen_js.py has the paper's recipe. Departures:
+ 1. Critical tokens and dynamic advantage weight, on in the paper's released script, are off (critical.py).
 """
-import json
 import math
 import os
 import random
@@ -33,11 +34,11 @@ from tqdm import tqdm
 import checkpoint
 import config
 import evaluate
+import parallel
 import pictures
 import reward
-import shapes
-import text
 from config import Fault, UserError
+from critical import critical_tokens
 from grpo import accumulate, advantages, chunked_loss
 
 
@@ -45,23 +46,35 @@ from grpo import accumulate, advantages, chunked_loss
 class Config:
     # ---- files
     out_dir: str = "out/tiny_js"       # the run's folder; a used one is refused
-    init_from: str = "assets/tiny_base.pt"  # policy, reference, tokenizer, judge: from pretrain.py, or a run
+    world: Literal["tiny", "llamagen"] = "tiny"  # where models, captions and rewards come from: tiny.py ...
+    init_from: str = "assets/tiny_base.pt"  # tiny: all models, made by pretrain.py; or a run
     resume: bool = False               # go on with the run in out_dir, with its own options
     keep: int = 0                      # how many earlier checkpoints to keep beside ckpt.pt, as ckpt_STEP.pt
+    # ---- files of world = "llamagen", in the folder `weights`; fetched if they are not there
+    weights: str = "weights"           # the folder
+    gpt_ckpt: str = "t2i_XL_stage1_256.pt"  # policy and reference
+    vq_ckpt: str = "vq_ds16_t2i.pt"    # tokenizer
+    t5: str = "flan-t5-xl"             # encoder of the captions
+    n_head: int = 0                    # attention heads of gpt_ckpt; 0 = by the table of released sizes
+    block_size: int = 0                # image tokens of gpt_ckpt; 0 = by its name: _256, _384 or _512 pixels
+    prompts: str = "assets/prompts.txt"  # captions to train on: .txt, .json, .jsonl, .csv or .tsv
     # ---- machine
     seed: int = 0                      # of prompts and samples
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the policy's and reference's matrix products
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of matrix products; weights stay in fp32
     # ---- length
     max_steps: int = 120               # gradient-step batches; also fixes the schedules
     stop_after: int = 0                # save and leave after so many steps of a sitting; 0 = run to max_steps
     eval_interval: int = 60            # steps between evaluations, sample pictures and checkpoints
-    eval_prompts: int = 3              # fixed prompts of each category; every one is drawn 96 times
+    eval_prompts: int = 3              # fixed prompts: tiny, of each category; llamagen, in all
+    eval_draws: int = 96               # pictures of each, a multiple of 8; tiny, at least 64
     # ---- rollout
     prompts_per_step: int = 8          # captions a step
     group_size: int = 8                # G, pictures a caption
+    sample_batch: int = 0              # pictures drawn at once by a process; 0 = all; memory, not the result
     temperature: float = 1.0           # of rollout, loss and reference alike, > 0
     cfg_scale: float = 1.0             # likewise; 1 = no guidance, which also halves the cost
+    uncond_grad: bool = True           # with cfg_scale > 1: does the unconditional branch get a gradient?
     top_k: int = 0                     # must stay 0: truncation belongs to sample.py
     top_p: float = 1.0                 # must stay 1, likewise
     # ---- reward
@@ -74,6 +87,8 @@ class Config:
     beta_schedule: Literal["constant", "linear", "cosine"] = "constant"  # beta to beta_end over max_steps
     beta_end: float = 0.0              # used by linear and cosine
     clip_eps: float = 0.2              # ratio is clipped to 1 +- this; binds from the second inner epoch on
+    critical_tokens: bool = False      # average the loss over picked tokens only (critical.py)
+    dynamic_weight: bool = False       # weight the advantage along the sequence (critical.py)
     inner_epochs: int = 1              # gradient steps on each batch of samples
     micro_batch: int = 64              # sequences a forward pass; changes memory, not the result
     chunk: int = 0                     # positions whose logits exist at once; 0 = all; memory, not the result
@@ -93,9 +108,10 @@ def check(cfg):
         raise UserError("top_k and top_p cut the sampler's distribution, but the loss is that of the whole "
                         "one, so the samples would not be the policy's: leave them at 0 and 1 here, and "
                         "use them in sample.py")
-    least = dict(max_steps=1, stop_after=0, eval_interval=1, eval_prompts=1, prompts_per_step=1, group_size=2,
-                 keep=0, cfg_scale=1, beta=0, beta_end=0, clip_eps=0, inner_epochs=1, micro_batch=1, chunk=0,
-                 learning_rate=0, warmup=0, min_lr_ratio=0, weight_decay=0, grad_clip=0)
+    least = dict(max_steps=1, stop_after=0, eval_interval=1, eval_prompts=1, eval_draws=8, keep=0, n_head=0,
+                 block_size=0, prompts_per_step=1, group_size=2, sample_batch=0, cfg_scale=1, beta=0,
+                 beta_end=0, clip_eps=0, inner_epochs=1, micro_batch=1, chunk=0, learning_rate=0, warmup=0,
+                 min_lr_ratio=0, weight_decay=0, grad_clip=0)
     for key, low in least.items():
         if not low <= getattr(cfg, key) < math.inf:
             raise UserError(f"{key} must be at least {low}, not {getattr(cfg, key)}")
@@ -103,7 +119,11 @@ def check(cfg):
         raise UserError(f"temperature must be above 0, not {cfg.temperature}")
     if cfg.warmup > 1 or cfg.min_lr_ratio > 1:
         raise UserError("warmup and min_lr_ratio are shares, at most 1")
-    if set(reward.parse(cfg.heldout_reward)) & set(reward.parse(cfg.reward)):
+    if cfg.eval_draws % evaluate.BEST_OF:
+        raise UserError(f"eval_draws must be a multiple of {evaluate.BEST_OF}, not {cfg.eval_draws}")
+    if cfg.dynamic_weight and cfg.chunk:
+        raise UserError("dynamic_weight needs all tokens of a sequence at once: leave chunk at 0")
+    if set(reward.parse(cfg.heldout_reward, cfg.world)) & set(reward.parse(cfg.reward, cfg.world)):
         raise UserError(f"heldout_reward {cfg.heldout_reward!r} must not be trained on as well: "
                         f"reward is {cfg.reward!r}")
 
@@ -131,44 +151,52 @@ def open_run(argv):
     check(cfg)
     path = os.path.join(cfg.out_dir, "ckpt.pt")
     if not cfg.resume:
-        if os.path.isdir(cfg.out_dir) and os.listdir(cfg.out_dir):
+        if parallel.RANK == 0 and os.path.isdir(cfg.out_dir) and os.listdir(cfg.out_dir):
             raise UserError(f"{cfg.out_dir} holds a run already: go on with it by --resume, or choose "
                             f"another folder by --out_dir=...")
-        os.makedirs(cfg.out_dir, exist_ok=True)
         return cfg, None
     if not os.path.isfile(path):
         raise UserError(f"nothing to resume: there is no {path}; leave out --resume to start there")
     saved = checkpoint.load(path)
     free = {"out_dir": cfg.out_dir, "resume": True, "stop_after": cfg.stop_after, "device": cfg.device}
     for key, value in given.items():                # what the command line asks for must be what the run was
-        if key not in free and value != saved["config"][key]:
-            raise UserError(f"the run in {cfg.out_dir} has {key} = {saved['config'][key]!r}; "
+        if key not in free and value != saved["config"].get(key):
+            raise UserError(f"the run in {cfg.out_dir} has {key} = {saved['config'].get(key)!r}; "
                             f"--{key}={value!r} would make it another run: leave it out, "
                             f"or start a new one with another --out_dir")
     return Config(**{**saved["config"], **free}), saved
 
 
+@torch.no_grad()
+def token_entropy(policy, batch, sampling):
+    """Entropy of the policy, nat, at every token of a batch (arguments of `forward`) -> [b,T]."""
+    logp = policy(*batch, **sampling).log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1)
+
+
 def main(argv):
     # ---- plumbing: everything that is made once ------------------------------------------------------------
     cfg, saved = open_run(argv)
-    device = config.pick_device(cfg.device)
-    print(config.show(cfg))
-    policy, vqgan, judge, _ = checkpoint.load_models(config.locate(cfg.init_from), device)
-    reference = checkpoint.load_models(config.locate(cfg.init_from), device)[0]
-    for module in (reference, vqgan, judge):
-        module.requires_grad_(False)
+    rank, size = parallel.RANK, parallel.SIZE
+    device = parallel.start(config.pick_device(cfg.device))
+    if cfg.prompts_per_step * cfg.group_size % (size * max(1, cfg.sample_batch)):
+        raise UserError(f"{cfg.prompts_per_step} prompts x {cfg.group_size} pictures cannot be shared out "
+                        f"evenly to {size} processes, each drawing sample_batch = {cfg.sample_batch} at once")
+    if rank == 0:
+        print(config.show(cfg))
+    world = evaluate.open_world(cfg, device)
+    policy, reference = world.policy, world.reference
     policy.eval()                               # dropout off: the loss must see the distribution that sampled
     policy.recompute = cfg.recompute
-    rewards = {"reward": reward.build(cfg.reward, judge),
-               "heldout_reward": reward.build(cfg.heldout_reward, judge)}
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, betas=(.9, .95),
-                                  weight_decay=cfg.weight_decay)
+                                  weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     sampling = dict(cfg_scale=cfg.cfg_scale, temperature=cfg.temperature)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    pools = [shapes.captions(category) for category in shapes.CATEGORIES]
+    guided = sampling | dict(uncond_grad=cfg.uncond_grad)
+    if rank == 0:
+        os.makedirs(cfg.out_dir, exist_ok=True)
 
     def file(name):
         return os.path.join(cfg.out_dir, name)
@@ -176,45 +204,59 @@ def main(argv):
     def assess(model, step):
         """The evaluation of evaluate.py, logged, with a picture. Its random stream is its own."""
         results, tokens, images = evaluate.evaluate(
-            model, vqgan, judge, rewards, prompts=cfg.eval_prompts, **sampling,
-            base=None if model is reference else (reference, *before[:2]))
-        evaluate.picture(file(f"samples_{step:05d}.png"), cfg.eval_prompts, [("step %d" % step, images)])
-        return {"step": step} | results, tokens, images
+            world, model, None if model is reference else before[1:], prompts=cfg.eval_prompts,
+            draws=cfg.eval_draws, **sampling)
+        world.picture(file(f"samples_{step:05d}.png"), world.fixed_prompts(cfg.eval_prompts),
+                      [("step %d" % step, images)])
+        return {"step": step} | results, results, tokens, images
 
     start = 0
-    before = assess(reference, 0)                 # the base, and what every later evaluation is compared with
+    if rank == 0:
+        before = assess(reference, 0)             # the base, and what every later evaluation is compared with
     if saved:
         start = saved["step"]
         policy.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         checkpoint.set_rng_state(saved["rng"], generator)
-    log = checkpoint.Log(file("metrics.jsonl"), start)             # lines of steps that will be done again go
-    evaluations = checkpoint.Log(file("evaluations.jsonl"), start + 1)
-    if not saved:
-        evaluations.write(before[0])
+    if rank == 0:
+        log = checkpoint.Log(file("metrics.jsonl"), start)         # lines of steps that will be done again go
+        evaluations = checkpoint.Log(file("evaluations.jsonl"), start + 1)
+        if not saved:
+            evaluations.write(before[0])
 
     # ---- algorithm -----------------------------------------------------------------------------------------
     stop = min(cfg.max_steps, start + (cfg.stop_after or cfg.max_steps))
-    bar = tqdm(range(start, stop), initial=start, total=cfg.max_steps, desc=cfg.divergence, ncols=110)
+    bar = tqdm(range(start, stop), initial=start, total=cfg.max_steps, desc=cfg.divergence, ncols=110,
+               disable=rank > 0)
     for step in bar:
         clock = [time.perf_counter()]
 
-        # 1. sample: G pictures for each caption
-        prompts = [random.choice(random.choice(pools)) for _ in range(cfg.prompts_per_step)]
-        captions = [p for p in prompts for _ in range(cfg.group_size)]                       # B = prompts * G
-        features, mask = text.encode(prompts, device)                                        # [P,L,C], [P,L]
+        # 1. sample: G pictures for each caption. B = prompts * G in all; b = B / size in this process, `mine`
+        prompts = world.draw(cfg.prompts_per_step)
         prompt = torch.arange(len(prompts), device=device).repeat_interleave(cfg.group_size)            # [B]
-        with autocast:
-            tokens, logp_old = policy.generate(features, mask, prompt, generator=generator, return_logp=True,
-                                               **sampling)                                           # [B,T]
+        mine = slice(len(prompt) // size * rank, len(prompt) // size * (rank + 1))
+        features, mask = world.encode(prompts)                                               # [P,L,C], [P,L]
+
+        def batch(rows):                            # rows of mine -> arguments of `forward`, without repeats
+            used, own = prompt[mine][rows].unique(return_inverse=True)
+            return features[used], mask[used], own
+        everything, drawn = torch.arange(len(prompt) // size, device=device), []
+        pieces, noise = everything.split(cfg.sample_batch or len(everything)), generator.get_state()
+        for i, rows in enumerate(pieces):
+            generator.set_state(noise)              # each piece takes its own rows of the same noise
+            with world.autocast:
+                drawn.append(policy.generate(*batch(rows), generator=generator, return_logp=True,
+                                             part=(rank * len(pieces) + i, size * len(pieces)), **sampling))
+        tokens, logp_old = map(torch.cat, zip(*drawn))                                               # [b,T]
+        N = len(prompt) * tokens.shape[1]           # tokens of the whole step
         clock.append(time.perf_counter())
 
         # 2. reward: decode, then score with what is trained and with what is only watched
         with torch.no_grad():
-            images = vqgan.decode(tokens)                                                        # [B,3,H,W]
-            scores, heldout = (f(images, captions) for f in rewards.values())                    # [B] each
-            features_seen = judge.embed_images(images).view(len(prompts), cfg.group_size, -1)
-            diversity = evaluate.pairwise(features_seen)
+            images = world.decode(tokens)                                                        # [b,3,H,W]
+            captions = [prompts[i] for i in prompt[mine].tolist()]
+            scores, heldout = (parallel.gather(f(images, captions)) for f in world.rewards.values())    # [B]
+            seen = parallel.gather(world.embed(images)).unflatten(0, (len(prompts), cfg.group_size))
         if not scores.isfinite().all():
             raise Fault(f"step {step}: reward {cfg.reward!r} gave a value that is not finite; "
                         f"the last checkpoint stands")
@@ -222,6 +264,14 @@ def main(argv):
 
         # 3. advantage: each picture against the others of its caption
         adv, zero_spread = advantages(scores, cfg.group_size)                                    # [B]
+        selected = torch.ones_like(logp_old)                       # [b,T], weights of the tokens, mean 1
+        if cfg.critical_tokens:
+            with world.autocast:
+                entropy = torch.cat([token_entropy(policy, (tokens[rows], *batch(rows)), sampling)
+                                     for rows in everything.split(cfg.micro_batch)])                 # [b,T]
+            picked = critical_tokens(*map(parallel.gather, (entropy, tokens)), world.vqgan.quantize.codes(),
+                                     cfg.group_size, policy.side)                                    # [B,T]
+            selected = (picked / picked.float().mean())[mine]
         clock.append(time.perf_counter())
 
         # 4. update: gradient steps on the clipped objective, in micro-batches that add up to the same loss
@@ -232,32 +282,34 @@ def main(argv):
         for _ in range(cfg.inner_epochs):
             epochs.append({})
             optimizer.zero_grad(set_to_none=True)
-            for rows in torch.arange(len(tokens), device=device).split(cfg.micro_batch):
-                used, own = prompt[rows].unique(return_inverse=True)         # prompts of this micro-batch
-                batch = tokens[rows], features[used], mask[used], own
-                with autocast:
-                    hidden = policy.hidden(*batch, cfg_scale=cfg.cfg_scale)                          # [b,T,D]
+            for rows in everything.split(cfg.micro_batch):
+                inputs = tokens[rows], *batch(rows)
+                with world.autocast:
+                    hidden = policy.hidden(*inputs, cfg_scale=cfg.cfg_scale)                         # [R,T,D]
                     with torch.no_grad():
-                        ref_hidden = reference.hidden(*batch, cfg_scale=cfg.cfg_scale)
+                        ref_hidden = reference.hidden(*inputs, cfg_scale=cfg.cfg_scale)
                     loss, stats = chunked_loss(
-                        (hidden, lambda h: policy.logits(h, **sampling)),
+                        (hidden, lambda h: policy.logits(h, **guided)),
                         (ref_hidden, lambda h: reference.logits(h, **sampling)),
-                        tokens[rows], logp_old[rows], adv[rows], tokens.numel(), chunk=cfg.chunk, beta=beta,
-                        divergence=cfg.divergence, estimator=cfg.estimator, clip_eps=cfg.clip_eps)
+                        tokens[rows], logp_old[rows], adv[mine][rows], N, selected[rows], chunk=cfg.chunk,
+                        beta=beta, divergence=cfg.divergence, estimator=cfg.estimator, clip_eps=cfg.clip_eps,
+                        dynamic=cfg.dynamic_weight)
                 loss.backward()
                 accumulate(epochs[-1], stats)
+            parallel.add_gradients(policy.parameters())
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf)
             optimizer.step()
         clock.append(time.perf_counter())
 
-        # 5. log: a line a step; now and then an evaluation, a picture, a checkpoint
+        # 5. log: a line a step; now and then an evaluation, a picture, a checkpoint; all by process 0
         # Statistics are those of the first pass, of the policy that sampled; only the last can be clipped.
-        update = {k: float(v) for k, v in (epochs[0] | {"clip_share": epochs[-1]["clip_share"]}).items()}
+        update = parallel.combine(epochs[0] | {"clip_share": epochs[-1]["clip_share"]})
         line = {"step": step, "reward": scores.mean().item(), "heldout_reward": heldout.mean().item(),
                 "reward_std": scores.view(-1, cfg.group_size).std(1).mean().item(),
-                "zero_spread": zero_spread,
-                "diversity": diversity, **update, "grad_norm": grad_norm.item(), "beta": beta,
-                "learning_rate": optimizer.param_groups[0]["lr"]}
+                "zero_spread": zero_spread, "diversity": evaluate.pairwise(seen), **update,
+                "grad_norm": grad_norm.item(), "beta": beta, "learning_rate": optimizer.param_groups[0]["lr"]}
+        if rank:
+            continue
         bar.set_postfix(reward=f"{line['reward']:.2f}", heldout=f"{line['heldout_reward']:.2f}",
                         diversity=f"{line['diversity']:.2f}", kl=f"{line['kl_reverse']:.3f}")
         done, last = step + 1, step + 1 == cfg.max_steps
@@ -273,21 +325,25 @@ def main(argv):
             checkpoint.save(state, file("ckpt.pt"), keep=cfg.keep)
 
     # ---- what came of it -----------------------------------------------------------------------------------
+    parallel.stop()
+    if rank:
+        return
     if stop < cfg.max_steps:
         print(f"saved {file('ckpt.pt')} after step {stop} of {cfg.max_steps}; go on with --resume")
         return
     if start == stop:                               # resumed at the very end: only the pictures were missing
         after = assess(policy, stop)
-    evaluate.picture(file("before_after.png"), cfg.eval_prompts,
-                     [("base", before[2]), (f"after {stop} steps, {cfg.divergence}", after[2])])
+    world.picture(file("before_after.png"), world.fixed_prompts(cfg.eval_prompts),
+                  [("base", before[3]), (f"after {stop} steps, {cfg.divergence}", after[3])])
     pictures.curves(log.lines, file("curves.png"), evaluations.lines)
     rows = [("base", before[0]), ("best of 8 of the base", evaluate.best_of_n(before[0])),
             (cfg.out_dir, after[0])]
-    print(report := evaluate.table(rows))
+    print(report := evaluate.table(rows, world.columns))
     with open(file("table.md"), "w", encoding="utf-8") as f:
         f.write(report + "\n")
-    print(f"held-out reward {after[0]['heldout_reward'] - before[0]['heldout_reward']:+.2f}, "
-          f"open-attribute entropy kept {after[0]['entropy_kept']:.0%}; "
+    kept = after[0].get("entropy_kept", math.nan)
+    print(f"held-out reward {after[0]['heldout_reward'] - before[0]['heldout_reward']:+.2f}"
+          + f", open-attribute entropy kept {kept:.0%}" * math.isfinite(kept) + "; "
           f"see {file('before_after.png')} and {file('curves.png')}")
 
 

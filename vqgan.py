@@ -192,6 +192,12 @@ class VQGAN(nn.Module):
             elif p.dim() == 4:
                 nn.init.kaiming_normal_(p, nonlinearity="linear")          # a convolution keeps the scale
 
+    @classmethod
+    def from_pretrained(cls, path, **overrides):
+        """The tokenizer in a released file, in eval mode; arguments and errors as `load_vq` in weights.py."""
+        import weights                                                     # here, as it imports this file
+        return weights.load_vq(path, **overrides)
+
     @torch.no_grad()
     def encode(self, images):
         """images [B,3,H,W] in [-1,1], H = W a multiple of 2**(levels-1) -> tokens [B,T] in 0..V-1, raster

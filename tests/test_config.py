@@ -65,7 +65,7 @@ def test_config_files_are_checked_and_never_run(tmp_path, text, parts):
     (["--top_k=100"], "belongs to sample.py|sample.py"), (["--top_p=.9"], "sample.py"),
     (["--beta=-1"], "beta must be at least 0"), (["--group_size=1"], "group_size must be at least 2"),
     (["--temperature=0"], "temperature"), (["--beta=1e999"], "beta"), (["--warmup=2"], "shares"),
-    (["--reward=judje"], "unknown reward 'judje'"), (["--reward=judge:x"], "must be a number"),
+    (["--reward=judje"], "tiny world has no reward 'judje'"), (["--reward=judge:x"], "must be a number"),
     (["--heldout_reward=judge"], "must not be trained on"),
 ])
 def test_train_refuses_what_makes_no_sense(argv, part):
@@ -86,7 +86,7 @@ def test_every_config_loads(name):
     default = train.Config()
     if name == "tiny_js.py":
         assert cfg == default                           # `python train.py` alone is the tiny JS run
-    if name.endswith("_kl.py"):
+    if name.startswith("tiny") and name.endswith("_kl.py"):
         assert cfg.beta == default.beta / 4             # the same strength, see divergences.py
 
 
@@ -117,3 +117,18 @@ def test_processes_end_in_one_line_and_exit_code_2(words, part, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (line,) = [x for x in done.stderr.splitlines() if x.strip()]
     assert line.startswith("error: ") and part in line
+
+
+def test_a_config_says_only_in_what_it_differs(tmp_path):
+    js, kl, matched, released = (config.load(train.Config, [f"configs/llamagen_{n}.py"])[0]
+                                 for n in ("js", "reverse_kl", "js_matched", "js_as_released"))
+    assert (kl.divergence, kl.beta, kl.reward) == ("reverse_kl", .04, "hps") and matched.beta == 4 * js.beta
+    assert dataclasses.replace(kl, divergence="js", out_dir=js.out_dir) == js
+    assert released.critical_tokens and released.dynamic_weight and not js.critical_tokens
+    circle = tmp_path / "circle.py"
+    circle.write_text(f"like = {str(circle)!r}\n")
+    late = tmp_path / "late.py"
+    late.write_text("beta = 1\nlike = 'configs/tiny_js.py'\n")
+    for path in (circle, late):
+        with pytest.raises(UserError, match="`like` must be the first line"):
+            config.read_file(train.Config, str(path))

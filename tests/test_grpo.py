@@ -148,3 +148,26 @@ def test_memory_grows_with_the_chunk_not_with_the_image():
     one = 4 * 8 * 4096 * 4                                               # bytes of [B,chunk,V] in fp32
     assert peak(64, 8) < 1.2 * peak(16, 8) and peak(64, 8) < 12 * one
     assert peak(64, 0) > 4 * peak(64, 8)
+
+
+def test_selected_tokens_and_the_dynamic_weight_by_hand():
+    """The loss is the mean over the selected tokens, divergence included; the weight is of the policy term."""
+    logits, ref, tokens, logp_old, adv = batch()
+    options = dict(divergence="js", beta=.3)
+    N, mask = tokens.numel(), torch.rand(tokens.shape) < .4
+    selected = mask / mask.double().mean()
+    logp, logp_ref = (x.log_softmax(-1).gather(-1, tokens[..., None])[..., 0] for x in (logits, ref))
+    price = .3 * DIVERGENCES["js"].sampled(logp, logp_ref)
+    x = (logp - logp_ref).clamp(-.5, .5).exp()
+    running = torch.stack([x[:, :t + 1].mean(1) for t in range(x.shape[1])], 1)
+    for dynamic, weight in ((False, 1), (True, running)):
+        token_loss = -(logp - logp_old.detach()).exp() * adv[:, None] * weight + price
+        expected = token_loss[mask].mean()
+        loss, _ = grpo_loss(logits, ref, tokens, logp_old, adv, N, selected, dynamic=dynamic, **options)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+        a, b = (torch.autograd.grad(y, logits, retain_graph=True)[0] for y in (loss, expected))
+        assert torch.allclose(a, b, atol=1e-12)
+    head = dict(selected=selected, divergence="js", beta=.3)
+    whole, pieces = (chunked_loss((logits, lambda h: h), (ref, lambda h: h), tokens, logp_old, adv, N, chunk=c,
+                                  **head)[0] for c in (0, 2))
+    assert torch.allclose(whole, pieces, atol=1e-12)

@@ -195,7 +195,7 @@ def test_generation_reports_the_log_probs_of_teacher_forcing(model_type, cfg_sca
     tokens, logp = gpt.generate(cond, mask, cfg_scale=cfg_scale, temperature=0.7, return_logp=True)
     logits = gpt(tokens, cond, mask, cfg_scale=cfg_scale, temperature=0.7)
     again = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    assert_close(logp.double(), again, rtol=0, atol=1e-5)
+    assert_close(logp, again, rtol=0, atol=1e-12)
     again.sum().backward()      # a policy gradient takes this path, and nothing made in sampling may block it
     assert all(p.grad.isfinite().all() and p.grad.any() for p in gpt.parameters())
 
@@ -204,6 +204,28 @@ def test_generator_alone_decides_the_sample():
     gpt, _, _, cond, mask = build()
     a, b, c = (gpt.generate(cond, mask, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_parts_of_a_batch_are_drawn_with_the_noise_of_the_whole():
+    """As processes do, or a single one that draws its pictures in several goes."""
+    gpt, _, _, cond, mask = build(dtype=torch.float64, batch=6)
+    whole = gpt.generate(cond, mask, generator=torch.Generator().manual_seed(3))
+    for n in (2, 3):
+        parts = [gpt.generate(c, m, generator=torch.Generator().manual_seed(3), part=(i, n))
+                 for i, (c, m) in enumerate(zip(cond.chunk(n), mask.chunk(n)))]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_the_unconditional_branch_without_a_gradient():
+    """The same guided distribution; of the gradient s c - (s - 1) u what belongs to u is missing."""
+    gpt, _, tokens, cond, mask = build(dtype=torch.float64)
+    hidden = gpt.hidden(tokens, cond, mask, cfg_scale=3.0)
+    both, one = (gpt.logits(hidden, 3.0, uncond_grad=g) for g in (True, False))
+    assert torch.equal(both, one)
+    weight = torch.randn(both.shape, dtype=torch.float64)
+    full, part = (torch.autograd.grad((y * weight).sum(), hidden, retain_graph=True)[0] for y in (both, one))
+    n = len(tokens)
+    assert torch.equal(full[:n], part[:n]) and (part[n:] == 0).all() and (full[n:] != 0).any()
 
 
 @pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (6, 1.0), (0, 0.8), (8, 0.8), (1, 1.0), (0, 1e-6)])

@@ -99,7 +99,7 @@ def test_a_used_folder_is_refused_and_left_as_it_is(mini_base, tmp_path):
 
 
 def test_a_reward_that_is_not_finite_stops_with_its_name(mini_base, tmp_path, monkeypatch):
-    monkeypatch.setitem(train.reward.REWARDS, "broken", lambda judge: lambda images, captions: torch.full(
+    monkeypatch.setitem(train.reward.REWARDS, "broken", lambda images, captions: torch.full(
         (len(captions),), float("nan")))
     with pytest.raises(Fault, match="'broken' gave a value that is not finite"):
         go(tmp_path / "run", mini_base, "--max_steps=1", "--reward=broken")

@@ -1,0 +1,173 @@
+"""The full-size world: released LlamaGen weights, T5 captions, CLIP rewards. What a world is, tiny.py says.
+
+    python train.py configs/llamagen_js.py
+
+Files are looked for in the folder `weights`, and fetched from the Hugging Face Hub if they are not there
+(weights.py lists them, with sizes and licences). Captions come from a text file; a fixed handful of them is
+kept from training and serves all evaluations. They are encoded by T5 once, before anything else is loaded,
+and T5 is gone when training starts (t5.py). Rewards see the captions as they were written.
+
+Where the memory goes is printed before the run starts. For LlamaGen-XL (P = 775 million parameters) on one
+24 GB card, 32 pictures a step, `dtype = "bfloat16"`:
+    policy and gradient in fp32          2 x 4 P    6.2 GB   sums of many small steps need fp32: bf16 has
+    AdamW's two moments in fp32          2 x 4 P    6.2 GB   8 bits, a step of 1e-5 on a weight of .02 is lost
+    autocast's bf16 copy of the policy       2 P    1.6 GB
+    reference, matrices in bf16              2 P    1.6 GB
+    rewards in fp16, tokenizer in fp32              3.1 GB   HPSv2.1 and the held-out CLIPScore
+    the largest of sampling (keys and values), update (activations, logits) and decoding: 2 to 3 GB
+"""
+import copy
+import os
+import random
+
+import torch
+
+import checkpoint
+import clip
+import parallel
+import pictures
+import prompts
+import reward
+import t5
+import weights
+from config import UserError, locate
+from model import GPT
+from vqgan import VQGAN
+
+CLIP_L = "clip-vit-large-patch14"
+REWARD_FILES = {                    # of each reward; HPS and PickScore share the tokenizer of OpenAI's CLIP
+    "hps": {"model": "HPS_v2.1_compressed.pt", "tokenizer": CLIP_L},
+    "pickscore": {"model": "PickScore_v1", "tokenizer": CLIP_L},
+    "clipscore": {"model": CLIP_L, "tokenizer": CLIP_L},
+    "aesthetic": {"model": CLIP_L, "tokenizer": CLIP_L, "head": "sac+logos+ava1-l14-linearMSE.pth"}}
+DECODED = 8                         # pictures decoded at once
+
+
+def load_models(o, files, device):
+    """-> (policy in fp32, tokenizer), of the files {name: path} that options o name."""
+    # Overrides for files whose heads or number of tokens nothing tells (0: look in table and file name).
+    known = {k: v for k, v in (("n_head", o.n_head), ("block_size", o.block_size)) if v}
+    policy = GPT.from_pretrained(files[o.gpt_ckpt], **known)
+    vqgan = VQGAN.from_pretrained(files[o.vq_ckpt])
+    if policy.config.vocab_size != vqgan.config.codebook_size:
+        raise UserError(f"{o.gpt_ckpt} writes {policy.config.vocab_size} codes, {o.vq_ckpt} has "
+                        f"{vqgan.config.codebook_size}: they do not belong together")
+    return policy.to(device), vqgan.to(device)
+
+
+def captions_of(o, files, device):
+    """The T5 features of captions, kept on the disk beside the files."""
+    return t5.Captions(files[o.t5], os.path.join(o.weights, "cache"), device=device)
+
+
+class World:
+    columns = []
+
+    def __init__(self, options, device):
+        """options: those of train.py. Raises UserError naming every file that is missing."""
+        o, self.device = options, device
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16")
+        spec = {name: reward.parse(getattr(o, name), "llamagen") for name in ("reward", "heldout_reward")}
+        # Diversity is seen with the eyes of a model that is not trained on, where there is one.
+        seeing = [n for s in ("heldout_reward", "reward") for n in spec[s] if n in REWARD_FILES]
+        if not seeing:
+            raise UserError("reward or heldout_reward must name one of " + ", ".join(REWARD_FILES)
+                            + ": diversity is measured in its image features")
+        learned = sorted(set(seeing))
+        names = [o.gpt_ckpt, o.vq_ckpt, o.t5] + [f for n in learned for f in REWARD_FILES[n].values()]
+        # One process downloads and encodes, then one of each other machine (if their disks are the same, all is
+        # there), then the rest.
+        turn = 0 if parallel.RANK == 0 else 1 if parallel.LOCAL_RANK == 0 else 2
+        for _ in range(turn):
+            parallel.wait()
+        files = weights.find(list(dict.fromkeys(names)), o.weights)
+        captions = list(dict.fromkeys(prompts.read(locate(o.prompts))))
+        if len(captions) <= o.eval_prompts:
+            raise UserError(f"{o.prompts} has {len(captions)} captions, and eval_prompts = {o.eval_prompts} "
+                            f"of them would be kept from training: none would be left")
+        random.Random(1234).shuffle(captions)
+        self.held_back, self.pool = captions[:o.eval_prompts], captions[o.eval_prompts:]
+        self.text = captions_of(o, files, device)
+        self.text.prepare(captions)
+        for _ in range(2 - turn):
+            parallel.wait()
+
+        self.policy, self.vqgan = load_models(o, files, device)
+        self.reference = copy.deepcopy(self.policy)
+        checkpoint.freeze(self.reference, o.dtype)
+        checkpoint.freeze(self.vqgan, "float64" if o.dtype == "float64" else "float32")
+        if o.dtype == "float64":
+            self.policy.double()
+        half = torch.float16 if device.type == "cuda" else torch.float32
+        models = {n: clip.build(n, {k: files[f] for k, f in REWARD_FILES[n].items()}, device, half)
+                  for n in learned}
+        self.rewards = {name: reward.build(s, reward.REWARDS | models) for name, s in spec.items()}
+        self.embed = models[seeing[0]].embed_images
+        if parallel.RANK == 0:
+            others = [self.vqgan, *(m.model for m in models.values())]
+            print(memory_plan(o, self.policy, others, parallel.SIZE))
+
+    def draw(self, n):
+        return [random.choice(self.pool) for _ in range(n)]
+
+    def encode(self, captions):
+        features, mask = self.text.encode(captions, self.device)
+        return features.to(self.policy.norm.weight.dtype), mask
+
+    def decode(self, tokens):
+        return torch.cat([self.vqgan.decode(some) for some in tokens.split(DECODED)])
+
+    def fixed_prompts(self, n):
+        return self.held_back[:n]
+
+    def extra(self, *args, **sampling):
+        return {}
+
+    def picture(self, path, prompts, columns, shown=4):
+        """A grid: a row for each of the first eight prompts, side by side the pictures of each (heading,
+        images)."""
+        draws = len(columns[0][1]) // len(prompts)
+        rows = [(caption, [images[i * draws:i * draws + min(shown, draws)] for _, images in columns], None)
+                for i, caption in enumerate(prompts[:8])]
+        pictures.grid(rows, path, [heading for heading, _ in columns])
+
+
+def parts_of_memory(o, policy, others, size=1):
+    """{what: bytes} of a run on one device, and of each phase what comes on top.
+
+    o: options of train.py; policy: a GPT (it may be on the meta device); others: modules besides, as stored.
+    size: processes. Counted, not measured; tests/test_llamagen.py holds it against what autograd keeps.
+    """
+    c, P = policy.config, sum(p.numel() for p in policy.parameters())
+    low = 2 if o.dtype == "bfloat16" else 4                        # bytes of a number in a matrix product
+    B = o.prompts_per_step * o.group_size // size
+    b, drawn, rows = min(B, o.micro_batch), min(B, o.sample_batch or B), 2 if o.cfg_scale > 1 else 1
+    t = min(o.chunk or c.block_size, c.block_size)
+    inside = KEPT_INSIDE[low] * c.dim                                      # bytes a token and layer
+    kept = 4 * c.dim if o.recompute else inside
+    layers = c.n_layer * kept + (inside if o.recompute else 0)
+    return {
+        "policy, fp32": 4 * P, "its gradient": 4 * P, "AdamW's two moments": 8 * P,
+        "reference": low * P, "autocast's copy of the policy": 2 * P if low == 2 else 0,
+        "tokenizer and rewards": sum(p.numel() * p.element_size() for m in others for p in m.parameters()),
+        "sampling: keys and values": 2 * c.n_layer * rows * drawn * c.block_size * c.dim * low,
+        "update: activations": rows * b * c.block_size * layers,
+        # logits and log-probabilities of two models, and the gradients of two of these four
+        "update: logits": 6 * rows * b * t * c.vocab_size * 4}
+
+
+# Bytes that autograd keeps inside a layer, for a token and a channel of width: measured by the test above.
+KEPT_INSIDE = {2: 55, 4: 90}
+
+
+def memory_plan(o, policy, others, size=1):
+    """The parts in GB, as text."""
+    parts = parts_of_memory(o, policy, others, size)
+    fixed = sum(v for k, v in parts.items() if ":" not in k)
+    phases = {}
+    for k, v in parts.items():
+        if ":" in k:
+            phases[k.split(":")[0]] = phases.get(k.split(":")[0], 0) + v
+    lines = [f"  {v / 1e9:6.2f} GB  {k}" for k, v in parts.items()]
+    total = fixed + max(phases.values())
+    return "\n".join([f"memory on each device, counted: about {total / 1e9:.1f} GB", *lines])

@@ -1,0 +1,69 @@
+"""A folder of weight files in the released layouts with random numbers, at any size: what the tests of the
+full-size run work on, as the released files cannot be had where this is tested.
+
+    python tests/full_size.py /tmp/weights        LlamaGen-XL and VQ-16 at full size (3.4 GB), small T5 and CLIPs
+"""
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import torch
+
+import checkpoint
+import weights
+
+WORDS = "a red blue cat dog on the photo of and small green".split()
+
+
+def save_tokenizer(folder, words, start, end, unknown):
+    """A word a token, with `end` behind a caption and `start` (if it has one) before it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    vocabulary = {w: i for i, w in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [(w, vocabulary[w]) for w in (start, end) if w]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start or ''} $A {end}".strip(), special_tokens=special)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=words[0], eos_token=end, unk_token=unknown,
+                            bos_token=start).save_pretrained(folder)
+
+
+def save_t5(folder, d_model):
+    import transformers
+    words = ["<pad>", "</s>", "<unk>", *WORDS]
+    transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=len(words), d_model=d_model, d_kv=8, d_ff=64, num_layers=1, num_heads=4,
+        feed_forward_proj="gated-gelu")).save_pretrained(folder)
+    save_tokenizer(folder, words, None, "</s>", "<unk>")
+
+
+def small_clip(width, heads):
+    import transformers
+    vision = dict(hidden_size=width, num_attention_heads=heads, num_hidden_layers=1, intermediate_size=2 * width,
+                  patch_size=14, image_size=28, hidden_act="gelu")
+    text = dict(hidden_size=64, num_attention_heads=1, num_hidden_layers=1, intermediate_size=96,
+                vocab_size=len(WORDS) + 3, max_position_embeddings=16, hidden_act="gelu",
+                bos_token_id=len(WORDS) + 1, eos_token_id=len(WORDS) + 2)
+    return transformers.CLIPModel(transformers.CLIPConfig(
+        vision_config=vision, text_config=text, projection_dim=32))
+
+
+def make(folder, gpt, vq, gpt_name, width=1280, heads=16):
+    """gpt, vq: GPTConfig and VQConfig; width, heads: of HPS's image tower, which clip.HEADS must know."""
+    from test_clip import to_open_clip
+    os.makedirs(folder, exist_ok=True)
+    torch.manual_seed(0)
+    weights.make_random(gpt, os.path.join(folder, gpt_name), std=.02)
+    weights.make_random(vq, os.path.join(folder, "vq_ds16_t2i.pt"), seed=1, std=.05)
+    save_t5(os.path.join(folder, "flan-t5-xl"), gpt.caption_dim)
+    checkpoint.save({"state_dict": to_open_clip(small_clip(width, heads), layers=1)},
+                    os.path.join(folder, "HPS_v2.1_compressed.pt"))
+    clip = os.path.join(folder, "clip-vit-large-patch14")
+    small_clip(32, 2).save_pretrained(clip)
+    save_tokenizer(clip, ["<unk>", *WORDS, "<start>", "<end>"], "<start>", "<end>", "<unk>")
+
+
+if __name__ == "__main__":
+    name = "t2i_XL_stage1_256.pt"
+    make(sys.argv[1], weights.RELEASED[name][0], weights.RELEASED["vq_ds16_t2i.pt"][0], name)
