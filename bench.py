@@ -349,8 +349,14 @@ def draw(panels, path):
     plt.close(figure)
 
 
+def check(cfg):
+    config.at_least(cfg, repeats=1)
+    config.named(cfg, out="")
+
+
 def main(argv):
     cfg, _ = config.load(Config, argv)
+    check(cfg)
     device, begin = config.pick_device(cfg.device), time.time()
     torch.manual_seed(0)
     limits = ceilings(device, cfg.repeats)

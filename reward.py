@@ -13,6 +13,8 @@ reward hacking looks like.
 
 To add a reward, write its function and put it into REWARDS (see "Your own reward" in README.md).
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -78,6 +80,8 @@ def parse(spec, world="tiny"):
             raise UserError(f"the {world} world has no reward {name!r}; it has: {', '.join(known)}")
         try:
             weights[name] = float(weight or 1)
+            if not math.isfinite(weights[name]):
+                raise ValueError
         except ValueError:
             raise UserError(f"the weight of reward {name!r} must be a number, not {weight!r}") from None
     return weights

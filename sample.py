@@ -44,6 +44,7 @@ class Config:
     n: int = 8                         # pictures a caption
     seed: int = 0                      # of the samples
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
+    no_verify: bool = False            # do not read files of weights once more to compare their checksums
     # ---- distribution
     temperature: float = 1.0           # 0 is greedy: the likeliest code each time, so n equal pictures
     cfg_scale: float = 0.0             # classifier-free guidance; 1 is none; 0 = usual: tiny 1, t2i 7.5, c2i 4
@@ -65,16 +66,18 @@ def load(cfg, device):
     options, state = cfg, None
     if not cfg.gpt_ckpt:
         path = config.locate(cfg.ckpt)
-        saved = checkpoint.load(os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path)
-        if saved.get("config", {}).get("world", "tiny") == "tiny":
+        path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+        saved = checkpoint.load(path)
+        options = evaluate.options_in(saved, path) if {"config", "model"} <= set(saved) else None
+        if options is None or options.world == "tiny":
             policy, vqgan, _, _ = checkpoint.load_models(path, device)
             return policy, SimpleNamespace(encode=lambda c: text.encode(c, device), decode=vqgan.decode,
                                            autocast=autocast, kind="tiny")
-        options, state = SimpleNamespace(**saved["config"]), saved["model"]
+        state = saved["model"]
     policy, vqgan = llamagen.load_models(
         options, weights.find([options.gpt_ckpt, options.vq_ckpt], cfg.weights), device)
     if state:
-        policy.load_state_dict(state)
+        checkpoint.load_weights(policy, state, path)
     if policy.config.model_type == "c2i":
         def encode(classes):
             return torch.tensor(classes, device=device), torch.ones(len(classes), 1, device=device)
@@ -87,12 +90,19 @@ def load(cfg, device):
                                    kind=policy.config.model_type)
 
 
+def check(cfg):
+    config.at_least(cfg, n=1, seed=0, temperature=0, top_k=-1, n_head=0, block_size=0)
+    config.named(cfg, ckpt="", out=".png", vq_ckpt="", t5="", weights="")
+    if cfg.cfg_scale and cfg.cfg_scale < 1:
+        raise UserError(f"cfg_scale must be at least 1, or 0 for the usual one, not {cfg.cfg_scale}")
+    if not 0 < cfg.top_p <= 1:
+        raise UserError(f"top_p must be above 0 and at most 1, not {cfg.top_p}")
+
+
 def main(argv):
     cfg, _ = config.load(Config, argv)
-    if (cfg.n < 1 or cfg.temperature < 0 or cfg.cfg_scale and cfg.cfg_scale < 1 or cfg.top_k < -1
-            or not 0 < cfg.top_p <= 1):
-        raise UserError("out of range: n >= 1, temperature >= 0, cfg_scale >= 1 (or 0, the usual), top_k >= 0 "
-                        "(or -1, the usual), 0 < top_p <= 1")
+    check(cfg)
+    checkpoint.VERIFY = not cfg.no_verify
     device = config.pick_device(cfg.device)
     policy, world = load(cfg, device)
     captions = [c.strip() for c in cfg.prompt.split(";")]

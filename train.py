@@ -25,7 +25,7 @@ import math
 import os
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -49,6 +49,7 @@ class Config:
     world: Literal["tiny", "llamagen"] = "tiny"  # where models, captions and rewards come from: tiny.py ...
     init_from: str = "assets/tiny_base.pt"  # tiny: all models, made by pretrain.py; or a run
     resume: bool = False               # go on with the run in out_dir, with its own options
+    no_verify: bool = False            # do not read files of weights once more to compare their checksums
     keep: int = 0                      # how many earlier checkpoints to keep beside ckpt.pt, as ckpt_STEP.pt
     # ---- files of world = "llamagen", in the folder `weights`; fetched if they are not there
     weights: str = "weights"           # the folder
@@ -108,14 +109,13 @@ def check(cfg):
         raise UserError("top_k and top_p cut the sampler's distribution, but the loss is that of the whole "
                         "one, so the samples would not be the policy's: leave them at 0 and 1 here, and "
                         "use them in sample.py")
-    least = dict(max_steps=1, stop_after=0, eval_interval=1, eval_prompts=1, eval_draws=8, keep=0, n_head=0,
+    least = dict(seed=0, max_steps=1, stop_after=0, eval_interval=1, eval_prompts=1, eval_draws=8, keep=0, n_head=0,
                  block_size=0, prompts_per_step=1, group_size=2, sample_batch=0, cfg_scale=1, beta=0,
                  beta_end=0, clip_eps=0, inner_epochs=1, micro_batch=1, chunk=0, learning_rate=0, warmup=0,
                  min_lr_ratio=0, weight_decay=0, grad_clip=0)
-    for key, low in least.items():
-        if not low <= getattr(cfg, key) < math.inf:
-            raise UserError(f"{key} must be at least {low}, not {getattr(cfg, key)}")
-    if not 0 < cfg.temperature < math.inf:
+    config.at_least(cfg, **least)
+    config.named(cfg, out_dir="", init_from="", weights="", gpt_ckpt="", vq_ckpt="", t5="", prompts="")
+    if cfg.temperature <= 0:
         raise UserError(f"temperature must be above 0, not {cfg.temperature}")
     if cfg.warmup > 1 or cfg.min_lr_ratio > 1:
         raise UserError("warmup and min_lr_ratio are shares, at most 1")
@@ -144,11 +144,22 @@ def learning_rate(cfg, step):
     return cfg.learning_rate * ramp("cosine", 1, cfg.min_lr_ratio, (step - n) / max(1, cfg.max_steps - n))
 
 
+def restore(stored, path):
+    """The options that the checkpoint at `path` keeps as {key: value} -> Config. UserError if they are none."""
+    cfg = config.restore(Config, stored, path)
+    try:
+        check(cfg)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return cfg
+
+
 def open_run(argv):
     """Command line -> (config, checkpoint or None). A new run gets an empty folder, a resumed one its own
     options."""
     cfg, given = config.load(Config, argv)
     check(cfg)
+    checkpoint.VERIFY = not cfg.no_verify
     path = os.path.join(cfg.out_dir, "ckpt.pt")
     if not cfg.resume:
         if parallel.RANK == 0 and os.path.isdir(cfg.out_dir) and os.listdir(cfg.out_dir):
@@ -158,13 +169,17 @@ def open_run(argv):
     if not os.path.isfile(path):
         raise UserError(f"nothing to resume: there is no {path}; leave out --resume to start there")
     saved = checkpoint.load(path)
-    free = {"out_dir": cfg.out_dir, "resume": True, "stop_after": cfg.stop_after, "device": cfg.device}
+    if not {"model", "optimizer", "step", "rng"} <= set(saved):
+        raise UserError(f"{path} is no checkpoint of a run: it lacks model, optimizer, step or rng")
+    restored = restore(saved.get("config"), path)
+    free = {"out_dir": cfg.out_dir, "resume": True, "stop_after": cfg.stop_after, "device": cfg.device,
+            "no_verify": cfg.no_verify}
     for key, value in given.items():                # what the command line asks for must be what the run was
-        if key not in free and value != saved["config"].get(key):
-            raise UserError(f"the run in {cfg.out_dir} has {key} = {saved['config'].get(key)!r}; "
+        if key not in free and value != getattr(restored, key):
+            raise UserError(f"the run in {cfg.out_dir} has {key} = {getattr(restored, key)!r}; "
                             f"--{key}={value!r} would make it another run: leave it out, "
                             f"or start a new one with another --out_dir")
-    return Config(**{**saved["config"], **free}), saved
+    return replace(restored, **free), saved
 
 
 @torch.no_grad()
@@ -215,9 +230,13 @@ def main(argv):
         before = assess(reference, 0)             # the base, and what every later evaluation is compared with
     if saved:
         start = saved["step"]
-        policy.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        checkpoint.set_rng_state(saved["rng"], generator)
+        checkpoint.load_weights(policy, saved["model"], file("ckpt.pt"))
+        try:
+            optimizer.load_state_dict(saved["optimizer"])
+            checkpoint.set_rng_state(saved["rng"], generator)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{file('ckpt.pt')} is no checkpoint of this version: "
+                            f"{' '.join(str(error).split())[:200]}") from None
     if rank == 0:
         log = checkpoint.Log(file("metrics.jsonl"), start)         # lines of steps that will be done again go
         evaluations = checkpoint.Log(file("evaluations.jsonl"), start + 1)

@@ -104,14 +104,18 @@ def _read(file):
             return dict(json.load(open(file, encoding="utf-8")))
         if file.endswith(".safetensors"):
             from safetensors import safe_open              # It maps the file, and what was read of it stays
-            return {key: safe_open(file, "pt").get_tensor(key).clone()     # in memory till it is closed: so
-                    for key in safe_open(file, "pt").keys()}               # each tensor opens it anew.
+            state = {key: safe_open(file, "pt").get_tensor(key).clone()    # in memory till it is closed: so
+                     for key in safe_open(file, "pt").keys()}              # each tensor opens it anew.
+            checkpoint.examine(state, file)                # (it has no checksums)
+            return state
         # Trainers store their options too, an argparse.Namespace. It is plain: its fields are set, no more.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return dict(torch.load(file, map_location="cpu", weights_only=True))
+            return checkpoint.load(file)
+    except UserError:
+        raise
     except ImportError:
         raise UserError(f"{file}: to read it, pip install -r requirements-full.txt") from None
-    except Exception as error:                             # torch.load meets damage in a dozen ways
+    except Exception as error:                             # json and safetensors each raise their own kinds
         raise UserError(f"{file} is damaged, or holds more than plain tensors ({type(error).__name__}): "
                         f"fetch it again") from None
 
@@ -127,6 +131,10 @@ def _state(path):
         dropped += [str(key) for key in state if key != wrapper]
         state = state[wrapper]
     state = {PREFIX.sub("", str(key)): value for key, value in state.items()}
+    for key, value in state.items():
+        if not DROPPED.match(key) and not (isinstance(value, torch.Tensor) and value.is_floating_point()):
+            raise UserError(f"{path}: {key} is {getattr(value, 'dtype', type(value).__name__)}, not a tensor "
+                            f"of floating point numbers: it is another kind of file")
     if "model.embed_tokens.weight" in state:               # a port
         for key in [k for k in state if k.endswith("self_attn.q_proj.weight")]:
             qkv = [key.replace("q_proj", f"{part}_proj") for part in "qkv"]
@@ -142,8 +150,11 @@ def _state(path):
     if dropped:
         print(f"{path}: left out {len(dropped)} that we do not need: {', '.join(dropped[:4])}"
               + ", ..." * (len(dropped) > 4))
-    return ({key: value for key, value in state.items() if not DROPPED.match(key)},
-            {ours: told[theirs] for theirs, ours in PORT_CONFIG.items() if theirs in told})
+    told = {ours: told[theirs] for theirs, ours in PORT_CONFIG.items() if theirs in told}
+    if wrong := [k for k, v in told.items() if type(v) is not type(getattr(GPTConfig, k))]:
+        raise UserError(f"{beside}: {wrong[0]} must be {type(getattr(GPTConfig, wrong[0])).__name__}, not "
+                        f"{told[wrong[0]]!r:.99}")
+    return {key: value for key, value in state.items() if not DROPPED.match(key)}, told
 
 
 def _gpt_shapes(state):
@@ -185,7 +196,7 @@ def _build(cfg, state, dtype, path):
         raise UserError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}")
     try:
         module = _meta(cfg)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"{path}: no such model can be built: {str(error).splitlines()[0]}") from None
     want = {key: list(tensor.shape) for key, tensor in module.state_dict().items()}
     have = {key: list(getattr(value, "shape", ())) for key, value in state.items()}
@@ -308,20 +319,28 @@ class Config:
     to: str = "weights/mine_256.pt"    # where --export writes
 
 
+def check(cfg):
+    config.named(cfg, folder="", to="")
+    if cfg.make_random and not dataclasses.is_dataclass(RELEASED.get(cfg.make_random, [None])[0]):
+        raise UserError(f"make_random must be a LlamaGen file of the table, not {cfg.make_random!r}")
+    if cfg.make_random and cfg.export:
+        raise UserError("make_random and export are two tasks: one at a time")
+
+
 def main(argv):
     cfg, _ = config.load(Config, argv)
+    check(cfg)
     folder = config.locate(cfg.folder)
     target = os.path.join(folder, cfg.make_random) if cfg.make_random else cfg.to
     if (cfg.make_random or cfg.export) and os.path.exists(target):
         raise UserError(f"{target} is there already: move it away first")
     if cfg.make_random:
-        if not dataclasses.is_dataclass(RELEASED.get(cfg.make_random, [None])[0]):
-            raise UserError(f"--make_random takes a LlamaGen file of the table, not {cfg.make_random!r}")
         make_random(RELEASED[cfg.make_random][0], target)
         print(f"wrote {target}: random weights, right for timing, wrong for pictures")
     elif cfg.export:
         run = checkpoint.load(cfg.export)
-        if not isinstance(run, dict) or not isinstance(run.get("model"), dict):
+        if not isinstance(run.get("model"), dict) or any(
+                not isinstance(v, torch.Tensor) for v in run["model"].values()):
             raise UserError(f"{cfg.export} is no checkpoint of a run: it has no state dict under 'model'")
         export(run["model"], target)
         print(f"wrote {target}")
