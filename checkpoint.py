@@ -6,15 +6,17 @@ tensors, dicts, lists, tuples, texts and numbers; configs are stored as dicts. W
 the same is looked for here:
  1. A flipped bit. torch.save writes a zip with a checksum (CRC-32) of each part, which torch.load does not
     compare. `load` does, before anything else is done with the file: a third of a second a GB.
- 2. A tensor larger than its file. Steps of length 0 make 4 TB of one number; the first copy would fill the
-    memory. So does a zip that was packed.
+ 2. What is larger than its file: a tensor of 4 TB that repeats one number (steps of length 0), a zip that
+    was packed, a bytearray. (A pickle that copies one list very often still gets by.)
  3. NaN and infinity, which would make every picture grey long after anybody remembers the file.
 """
 import dataclasses
 import glob
 import json
+import mmap
 import os
 import random
+import re
 import shutil
 import warnings
 import zipfile
@@ -28,6 +30,7 @@ from model import GPT, GPTConfig
 from reward import Judge
 from vqgan import VQGAN, VQConfig
 
+ANY_SIZE = re.compile(rb"c(builtins|__builtin__)\nbytearray\n")    # of 10^12 bytes: torch.load would make it
 VERIFY = True                       # compare checksums; --no_verify is for large files on slow disks
 
 
@@ -54,11 +57,16 @@ def verify(path):
     would be larger in memory than on the disk. (Files of torch before 1.6 are no zips and have no sums.)"""
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":                              # that is how torch.load knows a zip too
+            if ANY_SIZE.search(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)):
+                raise UserError(f"{path} asks for memory of any size: fetch it again")
             return
     with zipfile.ZipFile(path) as file:
         total = sum(part.file_size for part in file.infolist())
         if total > os.path.getsize(path):
             raise UserError(f"{path} is packed: it would be larger in memory than it is; fetch it again")
+        pickles = [part for part in file.infolist() if part.filename.endswith(".pkl")]
+        if any(ANY_SIZE.search(file.read(part)) for part in pickles):
+            raise UserError(f"{path} asks for memory of any size: fetch it again")
         with tqdm(desc=f"checking {os.path.basename(path)}", total=total, unit="B", unit_scale=True,
                   ncols=110, leave=False, disable=total < 2 ** 30) as bar:
             for part in file.infolist() if VERIFY else ():
@@ -80,39 +88,38 @@ def examine(state, path, size=None):
         if isinstance(value, torch.Tensor):
             room -= value.numel() * value.element_size()
             if room < 0:
-                raise UserError(f"{path}: {name[1:]} {list(value.shape)} is larger than the file: fetch it "
-                                f"again")
+                raise UserError(f"{path}: {name[1:]!r:.99} is larger than the file: fetch it again")
             if value.numel() and (value.is_floating_point() or value.is_complex()):
                 # NaN wins in a minimum: one pass and no copy, which isfinite() would make
                 flat = torch.view_as_real(value) if value.is_complex() else value
                 if not torch.stack(torch.aminmax(flat)).isfinite().all():
-                    raise UserError(f"{path}: {name[1:]} holds NaN or infinity: fetch the file again, or use "
-                                    f"an earlier checkpoint")
+                    raise UserError(f"{path}: {name[1:]!r:.99} holds NaN or infinity: fetch the file again, "
+                                    f"or use an earlier checkpoint")
         elif isinstance(value, (dict, list, tuple)):
             todo += [(f"{name}.{key}", part) for key, part in
                      (value.items() if isinstance(value, dict) else enumerate(value))]
 
 
-def load(path, device="cpu", mmap=False):
-    """The dict stored at `path`, its tensors on `device`. UserError if missing, damaged or not plain. mmap:
+def load(path, device="cpu", lazy=False):
+    """The dict stored at `path`, its tensors on `device`. UserError if missing, damaged or not plain. lazy:
     leave tensors on the disk until they are used."""
     if not os.path.isfile(path):
         raise UserError(f"no file {path}")
     try:
         verify(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                         # of pickles that nobody wrote by torch.save
-            state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+            warnings.simplefilter("ignore")                         # of pickles that are not torch.save's
+            state = torch.load(path, map_location=device, weights_only=True, mmap=lazy)
         examine(state, path)
     except UserError:
         raise
     except Exception as error:                                      # damage shows in a dozen ways
         skip = "; --no_verify loads it as it is" if "CRC" in str(error) else ""
-        raise UserError(f"{path} is damaged, or holds more than plain tensors ({type(error).__name__}): fetch "
-                        f"it again, or use an earlier checkpoint{skip}") from None
+        raise UserError(f"{path} is damaged, or holds more than plain tensors ({type(error).__name__}): "
+                        f"fetch it again, or use an earlier checkpoint{skip}") from None
     if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not a dict of tensors: it is another kind of "
-                        f"file")
+        raise UserError(f"{path} holds a {type(state).__name__}, not a dict of tensors: it is another kind "
+                        f"of file")
     return state
 
 
@@ -161,7 +168,8 @@ def unpack(make, make_config, packed, device, path):
         with torch.device("meta"):                 # a config can ask for any amount of memory, a file cannot
             module = make(*options)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError, OverflowError) as error:
-        raise UserError(f"{path}: no such {make.__name__} can be built: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+        raise UserError(f"{path}: no such {make.__name__} can be built: {why}") from None
     load_weights(module, packed["state"], path)
     return module.float().to(device).eval()
 

@@ -138,18 +138,25 @@ def load_clip(path, heads=None):
     """The CLIPModel in a folder of the Hugging Face hub, or in a .pt file like HPS_v2.1_compressed.pt.
     UserError if it is missing or damaged, or if names or shapes of weights do not fit."""
     with _blame(f"{path} is neither a folder of a CLIPModel nor a file in open_clip's layout"):
+        import safetensors
         import transformers
         transformers.logging.set_verbosity_error()         # it would print a page where we raise one line
         source, options, files = path, {}, [path]
         if os.path.isdir(path):
             files = [os.path.join(path, name) for name in os.listdir(path)]
             options = {"config": transformers.CLIPConfig.from_pretrained(path, local_files_only=True)}
-            for file in files if not glob.glob("*.safetensors", root_dir=path) else ():
-                checkpoint.verify(file)
+            for file in files:
+                if file.endswith(".bin"):
+                    checkpoint.verify(file)
+                if file.endswith(".safetensors"):          # integers would become floats without a word
+                    with safetensors.safe_open(file, "pt") as opened:
+                        kinds = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}
+                    if wrong := [k for k in kinds if "F" not in kinds[k] and not k.endswith("position_ids")]:
+                        raise UserError(f"{file}: {wrong[0]!r:.99} is {kinds[wrong[0]]}, no floats")
         else:
             source, state = None, checkpoint.load(path)["state_dict"]
-            if strange := [k for k, v in state.items() if not v.is_floating_point()]:
-                raise UserError(f"{path}: {strange[0]} is {state[strange[0]].dtype}, not floating point")
+            if strange := [k for k, v in state.items() if not k.isprintable() or not v.is_floating_point()]:
+                raise UserError(f"{path}: {strange[0]!r:.99} is {state[strange[0]].dtype}, no floats")
             options = {"config": open_clip_config(state, heads), "state_dict": from_open_clip(state)}
         size = sum(map(os.path.getsize, files))
         _fits(options["config"], size)

@@ -108,7 +108,7 @@ class Captions:
         self.path, self.rows = os.path.join(cache, f"t5_{key}.pt"), {}    # cleaned caption: features [n,C]
         if os.path.exists(self.path):
             try:                                    # mmap: rows come from the disk when they are read
-                stored = checkpoint.load(self.path, mmap=True)
+                stored = checkpoint.load(self.path, lazy=True)
                 rows = stored["features"].split(stored["lengths"])                                # [sum n,C]
                 if (rows[0].shape[1] != self.width or max(map(len, rows)) > length
                         or not rows[0].is_floating_point()):

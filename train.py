@@ -109,8 +109,8 @@ def check(cfg):
         raise UserError("top_k and top_p cut the sampler's distribution, but the loss is that of the whole "
                         "one, so the samples would not be the policy's: leave them at 0 and 1 here, and "
                         "use them in sample.py")
-    least = dict(seed=0, max_steps=1, stop_after=0, eval_interval=1, eval_prompts=1, eval_draws=8, keep=0, n_head=0,
-                 block_size=0, prompts_per_step=1, group_size=2, sample_batch=0, cfg_scale=1, beta=0,
+    least = dict(seed=0, max_steps=1, stop_after=0, eval_interval=1, eval_prompts=1, eval_draws=8, keep=0,
+                 n_head=0, block_size=0, prompts_per_step=1, group_size=2, sample_batch=0, cfg_scale=1, beta=0,
                  beta_end=0, clip_eps=0, inner_epochs=1, micro_batch=1, chunk=0, learning_rate=0, warmup=0,
                  min_lr_ratio=0, weight_decay=0, grad_clip=0)
     config.at_least(cfg, **least)
@@ -145,7 +145,7 @@ def learning_rate(cfg, step):
 
 
 def restore(stored, path):
-    """The options that the checkpoint at `path` keeps as {key: value} -> Config. UserError if they are none."""
+    """The options that the checkpoint at `path` keeps, {key: value} -> Config. UserError if they are none."""
     cfg = config.restore(Config, stored, path)
     try:
         check(cfg)

@@ -132,9 +132,10 @@ def _state(path):
         state = state[wrapper]
     state = {PREFIX.sub("", str(key)): value for key, value in state.items()}
     for key, value in state.items():
-        if not DROPPED.match(key) and not (isinstance(value, torch.Tensor) and value.is_floating_point()):
-            raise UserError(f"{path}: {key} is {getattr(value, 'dtype', type(value).__name__)}, not a tensor "
-                            f"of floating point numbers: it is another kind of file")
+        if not key.isprintable() or not (DROPPED.match(key) or isinstance(value, torch.Tensor)
+                                         and value.is_floating_point()):
+            raise UserError(f"{path}: {key!r:.99} is {getattr(value, 'dtype', type(value).__name__)}, not a "
+                            f"tensor of floating point numbers: it is another kind of file")
     if "model.embed_tokens.weight" in state:               # a port
         for key in [k for k in state if k.endswith("self_attn.q_proj.weight")]:
             qkv = [key.replace("q_proj", f"{part}_proj") for part in "qkv"]

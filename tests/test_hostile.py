@@ -291,13 +291,17 @@ HUGE = {
     "-1 numbers": put(lambda old: Lie((-1, 4), (4, 1))),
     "10^12 numbers in the old format": lambda path: torch.save(
         {"model": {"x": Lie((10 ** 12,), (1,))}}, path, _use_new_zipfile_serialization=False),
-    "10 GB of zeros to be made": put(lambda old: Calls(bytearray, 10 ** 10)),
-    "10 GB of a tensor to be made": put(lambda old: Calls(torch.FloatTensor, 25 * 10 ** 8)),
+    "zeros to be made": put(lambda old: Calls(bytearray, 5 * 10 ** 8)),
+    "zeros to be made in the old format": lambda path: torch.save(
+        {"x": Calls(bytearray, 5 * 10 ** 8)}, path, _use_new_zipfile_serialization=False),
+    "a tensor to be made": put(lambda old: Calls(torch.FloatTensor, 25 * 10 ** 8)),
     "a zip bomb": packed, "a list in itself": circle, "a list of lists of lists": laughs}
 NUMBERS = {
     f"{value} in {dtype}": put(lambda old, value=value, dtype=dtype: old.to(dtype).index_fill(
         1, torch.tensor([old.shape[1] - 1]), float(value)))
     for value in ("nan", "inf", "-inf") for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+NUMBERS["nan in a name of two lines"] = edit(
+    lambda state: tensors(state)[0].update({"two\nlines": torch.tensor([float("nan")])}))
 TYPES = {
     **{str(dtype): put(lambda old, dtype=dtype: old.to(dtype)) for dtype in (
         torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64)},
@@ -319,6 +323,7 @@ KEYS = {
     "a column less": shape(lambda old: old[:, 1:]), "flat": shape(lambda old: old.flatten()),
     "one dimension more": shape(lambda old: old[None]), "empty": shape(lambda old: old[:0])}
 EXTRA = {"extra": edit(lambda state: tensors(state)[0].update(extra=torch.ones(2))),
+         "a name of two lines": edit(lambda state: tensors(state)[0].update({"two\nlines": torch.ones(2)})),
          "none at all": edit(lambda state: tensors(state)[0].clear())}
 
 
@@ -476,6 +481,43 @@ def test_a_flipped_weight_is_found_before_loading_unless_no_verify(name, good, t
     got = load(name, good, spoil(good, name, str(tmp_path), fault))
     # "load", "base" ... show one of the models of their file, and the largest tensor may be of another
     assert name in ("load", "base") or any(not torch.equal(got[k], expected[k]) for k in got)
+
+
+@pytest.mark.parametrize("tower, values", [
+    ("vision_config", dict(num_hidden_layers=10 ** 9)), ("text_config", dict(hidden_size=2 ** 14)),
+    ("text_config", dict(vocab_size=10 ** 9)), ("vision_config", dict(intermediate_size=10 ** 9)),
+    ("vision_config", dict(patch_size=0)), ("text_config", dict(num_attention_heads="x"))])
+def test_a_folder_whose_config_asks_for_more_than_it_has(tower, values, good, tmp_path):
+    """transformers would make up what is not in the files, however much it is."""
+    tiny_clip().save_pretrained(tmp_path / "clip")
+    assert load("clip", good, str(tmp_path / "clip"))
+    config_file = tmp_path / "clip" / "config.json"
+    options = json.loads(config_file.read_text())
+    options[tower] |= values
+    config_file.write_text(json.dumps(options))
+    with pytest.raises(UserError) as error:
+        load("clip", good, str(tmp_path / "clip"))
+    assert str(tmp_path / "clip") in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [lambda w: w.fill_(float("nan")), lambda w: w.int(), lambda w: w[:1]])
+def test_a_folder_with_bad_weights(change, good, tmp_path):
+    from safetensors.torch import load_file, save_file
+    tiny_clip().save_pretrained(tmp_path / "clip")
+    state = load_file(tmp_path / "clip" / "model.safetensors")
+    key = "visual_projection.weight"
+    save_file(state | {key: change(state[key]).contiguous()}, tmp_path / "clip" / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        load("clip", good, str(tmp_path / "clip"))
+    assert str(tmp_path / "clip") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_runs_that_begin_with_one_another(good, tmp_path):
+    a, b = str(tmp_path / "a.pt"), str(tmp_path / "b.pt")
+    for path, begin in ((a, b), (b, a)):
+        checkpoint.save({"model": {}, "config": {"init_from": begin}}, path)
+    with pytest.raises(UserError, match="leads in a circle"):
+        load("run", good, a)
 
 
 def test_half_a_line_of_frontier_csv(tmp_path):

@@ -249,7 +249,8 @@ PROCESSES = [                                  # (words, a part of the one line)
     ("train.py --out_dir=DIR --init_from=assets/prompts.txt", "damaged"),
     ("train.py --seed=0x" + "f" * 9000, "seed"), ("sample.py --n=0", "n must be"),
     ("sample.py --ckpt=BROKEN", "damaged"), ("sample.py --prompt=;", "caption is empty"),
-    ("sample.py --out=x.xyz", ".png"), ("sample.py --gpt_ckpt=README.md --weights=DIR", "1 of 2 files are missing"),
+    ("sample.py --out=x.xyz", ".png"),
+    ("sample.py --gpt_ckpt=README.md --weights=DIR", "1 of 2 files are missing"),
     ("sample.py --prompt=\udcff", "no word"), ("evaluate.py", "name at least one run"),
     ("evaluate.py BROKEN", "damaged"), ("evaluate.py assets/tiny_base.pt", "is a base"),
     ("evaluate.py x --runs=y", "bare words"), ("pretrain.py --scenes=0", "scenes must be"),
@@ -257,8 +258,8 @@ PROCESSES = [                                  # (words, a part of the one line)
     ("pictures.py BROKEN DIR", "a film needs two"), ("pictures.py DIR --out=film", ".gif"),
     ("bench.py --repeats=0", "repeats must be"), ("bench.py --only=all_", "one of"),
     ("weights.py --make_random=README.md", "make_random must be"),
-    ("weights.py --export=BROKEN/ckpt.pt --to=DIR", "damaged"),
-    ("weights.py --export=assets/tiny_base.pt --to=DIR", "no checkpoint of a run")]
+    ("weights.py --export=BROKEN/ckpt.pt --to=FOLDER/x.pt", "damaged"),
+    ("weights.py --export=assets/tiny_base.pt --to=FOLDER/x.pt", "no checkpoint of a run")]
 
 
 def run(words, part, tmp_path):
@@ -285,8 +286,8 @@ def test_processes_end_in_one_line_and_exit_code_2(words, part, tmp_path):
 
 
 @pytest.mark.slow
-def test_table(tmp_path):
-    """The rows of results/robustness.md: thousands of command lines and config files, then processes."""
+def test_table_of_lines():
+    """Rows of results/robustness.md: thousands of command lines and config files."""
     for name in MODULES:
         counts = {}
         fuzz_lines(name, 1200, counts)
@@ -295,6 +296,11 @@ def test_table(tmp_path):
     counts = {}
     fuzz_files(3000, counts)
     robustness.record("options: any config file", sum(counts.values()), counts["refused"], counts["taken"])
+
+
+@pytest.mark.slow
+def test_table_of_processes(tmp_path):
+    """A row of results/robustness.md: every process of the list."""
     for words, part in PROCESSES:
         run(words, part, tmp_path)
     robustness.record("options: a real process, exit code 2", len(PROCESSES), len(PROCESSES))
