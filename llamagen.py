@@ -99,8 +99,8 @@ class World:
         if o.dtype == "float64":
             self.policy.double()
         half = torch.float16 if device.type == "cuda" else torch.float32
-        models = {n: clip.build(n, {k: files[f] for k, f in REWARD_FILES[n].items()}, device, half)
-                  for n in learned}
+        models = {n: clip.build(n, {k: files[f] for k, f in REWARD_FILES[n].items()}, device, half,
+                                o.antialias or n != "hps") for n in learned}
         self.rewards = {name: reward.build(s, reward.REWARDS | models) for name, s in spec.items()}
         self.embed = models[seeing[0]].embed_images
         if parallel.RANK == 0:

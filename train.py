@@ -58,6 +58,7 @@ class Config:
     n_head: int = 0                    # attention heads of gpt_ckpt; 0 = by the table of released sizes
     block_size: int = 0                # image tokens of gpt_ckpt; 0 = by its name: _256, _384 or _512 pixels
     prompts: str = "assets/prompts.txt"  # captions to train on: .txt, .json, .jsonl, .csv or .tsv
+    antialias: bool = True             # of HPS's resize to 224 pixels; False = as torchvision before 0.17
     # ---- machine
     seed: int = 0                      # of prompts and samples
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
@@ -201,6 +202,12 @@ def main(argv):
     def file(name):
         return os.path.join(cfg.out_dir, name)
 
+    def tick():
+        """Notes the time, of which a GPU has to be asked whether it is done: it works behind our back."""
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        clock.append(time.perf_counter())
+
     def assess(model, step):
         """The evaluation of evaluate.py, logged, with a picture. Its random stream is its own."""
         results, tokens, images = evaluate.evaluate(
@@ -229,7 +236,8 @@ def main(argv):
     bar = tqdm(range(start, stop), initial=start, total=cfg.max_steps, desc=cfg.divergence, ncols=110,
                disable=rank > 0)
     for step in bar:
-        clock = [time.perf_counter()]
+        clock = []
+        tick()
 
         # 1. sample: G pictures for each caption. B = prompts * G in all; b = B / size in this process, `mine`
         prompts = world.draw(cfg.prompts_per_step)
@@ -249,7 +257,7 @@ def main(argv):
                                              part=(rank * len(pieces) + i, size * len(pieces)), **sampling))
         tokens, logp_old = map(torch.cat, zip(*drawn))                                               # [b,T]
         N = len(prompt) * tokens.shape[1]           # tokens of the whole step
-        clock.append(time.perf_counter())
+        tick()
 
         # 2. reward: decode, then score with what is trained and with what is only watched
         with torch.no_grad():
@@ -260,7 +268,7 @@ def main(argv):
         if not scores.isfinite().all():
             raise Fault(f"step {step}: reward {cfg.reward!r} gave a value that is not finite; "
                         f"the last checkpoint stands")
-        clock.append(time.perf_counter())
+        tick()
 
         # 3. advantage: each picture against the others of its caption
         adv, zero_spread = advantages(scores, cfg.group_size)                                    # [B]
@@ -272,7 +280,7 @@ def main(argv):
             picked = critical_tokens(*map(parallel.gather, (entropy, tokens)), world.vqgan.quantize.codes(),
                                      cfg.group_size, policy.side)                                    # [B,T]
             selected = (picked / picked.float().mean())[mine]
-        clock.append(time.perf_counter())
+        tick()
 
         # 4. update: gradient steps on the clipped objective, in micro-batches that add up to the same loss
         beta = ramp(cfg.beta_schedule, cfg.beta, cfg.beta_end, step / cfg.max_steps)
@@ -299,7 +307,7 @@ def main(argv):
             parallel.add_gradients(policy.parameters())
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf)
             optimizer.step()
-        clock.append(time.perf_counter())
+        tick()
 
         # 5. log: a line a step; now and then an evaluation, a picture, a checkpoint; all by process 0
         # Statistics are those of the first pass, of the policy that sampled; only the last can be clipped.
@@ -317,7 +325,7 @@ def main(argv):
             after = assess(policy, done)
             evaluations.write(after[0])
         phases = ("t_sample", "t_reward", "t_advantage", "t_update", "t_log")
-        clock.append(time.perf_counter())
+        tick()
         log.write(line | {name: round(b - a, 4) for name, a, b in zip(phases, clock, clock[1:])})
         if last or done == stop or done % cfg.eval_interval == 0:
             state = {"model": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
