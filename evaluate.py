@@ -214,8 +214,8 @@ def main(argv):
         options.eval_draws = cfg.draws
         settings = dict(prompts=cfg.eval_prompts, draws=cfg.draws,
                         cfg_scale=cfg.cfg_scale or options.cfg_scale, temperature=options.temperature)
-        key = tuple(getattr(options, k) for k in (
-            "world", "init_from", "gpt_ckpt", "vq_ckpt", "reward", "heldout_reward")) + tuple(settings.values())
+        key = *(getattr(options, k) for k in ("world", "init_from", "gpt_ckpt", "vq_ckpt", "reward",
+                                              "heldout_reward")), *settings.values()
         if key not in bases:
             world = open_world(options, device)
             bases[key] = world, evaluate(world, world.reference, **settings)

@@ -644,15 +644,16 @@ print((t.status("VmHWM") - before) / t.os.path.getsize(sys.argv[1]))
 
 def peak(path, n_head):
     """How far memory rises while a file is loaded, as a share of its size; in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", CHILD, path, str(n_head)], cwd=os.path.dirname(weights.__file__),
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", CHILD, path, str(n_head)], capture_output=True, text=True,
+                          check=True, cwd=os.path.dirname(weights.__file__))
     return float(done.stdout.split()[-1])
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 def test_a_load_peaks_at_the_size_of_the_file(tmp_path):
     """160 MB, nearly all in three matrices."""
-    path, state = path_of(tmp_path, GPTConfig(n_layer=1, model_type="c2i", cls_token_num=1, num_classes=12000))
+    path, state = path_of(tmp_path, GPTConfig(n_layer=1, model_type="c2i", cls_token_num=1,
+                                              num_classes=12000))
     assert .7 < peak(path, 12) < 1.3 and os.path.getsize(path) > 1.5e8
 
 
