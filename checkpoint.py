@@ -13,6 +13,7 @@ the same is looked for here:
 import dataclasses
 import glob
 import json
+import math
 import mmap
 import os
 import random
@@ -39,17 +40,22 @@ def save(state, path, keep=0):
 
     keep > 0 also leaves the newest `keep` as path_STEP.pt beside it, STEP being state["step"].
     """
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())                    # on the disk before the name points to it
-    if keep:
-        stem = path.removesuffix(".pt")
-        shutil.copyfile(temporary, f"{stem}_{state['step']:06d}.pt")
-        for old in sorted(glob.glob(glob.escape(stem) + "_[0-9]*.pt"))[:-keep]:
-            os.remove(old)
-    os.replace(temporary, path)
+    temporary, stem = f"{path}.tmp", path.removesuffix(".pt")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())                # on the disk before the name points to it
+        os.replace(temporary, path)
+        if keep:
+            shutil.copyfile(path, temporary)
+            os.replace(temporary, f"{stem}_{state['step']:06d}.pt")
+            for old in sorted(glob.glob(glob.escape(stem) + "_[0-9]*.pt"))[:-keep]:
+                os.remove(old)
+    except OSError:                                # a full disk: leave it less full
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
 
 
 def verify(path):
@@ -232,6 +238,7 @@ class Log:
         os.replace(f"{path}.tmp", path)
 
     def write(self, line):
-        self.lines.append(line)
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self.lines.append(line)                    # JSON knows no NaN
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -5,8 +5,9 @@
 
 The defaults are the fields of a dataclass in the script itself, one line each with a comment, and `--help`
 prints those lines. A config file holds `key = value` lines and nothing else; it is parsed, not run. With a
-line `like = "configs/other.py"` it says only in what it differs from another one. Unknown keys are refused in files as on the command line (nanoGPT checks the latter only, so a typo in a file costs
-a run), types are checked, and an int is fine where a float is wanted.
+line `like = "configs/other.py"` it says only in what it differs from another one. Unknown keys are refused in
+files as on the command line (nanoGPT checks the latter only, so a typo in a file costs a run), types are
+checked, and an int is fine where a float is wanted.
 """
 import ast
 import ctypes

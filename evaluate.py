@@ -31,6 +31,7 @@ import checkpoint
 import config
 import pictures
 import prompts as prompt_files
+import runs
 from config import UserError
 
 VENDI_OF = 64                   # pictures a prompt, at most, that enter pairwise and vendi
@@ -63,7 +64,7 @@ def open_world(options, device):
 def options_in(saved, path):
     """The options of a run, from its checkpoint `saved`. UserError unless train.py would take them."""
     import train                                           # here, as it imports this file
-    return SimpleNamespace(**vars(train.restore(saved["config"], path)))
+    return SimpleNamespace(**vars(runs.restore(train.Config, train.check, saved["config"], path)))
 
 
 def options_of(run):
@@ -225,8 +226,8 @@ def main(argv):
         options.eval_draws = cfg.draws
         settings = dict(prompts=cfg.eval_prompts, draws=cfg.draws,
                         cfg_scale=cfg.cfg_scale or options.cfg_scale, temperature=options.temperature)
-        key = tuple(getattr(options, k) for k in (
-            "world", "init_from", "gpt_ckpt", "vq_ckpt", "reward", "heldout_reward")) + tuple(settings.values())
+        key = *(getattr(options, k) for k in ("world", "init_from", "gpt_ckpt", "vq_ckpt", "reward",
+                                              "heldout_reward")), *settings.values()
         if key not in bases:
             world = open_world(options, device)
             bases[key] = world, evaluate(world, world.reference, **settings)
@@ -238,7 +239,7 @@ def main(argv):
         checkpoint.load_weights(world.policy, state, run)
         results, _, images = evaluate(world, world.policy, base, **settings)
         alike = str({k: v for k, v in vars(options).items()
-                     if k not in ("seed", "out_dir", "resume", "stop_after", "device")})
+                     if k not in ("seed", *runs.FREE)})
         if alike not in groups:
             groups[alike] = (run, [])
             columns.append((run, images))

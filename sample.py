@@ -2,17 +2,17 @@
 
     python sample.py --ckpt=out/tiny_js --prompt="a red circle left of a blue square"
     python sample.py --prompt="three blue crosses; a circle and a square" --temperature=0.8
-    python sample.py --gpt_ckpt=t2i_XL_stage1_256.pt --vq_ckpt=vq_ds16_t2i.pt --prompt="a red fox in the snow"
+    python sample.py --gpt_ckpt=t2i_XL_stage1_256.pt --vq_ckpt=vq_ds16_t2i.pt --prompt="a fox in the snow"
     python sample.py --gpt_ckpt=c2i_L_384.pt --vq_ckpt=vq_ds16_c2i.pt --prompt="207; 360; 387"
     python sample.py --ckpt=out/llamagen_js --prompt="a red fox in the snow"
 
 Here, unlike in training, the distribution may be cut (top_k, top_p), cooled, or guided: nothing is learned
 from it. In the tiny world a frame is green where the exact reader finds what the caption says, red where not;
-captions outside its grammar, but of its words, get no frame. A class-conditional model takes class numbers of
-ImageNet, 0 to 999, for prompts. Released files are looked for in `weights`, and fetched if they are not there.
+captions outside its grammar, but of its words, get no frame. A class-conditional model takes class numbers
+of ImageNet, 0 to 999, for prompts. Released files are looked for in `weights`, and fetched if not there.
 
-Also printed: how many different codes were used, and a hash of them. Two machines that print the same hash for
-the same seed drew the same tokens; on a GPU the last bit of a sum may differ, and then they do not.
+Also printed: how many different codes were used, and a hash of them. Two machines that print the same hash
+for the same seed drew the same tokens; on a GPU the last bit of a sum may differ, and then they do not.
 """
 import hashlib
 import os
@@ -33,7 +33,7 @@ import text
 import weights
 from config import UserError
 
-USUAL = {"tiny": (1.0, 0), "t2i": (7.5, 1000), "c2i": (4.0, 2000)}      # (cfg_scale, top_k); LlamaGen's samplers
+USUAL = {"tiny": (1.0, 0), "t2i": (7.5, 1000), "c2i": (4.0, 2000)}   # (cfg_scale, top_k)
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Config:
     no_verify: bool = False            # do not read files of weights once more to compare their checksums
     # ---- distribution
     temperature: float = 1.0           # 0 is greedy: the likeliest code each time, so n equal pictures
-    cfg_scale: float = 0.0             # classifier-free guidance; 1 is none; 0 = usual: tiny 1, t2i 7.5, c2i 4
+    cfg_scale: float = 0.0             # classifier-free guidance; 1 is none; 0 = usual: 1, t2i 7.5, c2i 4
     top_k: int = -1                    # only the k likeliest codes; 0 is all; -1 = usual: tiny 0, 1000, 2000
     top_p: float = 1.0                 # only the fewest codes with this much probability; 1 is all
     # ---- released files in place of ckpt (as in train.py)
-    gpt_ckpt: str = ""                 # e.g. t2i_XL_stage1_256.pt, c2i_L_384.pt, or one that weights.py exported
+    gpt_ckpt: str = ""                 # e.g. t2i_XL_stage1_256.pt, c2i_L_384.pt, or one made by weights.py
     vq_ckpt: str = "vq_ds16_t2i.pt"    # tokenizer; vq_ds16_c2i.pt for c2i
     t5: str = "flan-t5-xl"             # encoder of the captions, t2i only
     weights: str = "weights"           # folder of these files

@@ -65,7 +65,7 @@ RELEASED = {  # name (.pt, .pth, or a folder): (config of ours or bytes, reposit
     "PickScore_v1": (4 * CLIP_H, "yuvalkirstain/PickScore_v1", "see page", "reward PickScore"),
     "sac+logos+ava1-l14-linearMSE.pth": (
         4 * AESTHETIC, "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
-        "sac%2Blogos%2Bava1-l14-linearMSE.pth", "Apache-2.0", "reward: head of the aesthetic score")}
+        "sac%2Blogos%2Bava1-l14-linearMSE.pth", "see page", "reward: head of the aesthetic score")}
 FILES, FOLDER_FILES = (".pt", ".pth"), ["*.json", "*.txt", "spiece.model", "*.safetensors"]
 
 
@@ -288,16 +288,16 @@ def _download(name, path):
 
 
 def find(names, folder="weights", download=True):
-    """Names of files in `folder` -> {name: path}. What is missing of RELEASED is downloaded, if it may and can
-    be; else one UserError has a line for each: name, size, licence, source, and the path to put it at. A name
-    may also be a file of your own, in `folder` or, as a path, elsewhere."""
+    """Names of files in `folder` -> {name: path}. What is missing of RELEASED is downloaded, if it may and
+    can be; else one UserError has a line for each: name, size, licence, source, and the path to put it at. A
+    name may also be a file of your own, in `folder` or, as a path, elsewhere."""
     paths, why = {name: os.path.join(config.locate(folder), name) for name in names}, ""
     for name in names:
         if name not in RELEASED:
             paths[name] = paths[name] if os.path.exists(paths[name]) else name
             if not os.path.exists(paths[name]):
-                raise UserError(f"there is no {name} here or in {folder}, and the table of released files has "
-                                f"no such name; it has: {', '.join(RELEASED)}")
+                raise UserError(f"there is no {name} here or in {folder}, and the table of released files "
+                                f"has no such name; it has: {', '.join(RELEASED)}")
     try:
         for name, path in paths.items() if download else ():       # the first failure ends it: no network?
             if name in RELEASED and not _is_there(path):

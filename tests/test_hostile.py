@@ -27,6 +27,7 @@ import config
 import evaluate
 import frontier
 import robustness
+import runs
 import t5
 import train
 import weights
@@ -41,8 +42,9 @@ LOADERS = {                                    # name: function (path) -> what t
     "base": lambda path: checkpoint.load_models(path, CPU)[0].state_dict(),
     "run": lambda path: checkpoint.load_models(path, CPU)[0].state_dict(),
     "options": lambda path: evaluate.options_of(path)[1],
-    "resume": lambda path: train.open_run([f"--out_dir={os.path.dirname(path)}", "--resume"]
-                                          + ["--no_verify"] * (not checkpoint.VERIFY))[1]["model"],
+    "resume": lambda path: runs.open_run(train.Config, train.check, [
+        f"--out_dir={os.path.dirname(path)}", "--resume"]
+        + ["--no_verify"] * (not checkpoint.VERIFY))[1]["model"],
     "gpt": lambda path: weights.load_gpt(path, n_head=2, block_size=256).state_dict(),
     "safetensors": lambda path: weights.load_gpt(path, n_head=2, block_size=256).state_dict(),
     "vq": lambda path: weights.load_vq(path).state_dict(),
