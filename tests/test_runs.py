@@ -226,12 +226,18 @@ def test_killed_at_random_moments_nothing_is_lost(whole, mini_base, tmp_path):
         for attempt in range(100):
             begun = os.path.exists(os.path.join(folder, "ckpt.pt"))
             process = start(folder, None, "--resume") if begun else start(folder, mini_base)
-            temporary = os.path.join(folder, "ckpt.pt.tmp")
-            if attempt % 3 == 2:
-                wait_for(lambda: os.path.exists(temporary), process)
+            temporary, now = os.path.join(folder, "ckpt.pt.tmp"), time.time_ns()
+
+            def writing_now():                      # the last process may have left one, too
+                try:
+                    return os.stat(temporary).st_mtime_ns > now
+                except OSError:
+                    return False
+            if attempt % 2:
+                wait_for(writing_now, process)
             else:
-                time.sleep(rng.uniform(2, 8))
-            inside, alive = os.path.exists(temporary), process.poll() is None
+                time.sleep(rng.uniform(3, 9))
+            inside, alive = writing_now(), process.poll() is None
             process.kill()
             process.communicate()
             if not alive:
