@@ -160,6 +160,19 @@ def test_what_is_missing_is_said_before_anything_is_made(folder, tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
+def test_strange_captions_reach_the_rewards_to_the_letter(folder, tmp_path, monkeypatch):
+    """T5 and CLIP cut what is too long for them; nothing else is lost, and nothing stops."""
+    strange = ["a red cat " * 1000, "ein Käfer, 猫 и собака", "🐈‍⬛ <b>bold</b> http://x.y", "a  dog\twith\u00a0gaps"]
+    (tmp_path / "strange.txt").write_text("\n".join(strange), encoding="utf-8")
+    seen, real = set(), clip.Reward.__call__
+    monkeypatch.setattr(clip.Reward, "__call__", lambda self, images, captions: (
+        seen.update(captions), real(self, images, captions))[1])
+    metrics = go(folder, tmp_path / "run", f"--prompts={tmp_path / 'strange.txt'}", "--max_steps=3",
+                 "--eval_prompts=1")
+    assert seen <= {c.strip() for c in strange} and len(seen) >= 3
+    assert all(line["grad_norm"] > 0 and "skipped" not in line for line in metrics)
+
+
 @pytest.mark.parametrize("options, message", [
     (["--reward=judge"], "llamagen world has no reward 'judge'"),
     (["--heldout_reward=hps"], "must not be trained on"),

@@ -18,6 +18,7 @@ import reward
 import runs
 import train
 from config import Fault, UserError, locate
+from robustness import record
 
 QUICK = ["--eval_interval=2", "--eval_prompts=1", "--eval_draws=64", "--prompts_per_step=2", "--group_size=4",
          "--micro_batch=8", "--device=cpu", "--max_steps=4"]
@@ -214,6 +215,7 @@ def test_real_processes_stop_and_lock(whole, mini_base, tmp_path):
     assert first.returncode == 1 and "Traceback" not in err and "go on with --resume" in out
     assert start(folder, None, "--resume").wait() == 0              # the lock died with its process
     same_runs(whole, folder)
+    record("a run: SIGTERM, and a second process on its folder", 1, refused=1, harmless=1)
 
 
 @pytest.mark.slow
@@ -254,8 +256,8 @@ def test_killed_at_random_moments_nothing_is_lost(whole, mini_base, tmp_path):
         last = start(folder, None, "--resume")
         assert last.wait() == 0, last.stderr.read()
         same_runs(whole, folder)
-    print(f"{kills} kills, {writing} of them inside a checkpoint write, in {runs} runs: all ended bit for bit "
-          f"as the run that was left alone")
+    record("a run: kill -9", f"{kills}, {writing} inside a checkpoint write", harmless=kills,
+           lost="steps since the last checkpoint, made again bit for bit")
 
 
 @pytest.mark.slow
@@ -275,8 +277,8 @@ def test_memory_and_disk_stay_bounded_over_2000_steps(mini_base, tmp_path):
     early = max(m for steps, m in seen if 500 < steps <= 1000)
     late = max(m for steps, m in seen if steps > 1500)
     sizes = [len(line) for line in open(os.path.join(folder, "metrics.jsonl"))]
-    print(f"resident memory {early / 1e6:.0f} MB before step 1,000, {late / 1e6:.0f} MB at the end; "
-          f"{sum(sizes) / 1e6:.2f} MB of metrics")
     assert late < 1.05 * early and len(sizes) == 2000 and max(sizes) < 1000
     kept = sorted(n for n in os.listdir(folder) if n.startswith("ckpt"))
     assert kept == ["ckpt.pt", "ckpt_001500.pt", "ckpt_002000.pt"]
+    record("a run: 2,000 steps", 1, harmless=f"memory {early / 1e6:.0f} MB at first, {late / 1e6:.0f} MB at last, "
+           f"metrics {sum(sizes) / 1e6:.2f} MB")
