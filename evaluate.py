@@ -2,8 +2,8 @@
 
     python evaluate.py out/tiny_js                      one run against its base
     python evaluate.py out/tiny_js out/tiny_none ...    compare; runs that differ only in seed are averaged
-    python evaluate.py out/llamagen_js --prompts=evaluation_metadata.jsonl --save=out/geneval --cfg_scale=7.5
-                                                        pictures in GenEval's folders, for its own scorer
+    python evaluate.py out/llamagen_js --cfg_scale=7.5 --draws=8 --eval_prompts=16
+(sample.py --save draws a benchmark's prompts for its own scorer, GenEval's say.)
 
 Every prompt is drawn `draws` times. Reported, as means over prompts:
   reward, heldout     the run's own reward and one that it was not trained on
@@ -18,7 +18,6 @@ the *trained* reward likes best. It costs N times the sampling and no training, 
 against it before its reward is praised.
 """
 import importlib
-import json
 import os
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -29,8 +28,6 @@ from tqdm import tqdm, trange
 
 import checkpoint
 import config
-import pictures
-import prompts as prompt_files
 import runs
 from config import UserError
 
@@ -48,12 +45,6 @@ class Config:
     cfg_scale: float = 0.0             # classifier-free guidance, for pictures and KLs; 0 = as it was trained
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
     picture: str = "out/compare.png"   # where the picture of all runs goes
-    # ---- pictures for a benchmark, in place of the comparison
-    prompts: str = ""                  # a file of prompts, as GenEval's evaluation_metadata.jsonl
-    save: str = ""                     # folder for the pictures: 00000/samples/0000.png, 00000/metadata.jsonl
-    n: int = 4                         # pictures a prompt
-    base: bool = False                 # draw with the run's base in place of its policy
-    top_k: int = 0                     # only the k likeliest codes; 0 = all, 1000 = LlamaGen's own sampler
 
 
 def open_world(options, device):
@@ -178,48 +169,21 @@ def best_of_n(base):
     return {"reward": base["best_of_n_reward"], "heldout_reward": base["best_of_n_heldout_reward"]}
 
 
-def save_pictures(cfg, device):
-    """Draws every prompt of a file and saves the pictures as GenEval's scorer (arXiv 2310.11513) wants them:
-    save/00000/metadata.jsonl, the prompt's own line of the file, and save/00000/samples/0000.png ..."""
-    if os.path.isdir(cfg.save) and os.listdir(cfg.save):
-        raise UserError(f"{cfg.save} is not empty: choose another folder by --save=...")
-    records = prompt_files.records(cfg.prompts)
-    options, state = options_of(cfg.runs[0])
-    world = open_world(options, device)
-    if not cfg.base:
-        checkpoint.load_weights(world.policy, state, cfg.runs[0])
-    for i, (caption, record) in enumerate(tqdm(records, desc="drawing", unit="prompt", ncols=110)):
-        folder = os.path.join(cfg.save, f"{i:05d}")
-        os.makedirs(os.path.join(folder, "samples"))
-        with open(os.path.join(folder, "metadata.jsonl"), "w", encoding="utf-8") as file:
-            json.dump(record, file)
-        images = draw(world, world.policy, [caption], cfg.n, seed=i, temperature=options.temperature,
-                      cfg_scale=cfg.cfg_scale or options.cfg_scale, top_k=cfg.top_k)[1]
-        for j, image in enumerate(images):
-            pictures.to_pil(image).save(os.path.join(folder, "samples", f"{j:04d}.png"))
-    print(f"{len(records)} x {cfg.n} pictures in {cfg.save}")
-
-
 def check(cfg):
     if not cfg.runs:
         raise UserError("name at least one run: python evaluate.py out/tiny_js")
-    config.at_least(cfg, draws=BEST_OF, eval_prompts=1, n=1, top_k=0)
+    config.at_least(cfg, draws=BEST_OF, eval_prompts=1)
     config.named(cfg, picture=".png")
     if cfg.draws % BEST_OF:
         raise UserError(f"draws must be a multiple of {BEST_OF}, not {cfg.draws}")
     if cfg.cfg_scale and cfg.cfg_scale < 1:
         raise UserError(f"cfg_scale must be at least 1, or 0 for the run's own, not {cfg.cfg_scale}")
-    if bool(cfg.save) != bool(cfg.prompts) or cfg.save and len(cfg.runs) != 1:
-        raise UserError("--save draws one run for a file of prompts: python evaluate.py RUN "
-                        "--prompts=FILE --save=FOLDER")
 
 
 def main(argv):
     cfg, _ = config.load(Config, argv, positional="runs")
     check(cfg)
     device = config.pick_device(cfg.device)
-    if cfg.save:
-        return save_pictures(cfg, device)
     bases, groups, columns, rows = {}, {}, [], []
     for run in tqdm(cfg.runs, desc="evaluating", unit="run"):
         options, state = options_of(run)

@@ -28,7 +28,7 @@ FREE = ("resume", "stop_after", "device", "out_dir", "no_verify")  # may differ 
 
 
 def restore(cls, check, stored, path):
-    """The options that the checkpoint at `path` keeps, {key: value} -> a `cls`. UserError if they are none."""
+    """Options that the checkpoint at `path` keeps, {key: value} -> a `cls`. UserError if they are none."""
     cfg = config.restore(cls, stored, path)
     try:
         check(cfg)

@@ -5,28 +5,36 @@
     python sample.py --gpt_ckpt=t2i_XL_stage1_256.pt --vq_ckpt=vq_ds16_t2i.pt --prompt="a fox in the snow"
     python sample.py --gpt_ckpt=c2i_L_384.pt --vq_ckpt=vq_ds16_c2i.pt --prompt="207; 360; 387"
     python sample.py --ckpt=out/llamagen_js --prompt="a red fox in the snow"
+    python sample.py --ckpt=out/llamagen_js --prompts=evaluation_metadata.jsonl --save=out/geneval --n=4
 
 Here, unlike in training, the distribution may be cut (top_k, top_p), cooled, or guided: nothing is learned
 from it. In the tiny world a frame is green where the exact reader finds what the caption says, red where not;
 captions outside its grammar, but of its words, get no frame. A class-conditional model takes class numbers
 of ImageNet, 0 to 999, for prompts. Released files are looked for in `weights`, and fetched if not there.
 
+--save draws every prompt of a file, for a benchmark's own scorer, in the folders that GenEval (arXiv
+2310.11513) wants: out/geneval/00000/metadata.jsonl, the prompt's own line of the file, and beside it
+samples/0000.png, 0001.png ...
+
 Also printed: how many different codes were used, and a hash of them. Two machines that print the same hash
 for the same seed drew the same tokens; on a GPU the last bit of a sum may differ, and then they do not.
 """
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 
 import checkpoint
 import config
 import evaluate
 import llamagen
 import pictures
+import prompts as prompt_files
 import reward
 import shapes
 import text
@@ -42,6 +50,8 @@ class Config:
     prompt: str = "a red circle left of a blue square"  # captions, with ; between them; or class numbers
     out: str = "out/sample.png"        # where the picture goes
     n: int = 8                         # pictures a caption
+    prompts: str = ""                  # a file of prompts (as in train.py), in place of prompt
+    save: str = ""                     # with prompts: the folder for their pictures, in place of out
     seed: int = 0                      # of the samples
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
     no_verify: bool = False            # do not read files of weights once more to compare their checksums
@@ -72,22 +82,24 @@ def load(cfg, device):
         if options is None or options.world == "tiny":
             policy, vqgan, _, _ = checkpoint.load_models(path, device)
             return policy, SimpleNamespace(encode=lambda c: text.encode(c, device), decode=vqgan.decode,
-                                           autocast=autocast, kind="tiny")
+                                           autocast=autocast, kind="tiny", prepare=list)
         state = saved["model"]
     policy, vqgan = llamagen.load_models(
         options, weights.find([options.gpt_ckpt, options.vq_ckpt], cfg.weights), device)
     if state:
         checkpoint.load_weights(policy, state, path)
+    prepare = list                      # T5 wants all captions at once; others have nothing to prepare
     if policy.config.model_type == "c2i":
         def encode(classes):
             return torch.tensor(classes, device=device), torch.ones(len(classes), 1, device=device)
     else:
         captions = llamagen.captions_of(options, weights.find([options.t5], cfg.weights), device)
+        prepare = captions.prepare
 
         def encode(texts):
             return captions.encode(texts, device)
     return policy, SimpleNamespace(encode=encode, decode=vqgan.decode, autocast=autocast,
-                                   kind=policy.config.model_type)
+                                   kind=policy.config.model_type, prepare=prepare)
 
 
 def check(cfg):
@@ -95,8 +107,34 @@ def check(cfg):
     config.named(cfg, ckpt="", out=".png", vq_ckpt="", t5="", weights="")
     if cfg.cfg_scale and cfg.cfg_scale < 1:
         raise UserError(f"cfg_scale must be at least 1, or 0 for the usual one, not {cfg.cfg_scale}")
+    if bool(cfg.save) != bool(cfg.prompts):
+        raise UserError("--prompts=FILE and --save=FOLDER go together: every prompt of the file is drawn "
+                        "into the folder")
+    if cfg.save and os.path.isdir(cfg.save) and os.listdir(cfg.save):
+        raise UserError(f"{cfg.save} is not empty: choose another folder by --save=...")
     if not 0 < cfg.top_p <= 1:
         raise UserError(f"top_p must be above 0 and at most 1, not {cfg.top_p}")
+
+
+def classes_of(captions, policy, cfg):
+    """Texts -> class numbers. UserError if they are none of this model."""
+    told = [int(c) if c.isdecimal() else -1 for c in captions]
+    if not all(0 <= c < policy.config.num_classes for c in told):
+        raise UserError(f"prompt must be class numbers from 0 to {policy.config.num_classes - 1} with ; "
+                        f"between them, not {'; '.join(captions):.99}: {cfg.gpt_ckpt} draws classes")
+    return told
+
+
+def save_pictures(records, told, draw, cfg):
+    """A folder for each (caption, record), in GenEval's layout; told: what the model reads of the captions."""
+    for i, (_, record) in enumerate(tqdm(records, desc="drawing", unit="prompt", ncols=110)):
+        folder = os.path.join(cfg.save, f"{i:05d}")
+        os.makedirs(os.path.join(folder, "samples"))
+        with open(os.path.join(folder, "metadata.jsonl"), "w", encoding="utf-8") as file:
+            json.dump(record, file)
+        for j, image in enumerate(draw([told[i]], seed=cfg.seed + i)[1]):
+            pictures.to_pil(image).save(os.path.join(folder, "samples", f"{j:04d}.png"))
+    print(f"{len(records)} x {cfg.n} pictures in {cfg.save}")
 
 
 def main(argv):
@@ -104,18 +142,21 @@ def main(argv):
     check(cfg)
     checkpoint.VERIFY = not cfg.no_verify
     device = config.pick_device(cfg.device)
+    records = prompt_files.records(cfg.prompts) if cfg.save else [
+        (c.strip(), None) for c in cfg.prompt.split(";")]
     policy, world = load(cfg, device)
-    captions = [c.strip() for c in cfg.prompt.split(";")]
-    told = captions
-    if world.kind == "c2i":
-        told = [int(c) if c.isdecimal() else -1 for c in captions]
-        if not all(0 <= c < policy.config.num_classes for c in told):
-            raise UserError(f"prompt must be class numbers from 0 to {policy.config.num_classes - 1} with ; "
-                            f"between them, not {cfg.prompt!r}: {cfg.gpt_ckpt} is class-conditional")
+    captions = [caption for caption, _ in records]
+    told = classes_of(captions, policy, cfg) if world.kind == "c2i" else captions
+    world.prepare(told)
     scale, top_k = USUAL[world.kind]
-    tokens, images = evaluate.draw(world, policy, told, cfg.n, seed=cfg.seed, temperature=cfg.temperature,
-                                   cfg_scale=cfg.cfg_scale or scale,
-                                   top_k=top_k if cfg.top_k < 0 else cfg.top_k, top_p=cfg.top_p)
+
+    def draw(told, seed):
+        return evaluate.draw(world, policy, told, cfg.n, seed=seed, temperature=cfg.temperature,
+                             cfg_scale=cfg.cfg_scale or scale,
+                             top_k=top_k if cfg.top_k < 0 else cfg.top_k, top_p=cfg.top_p)
+    if cfg.save:
+        return save_pictures(records, told, draw, cfg)
+    tokens, images = draw(told, cfg.seed)
     rows = [(c, [group], [reward.reader(group, [c] * cfg.n)]
              if world.kind == "tiny" and c in shapes.CAPTIONS else None)
             for c, group in zip(captions, images.split(cfg.n))]

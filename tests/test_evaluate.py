@@ -92,11 +92,11 @@ def test_pictures_in_genevals_folders(mini_base, tmp_path, capsys):
                  "prompt": "two red circles"}, {"tag": "single", "prompt": "a blue square"}]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, metadata)))
 
-    def save(name, *more):
-        evaluate.main([str(tmp_path / "run"), f"--prompts={tmp_path / 'm.jsonl'}", "--n=3",
-                       f"--save={tmp_path / name}", *more])
+    def save(name, ckpt=tmp_path / "run"):
+        sample.main([f"--ckpt={ckpt}", f"--prompts={tmp_path / 'm.jsonl'}", "--n=3",
+                     f"--save={tmp_path / name}"])
         return [(tmp_path / name / "00001" / "samples" / f"{j:04d}.png").read_bytes() for j in range(3)]
-    run, base = save("run_pictures"), save("base_pictures", "--base")
+    run, base = save("run_pictures"), save("base_pictures", mini_base)
     assert run != base and len(set(run)) == 3                   # the run's policy, not its base; three draws
     assert run == save("again")
     for i, record in enumerate(metadata):
@@ -106,4 +106,4 @@ def test_pictures_in_genevals_folders(mini_base, tmp_path, capsys):
     with pytest.raises(UserError, match="not empty"):
         save("again")
     with pytest.raises(UserError, match="--prompts=FILE"):
-        evaluate.main([str(tmp_path / "run"), f"--save={tmp_path / 'x'}"])
+        sample.main([f"--save={tmp_path / 'x'}"])

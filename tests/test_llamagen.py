@@ -143,8 +143,8 @@ def test_runs_are_compared_and_drawn_for_geneval(folder, run, tmp_path, capsys):
                    "--device=cpu", "--cfg_scale=3.0"])
     assert "best of 8 of the base" in capsys.readouterr().out and (tmp_path / "c.png").exists()
     (tmp_path / "m.jsonl").write_text('{"tag": "single", "prompt": "a red cat"}\n')
-    evaluate.main([str(out), f"--prompts={tmp_path / 'm.jsonl'}", f"--save={tmp_path / 'g'}", "--n=2",
-                   "--cfg_scale=7.5", "--top_k=50", "--device=cpu"])
+    sample.main([f"--ckpt={out}", f"--prompts={tmp_path / 'm.jsonl'}", f"--save={tmp_path / 'g'}", "--n=2",
+                 f"--weights={folder}", "--device=cpu"])
     assert sorted(os.listdir(tmp_path / "g" / "00000" / "samples")) == ["0000.png", "0001.png"]
 
 
@@ -162,7 +162,8 @@ def test_what_is_missing_is_said_before_anything_is_made(folder, tmp_path, monke
 
 def test_strange_captions_reach_the_rewards_to_the_letter(folder, tmp_path, monkeypatch):
     """T5 and CLIP cut what is too long for them; nothing else is lost, and nothing stops."""
-    strange = ["a red cat " * 1000, "ein Käfer, 猫 и собака", "🐈‍⬛ <b>bold</b> http://x.y", "a  dog\twith\u00a0gaps"]
+    strange = ["a red cat " * 1000, "ein Käfer, 猫 и собака", "🐈‍⬛ <b>bold</b> http://x.y",
+               "a  dog\twith\u00a0gaps"]
     (tmp_path / "strange.txt").write_text("\n".join(strange), encoding="utf-8")
     seen, real = set(), clip.Reward.__call__
     monkeypatch.setattr(clip.Reward, "__call__", lambda self, images, captions: (

@@ -196,8 +196,8 @@ def test_runs_want_names_and_right_ends():
     assert "draws must be a multiple of 8, not 9" == outcome("evaluate", ["x", "--draws=9"])
     assert "picture must be the name of a file that ends in .png" in outcome("evaluate", ["x", "--picture=y"])
     assert "that ends in .gif, not 'a.mp4'" in outcome("pictures", ["x", "--out=a.mp4"])
-    assert "--prompts=FILE --save=FOLDER" in outcome("evaluate", ["x", "--save=y"])       # together or not
-    assert "--prompts=FILE --save=FOLDER" in outcome("evaluate", ["x", "--prompts=y"])
+    assert "--prompts=FILE and --save=FOLDER" in outcome("sample", ["--save=y"])       # together or not
+    assert "--prompts=FILE and --save=FOLDER" in outcome("sample", ["--prompts=y"])
 
 
 # ---- every option is used ------------------------------------------------------------------------------

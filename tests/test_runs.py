@@ -220,8 +220,8 @@ def test_real_processes_stop_and_lock(whole, mini_base, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_nothing_is_lost(whole, mini_base, tmp_path):
-    """30 kills and more, 10 of them while a checkpoint is being written. Whatever is left is loadable, and goes
-    on to the very run that nothing happened to."""
+    """30 kills and more, 10 of them while a checkpoint is being written. Whatever is left is loadable, and
+    goes on to the very run that nothing happened to."""
     rng, kills, writing, runs = random.Random(0), 0, 0, 0
     while kills < 30 or writing < 10:
         folder, runs, process = str(tmp_path / str(runs)), runs + 1, None
@@ -280,5 +280,5 @@ def test_memory_and_disk_stay_bounded_over_2000_steps(mini_base, tmp_path):
     assert late < 1.05 * early and len(sizes) == 2000 and max(sizes) < 1000
     kept = sorted(n for n in os.listdir(folder) if n.startswith("ckpt"))
     assert kept == ["ckpt.pt", "ckpt_001500.pt", "ckpt_002000.pt"]
-    record("a run: 2,000 steps", 1, harmless=f"memory {early / 1e6:.0f} MB at first, {late / 1e6:.0f} MB at last, "
-           f"metrics {sum(sizes) / 1e6:.2f} MB")
+    record("a run: 2,000 steps", 1, harmless=f"memory {early / 1e6:.0f} MB at first, {late / 1e6:.0f} MB at "
+           f"last, metrics {sum(sizes) / 1e6:.2f} MB")
