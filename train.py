@@ -117,8 +117,7 @@ def check(cfg):
     least = dict(seed=0, max_steps=1, stop_after=0, eval_interval=1, eval_prompts=1, eval_draws=8, keep=0,
                  n_head=0, block_size=0, prompts_per_step=1, group_size=2, sample_batch=0, cfg_scale=1,
                  beta=0, beta_end=0, clip_eps=0, inner_epochs=1, micro_batch=1, chunk=0, learning_rate=0,
-                 warmup=0,
-                 min_lr_ratio=0, weight_decay=0, grad_clip=0)
+                 warmup=0, min_lr_ratio=0, weight_decay=0, grad_clip=0)
     config.at_least(cfg, **least)
     config.named(cfg, out_dir="", init_from="", weights="", gpt_ckpt="", vq_ckpt="", t5="", prompts="")
     if cfg.temperature <= 0:

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -31,8 +32,18 @@ def go(folder, base, *more):
 def start(folder, base, *more):
     """A run in a process of its own."""
     options = [f"--out_dir={folder}", f"--init_from={base}", *QUICK] if base else [f"--out_dir={folder}"]
-    return subprocess.Popen([sys.executable, locate("train.py"), *options, *more], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    said = tempfile.TemporaryFile("w+")             # not a pipe: full of progress bars, it would stop the run
+    process = subprocess.Popen([sys.executable, locate("train.py"), *options, *more], stdout=said, stderr=said,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process.said = said
+    return process
+
+
+def end(process):
+    """Waits -> (exit code, all that was printed)."""
+    process.wait()
+    process.said.seek(0)
+    return process.returncode, process.said.read()
 
 
 def metrics(folder, name="metrics.jsonl"):
@@ -205,16 +216,15 @@ def test_the_same_seed_gives_the_same_run(whole, mini_base, tmp_path):
 def test_real_processes_stop_and_lock(whole, mini_base, tmp_path):
     folder = str(tmp_path / "run")
     log = os.path.join(folder, "metrics.jsonl")
-    first = start(folder, mini_base)
+    first = start(folder, mini_base, "--max_steps=2000", "--eval_interval=2000")
     wait_for(lambda: os.path.exists(log) and os.path.getsize(log) > 0, first)
-    _, err = (second := start(folder, None, "--resume")).communicate()
-    if first.poll() is None:
-        assert second.returncode == 2 and "another process is at work" in err
+    code, said = end(start(folder, None, "--resume"))
+    assert first.poll() is None and code == 2 and "another process is at work" in said
     first.send_signal(signal.SIGTERM)
-    out, err = first.communicate()
-    assert first.returncode == 1 and "Traceback" not in err and "go on with --resume" in out
-    assert start(folder, None, "--resume").wait() == 0              # the lock died with its process
-    same_runs(whole, folder)
+    code, said = end(first)
+    assert code == 1 and "Traceback" not in said and "go on with --resume" in said
+    code, said = end(start(folder, None, "--resume", "--stop_after=1"))    # the lock died with its process
+    assert code == 0, said
     record("a run: SIGTERM, and a second process on its folder", 1, refused=1, harmless=1)
 
 
@@ -241,7 +251,7 @@ def test_killed_at_random_moments_nothing_is_lost(whole, mini_base, tmp_path):
                 time.sleep(rng.uniform(3, 9))
             inside, alive = writing_now(), process.poll() is None
             process.kill()
-            process.communicate()
+            end(process)
             if not alive:
                 break
             kills, writing = kills + 1, writing + inside
@@ -253,8 +263,8 @@ def test_killed_at_random_moments_nothing_is_lost(whole, mini_base, tmp_path):
                     assert all(json.loads(t) for t in open(metrics_path).read().split("\n")[:-1])
             else:                                   # before the first checkpoint there is only the lock
                 assert set(os.listdir(folder) if os.path.isdir(folder) else []) <= {"lock", "ckpt.pt.tmp"}
-        last = start(folder, None, "--resume")
-        assert last.wait() == 0, last.stderr.read()
+        code, said = end(start(folder, None, "--resume"))
+        assert code == 0, said
         same_runs(whole, folder)
     record("a run: kill -9", f"{kills}, {writing} inside a checkpoint write", harmless=kills,
            lost="steps since the last checkpoint, made again bit for bit")
