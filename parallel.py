@@ -67,7 +67,8 @@ def add_gradients(parameters):
     a ring adds up pieces on the way round, then sends the sums round once more."""
     if dist.is_initialized():
         for p in parameters:
-            dist.all_reduce(p.grad)
+            if p.requires_grad:
+                dist.all_reduce(p.grad)
 
 
 def combine(stats):

@@ -15,6 +15,7 @@ Also printed: how many different codes were used, and a hash of them. Two machin
 the same seed drew the same tokens; on a GPU the last bit of a sum may differ, and then they do not.
 """
 import hashlib
+import importlib
 import os
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ import torch
 import checkpoint
 import config
 import evaluate
-import llamagen
+import lora
 import pictures
 import reward
 import shapes
@@ -33,7 +34,8 @@ import text
 import weights
 from config import UserError
 
-USUAL = {"tiny": (1.0, 0), "t2i": (7.5, 1000), "c2i": (4.0, 2000)}      # (cfg_scale, top_k); LlamaGen's samplers
+# (cfg_scale, top_k) of LlamaGen's and Janus's own samplers
+USUAL = {"tiny": (1.0, 0), "t2i": (7.5, 1000), "c2i": (4.0, 2000), "janus": (5.0, 0)}
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,11 @@ class Config:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
     # ---- distribution
     temperature: float = 1.0           # 0 is greedy: the likeliest code each time, so n equal pictures
-    cfg_scale: float = 0.0             # classifier-free guidance; 1 is none; 0 = usual: tiny 1, t2i 7.5, c2i 4
-    top_k: int = -1                    # only the k likeliest codes; 0 is all; -1 = usual: tiny 0, 1000, 2000
+    cfg_scale: float = 0.0             # classifier-free guidance; 1 is none; 0 = usual: tiny 1, t2i 7.5, c2i 4, janus 5
+    top_k: int = -1                    # only the k likeliest codes; 0 is all; -1 = usual: t2i 1000, c2i 2000
     top_p: float = 1.0                 # only the fewest codes with this much probability; 1 is all
     # ---- released files in place of ckpt (as in train.py)
+    world: Literal["llamagen", "janus"] = "llamagen"  # whose files: a Janus has all of them in gpt_ckpt's folder
     gpt_ckpt: str = ""                 # e.g. t2i_XL_stage1_256.pt, c2i_L_384.pt, or one that weights.py exported
     vq_ckpt: str = "vq_ds16_t2i.pt"    # tokenizer; vq_ds16_c2i.pt for c2i
     t5: str = "flan-t5-xl"             # encoder of the captions, t2i only
@@ -71,15 +74,16 @@ def load(cfg, device):
             return policy, SimpleNamespace(encode=lambda c: text.encode(c, device), decode=vqgan.decode,
                                            autocast=autocast, kind="tiny")
         options, state = SimpleNamespace(**saved["config"]), saved["model"]
-    policy, vqgan = llamagen.load_models(
-        options, weights.find([options.gpt_ckpt, options.vq_ckpt], cfg.weights), device)
+    parts = importlib.import_module(options.world).World
+    policy, vqgan = parts.load_models(options, weights.find(parts.model_files(options), cfg.weights), device)
     if state:
+        policy = lora.adapt(policy, options.lora_rank) if getattr(options, "lora_rank", 0) else policy
         policy.load_state_dict(state)
     if policy.config.model_type == "c2i":
         def encode(classes):
             return torch.tensor(classes, device=device), torch.ones(len(classes), 1, device=device)
     else:
-        captions = llamagen.captions_of(options, weights.find([options.t5], cfg.weights), device)
+        captions = parts.captions_of(options, weights.find(parts.text_files(options), cfg.weights), device)
 
         def encode(texts):
             return captions.encode(texts, device)

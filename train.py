@@ -13,7 +13,8 @@ group, and take one gradient step on the GRPO loss (grpo.py) with a divergence t
 Post-Training", arXiv 2606.21498.
 
 The distribution that samples *is* the one that is trained: same temperature and same CFG scale in the
-rollout, in the loss, and for the reference. `max_ratio_error` in the log checks that at every step. In the
+rollout, in the loss, and for the reference (but see --score_cfg). `max_ratio_error` in the log checks that at
+every step. In the
 run folder you find metrics.jsonl (a line a step), evaluations.jsonl, samples_*.png, ckpt.pt, and at the end
 before_after.png, curves.png and table.md. Models, captions and rewards are the business of the *world*:
 tiny.py says what that is, llamagen.py is the one with released weights.
@@ -46,13 +47,13 @@ from grpo import accumulate, advantages, chunked_loss
 class Config:
     # ---- files
     out_dir: str = "out/tiny_js"       # the run's folder; a used one is refused
-    world: Literal["tiny", "llamagen"] = "tiny"  # where models, captions and rewards come from: tiny.py ...
+    world: Literal["tiny", "llamagen", "janus"] = "tiny"  # whose models, captions and rewards: tiny.py ...
     init_from: str = "assets/tiny_base.pt"  # tiny: all models, made by pretrain.py; or a run
     resume: bool = False               # go on with the run in out_dir, with its own options
     keep: int = 0                      # how many earlier checkpoints to keep beside ckpt.pt, as ckpt_STEP.pt
-    # ---- files of world = "llamagen", in the folder `weights`; fetched if they are not there
+    # ---- files of world = "llamagen" or "janus", in the folder `weights`; fetched if they are not there
     weights: str = "weights"           # the folder
-    gpt_ckpt: str = "t2i_XL_stage1_256.pt"  # policy and reference
+    gpt_ckpt: str = "t2i_XL_stage1_256.pt"  # policy and reference; janus: a folder with tokenizer and all
     vq_ckpt: str = "vq_ds16_t2i.pt"    # tokenizer
     t5: str = "flan-t5-xl"             # encoder of the captions
     n_head: int = 0                    # attention heads of gpt_ckpt; 0 = by the table of released sizes
@@ -75,6 +76,7 @@ class Config:
     temperature: float = 1.0           # of rollout, loss and reference alike, > 0
     cfg_scale: float = 1.0             # likewise; 1 = no guidance, which also halves the cost
     uncond_grad: bool = True           # with cfg_scale > 1: does the unconditional branch get a gradient?
+    score_cfg: float = 0.0             # cfg_scale of the loss; 0 = the rollout's; 1: see janus.py, point 5
     top_k: int = 0                     # must stay 0: truncation belongs to sample.py
     top_p: float = 1.0                 # must stay 1, likewise
     # ---- reward
@@ -98,6 +100,7 @@ class Config:
     warmup: float = 0.1                # share of max_steps with a rising rate
     min_lr_ratio: float = 0.1          # the cosine ends at this share of the peak
     weight_decay: float = 0.0          # of AdamW
+    lora_rank: int = 0                 # > 0 trains adapters of this rank, not the weights (lora.py); not tiny
     grad_clip: float = 1.0             # largest norm of the gradient; 0 = no clipping
 
 
@@ -108,10 +111,12 @@ def check(cfg):
         raise UserError("top_k and top_p cut the sampler's distribution, but the loss is that of the whole "
                         "one, so the samples would not be the policy's: leave them at 0 and 1 here, and "
                         "use them in sample.py")
+    if cfg.score_cfg and cfg.score_cfg < 1:
+        raise UserError(f"score_cfg must be at least 1, or 0, the rollout's, not {cfg.score_cfg}")
     least = dict(max_steps=1, stop_after=0, eval_interval=1, eval_prompts=1, eval_draws=8, keep=0, n_head=0,
                  block_size=0, prompts_per_step=1, group_size=2, sample_batch=0, cfg_scale=1, beta=0,
                  beta_end=0, clip_eps=0, inner_epochs=1, micro_batch=1, chunk=0, learning_rate=0, warmup=0,
-                 min_lr_ratio=0, weight_decay=0, grad_clip=0)
+                 min_lr_ratio=0, weight_decay=0, grad_clip=0, lora_rank=0)
     for key, low in least.items():
         if not low <= getattr(cfg, key) < math.inf:
             raise UserError(f"{key} must be at least {low}, not {getattr(cfg, key)}")
@@ -174,6 +179,12 @@ def token_entropy(policy, batch, sampling):
     return -(logp.exp() * logp).sum(-1)
 
 
+@torch.no_grad()
+def token_logp(policy, batch, sampling):
+    """Log-probability of every token of a batch -> [b,T]."""
+    return policy(*batch, **sampling).log_softmax(-1).gather(-1, batch[0][..., None])[..., 0]
+
+
 def main(argv):
     # ---- plumbing: everything that is made once ------------------------------------------------------------
     cfg, saved = open_run(argv)
@@ -194,7 +205,8 @@ def main(argv):
     torch.manual_seed(cfg.seed)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     sampling = dict(cfg_scale=cfg.cfg_scale, temperature=cfg.temperature)
-    guided = sampling | dict(uncond_grad=cfg.uncond_grad)
+    scoring = sampling | dict(cfg_scale=cfg.score_cfg or cfg.cfg_scale)
+    guided = scoring | dict(uncond_grad=cfg.uncond_grad)
     if rank == 0:
         os.makedirs(cfg.out_dir, exist_ok=True)
 
@@ -248,6 +260,12 @@ def main(argv):
                 drawn.append(policy.generate(*batch(rows), generator=generator, return_logp=True,
                                              part=(rank * len(pieces) + i, size * len(pieces)), **sampling))
         tokens, logp_old = map(torch.cat, zip(*drawn))                                               # [b,T]
+        mismatch = torch.zeros((), device=device)
+        if scoring != sampling:                     # The loss is about another distribution than the sampler's,
+            with world.autocast:                    # so the old log-probabilities have to be of that one, too.
+                scored = torch.cat([token_logp(policy, (tokens[rows], *batch(rows)), scoring)
+                                    for rows in everything.split(cfg.micro_batch)])
+            mismatch, logp_old = ((scored - logp_old).exp() - 1).abs().max(), scored
         N = len(prompt) * tokens.shape[1]           # tokens of the whole step
         clock.append(time.perf_counter())
 
@@ -267,7 +285,7 @@ def main(argv):
         selected = torch.ones_like(logp_old)                       # [b,T], weights of the tokens, mean 1
         if cfg.critical_tokens:
             with world.autocast:
-                entropy = torch.cat([token_entropy(policy, (tokens[rows], *batch(rows)), sampling)
+                entropy = torch.cat([token_entropy(policy, (tokens[rows], *batch(rows)), scoring)
                                      for rows in everything.split(cfg.micro_batch)])                 # [b,T]
             picked = critical_tokens(*map(parallel.gather, (entropy, tokens)), world.vqgan.quantize.codes(),
                                      cfg.group_size, policy.side)                                    # [B,T]
@@ -285,12 +303,12 @@ def main(argv):
             for rows in everything.split(cfg.micro_batch):
                 inputs = tokens[rows], *batch(rows)
                 with world.autocast:
-                    hidden = policy.hidden(*inputs, cfg_scale=cfg.cfg_scale)                         # [R,T,D]
+                    hidden = policy.hidden(*inputs, cfg_scale=scoring["cfg_scale"])                  # [R,T,D]
                     with torch.no_grad():
-                        ref_hidden = reference.hidden(*inputs, cfg_scale=cfg.cfg_scale)
+                        ref_hidden = reference.hidden(*inputs, cfg_scale=scoring["cfg_scale"])
                     loss, stats = chunked_loss(
                         (hidden, lambda h: policy.logits(h, **guided)),
-                        (ref_hidden, lambda h: reference.logits(h, **sampling)),
+                        (ref_hidden, lambda h: reference.logits(h, **scoring)),
                         tokens[rows], logp_old[rows], adv[mine][rows], N, selected[rows], chunk=cfg.chunk,
                         beta=beta, divergence=cfg.divergence, estimator=cfg.estimator, clip_eps=cfg.clip_eps,
                         dynamic=cfg.dynamic_weight)
@@ -303,7 +321,9 @@ def main(argv):
 
         # 5. log: a line a step; now and then an evaluation, a picture, a checkpoint; all by process 0
         # Statistics are those of the first pass, of the policy that sampled; only the last can be clipped.
-        update = parallel.combine(epochs[0] | {"clip_share": epochs[-1]["clip_share"]})
+        update = parallel.combine(epochs[0] | {
+            "clip_share": epochs[-1]["clip_share"],
+            "max_ratio_error": epochs[0]["max_ratio_error"].maximum(mismatch)})
         line = {"step": step, "reward": scores.mean().item(), "heldout_reward": heldout.mean().item(),
                 "reward_std": scores.view(-1, cfg.group_size).std(1).mean().item(),
                 "zero_spread": zero_spread, "diversity": evaluate.pairwise(seen), **update,
