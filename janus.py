@@ -8,8 +8,8 @@
 
 LlamaGen is a Llama as well, so Janus *is* model.py's GPT: blocks, guidance, cache, sampler and teacher
 forcing are written once, and train.py cannot tell the two apart. Only `_read` differs, what image tokens get
-of their caption. LlamaGen's is one token a layer; here it is the keys and values of all L prompt tokens, which
-are computed once a prompt as well and shared by its G images. What is particular:
+of their caption. LlamaGen's is one token a layer; here it is the keys and values of all L prompt tokens,
+which are computed once a prompt as well and shared by its G images. What is particular:
  1. The prompt is a turn of a chat that ends with the token begin-of-image, and the state *there* predicts
     image token 0. (A public trainer pairs token t with the state that has read token t: off by one, and the
     answer is in sight. tests/test_janus.py looks whether it is in ours.)
@@ -28,7 +28,7 @@ are computed once a prompt as well and shared by its G images. What is particula
 
 The understanding half of the model (SigLIP, its aligner, the word logits) has no part in this and is not
 loaded. Sources: github.com/deepseek-ai/Janus (generation_inference.py, janus/models), and transformers' port,
-which the tests hold every logit against. For a 24 GB card, or for 7B on one card: lora.py.
+which the tests hold every logit against. For 7B on one card, or 1B on one of 24 GB: lora.py.
 """
 import os
 import re
@@ -80,8 +80,8 @@ class Janus(GPT):
         nn.Module.__init__(self)                                           # of GPT's parts only some are ours
         self.config = c = config
         self.side = int(c.block_size ** .5)
-        if self.side ** 2 != c.block_size or c.dim % (2 * c.n_head):
-            raise ValueError(f"block_size must be a square and dim a multiple of 2 * n_head: {c}")
+        if self.side ** 2 != c.block_size or c.dim % (2 * c.n_head) or c.pad_id >= c.words:
+            raise ValueError(f"block_size must be a square, dim a multiple of 2 * n_head, pad_id a word: {c}")
         self.words = nn.Embedding(c.words, c.dim)
         self.tok_embeddings = nn.Sequential(nn.Embedding(c.vocab_size, c.code_dim),
                                             nn.Linear(c.code_dim, c.dim), nn.GELU(), nn.Linear(c.dim, c.dim))
@@ -190,7 +190,7 @@ def load(path, dtype=torch.float32, **overrides):
     path: deepseek-ai/Janus-Pro-1B or -7B as downloaded, or a port to transformers' layout: safetensors or
     pytorch_model.bin, in one file or several, config.json, tokenizer.json. overrides: fields of JanusConfig,
     whatever the files tell. UserError for files that are missing, damaged or of another model."""
-    # What config.json leaves out is a default of transformers' Llama; the official one has no number of tokens.
+    # What config.json leaves out is a default of transformers' Llama; the official one tells no block_size.
     told = weights.config_beside(path)
     llama = told.get("language_config") or told.get("text_config") or {}
     theta = (llama.get("rope_parameters") or llama).get("rope_theta", 10000.0)

@@ -39,8 +39,8 @@ class LowRank(nn.Module):
 
 
 def adapt(reference, rank):
-    """A GPT or Janus, which gets frozen -> a policy that shares its weights and has adapters in all matrices of
-    its blocks, the same ones whenever it is called. Only they are trained."""
+    """A GPT or Janus, which gets frozen -> a policy that shares its weights and has adapters in all matrices
+    of its blocks, the same ones whenever it is called. Only they are trained."""
     shared = {id(p): p for p in reference.requires_grad_(False).parameters()}
     policy, generator = copy.deepcopy(reference, shared), torch.Generator().manual_seed(0)
     for module in list(policy.layers.modules()):

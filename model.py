@@ -5,6 +5,7 @@
 
 Row t of the logits predicts image token t, so the last prefix position predicts token 0. It is a Llama in
 all but three things: the prefix, the rotation in two dimensions, and classifier-free guidance (CFG).
+(janus.py is a plain Llama in this mould: another `_read`.)
 Source: LlamaGen, arXiv 2406.06525; names of modules are the released ones, so that its files load unchanged.
 Shapes: P prompts, B sequences, R rows (B, or 2B under CFG: conditional, then unconditional), T image tokens,
 V codes, D width, L prefix length, C width of a caption feature, S positions, hd width of a head.

@@ -4,6 +4,7 @@
     python sample.py --prompt="three blue crosses; a circle and a square" --temperature=0.8
     python sample.py --gpt_ckpt=t2i_XL_stage1_256.pt --vq_ckpt=vq_ds16_t2i.pt --prompt="a red fox in the snow"
     python sample.py --gpt_ckpt=c2i_L_384.pt --vq_ckpt=vq_ds16_c2i.pt --prompt="207; 360; 387"
+    python sample.py --world=janus --gpt_ckpt=Janus-Pro-1B --prompt="a red fox in the snow"
     python sample.py --ckpt=out/llamagen_js --prompt="a red fox in the snow"
 
 Here, unlike in training, the distribution may be cut (top_k, top_p), cooled, or guided: nothing is learned
@@ -48,11 +49,11 @@ class Config:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
     # ---- distribution
     temperature: float = 1.0           # 0 is greedy: the likeliest code each time, so n equal pictures
-    cfg_scale: float = 0.0             # classifier-free guidance; 1 is none; 0 = usual: tiny 1, t2i 7.5, c2i 4, janus 5
+    cfg_scale: float = 0.0             # guidance; 1 is none; 0 = usual: tiny 1, t2i 7.5, c2i 4, janus 5
     top_k: int = -1                    # only the k likeliest codes; 0 is all; -1 = usual: t2i 1000, c2i 2000
     top_p: float = 1.0                 # only the fewest codes with this much probability; 1 is all
     # ---- released files in place of ckpt (as in train.py)
-    world: Literal["llamagen", "janus"] = "llamagen"  # whose files: a Janus has all of them in gpt_ckpt's folder
+    world: Literal["llamagen", "janus"] = "llamagen"  # a Janus has all of its files in the folder gpt_ckpt
     gpt_ckpt: str = ""                 # e.g. t2i_XL_stage1_256.pt, c2i_L_384.pt, or one that weights.py exported
     vq_ckpt: str = "vq_ds16_t2i.pt"    # tokenizer; vq_ds16_c2i.pt for c2i
     t5: str = "flan-t5-xl"             # encoder of the captions, t2i only

@@ -94,6 +94,7 @@ class Config:
     inner_epochs: int = 1              # gradient steps on each batch of samples
     micro_batch: int = 64              # sequences a forward pass; changes memory, not the result
     chunk: int = 0                     # positions whose logits exist at once; 0 = all; memory, not the result
+    shard: bool = False                # with torchrun: each process holds a share of weights (parallel.py)
     recompute: bool = False            # keep no activations inside layers; memory for time, not the result
     # ---- optimiser
     learning_rate: float = 1e-3        # peak of AdamW; the 775M model takes 1e-5
@@ -111,6 +112,8 @@ def check(cfg):
         raise UserError("top_k and top_p cut the sampler's distribution, but the loss is that of the whole "
                         "one, so the samples would not be the policy's: leave them at 0 and 1 here, and "
                         "use them in sample.py")
+    if cfg.shard and cfg.lora_rank:
+        raise UserError("shard cuts up weights that lora_rank shares between policy and reference: take one")
     if cfg.score_cfg and cfg.score_cfg < 1:
         raise UserError(f"score_cfg must be at least 1, or 0, the rollout's, not {cfg.score_cfg}")
     least = dict(max_steps=1, stop_after=0, eval_interval=1, eval_prompts=1, eval_draws=8, keep=0, n_head=0,
@@ -199,6 +202,11 @@ def main(argv):
     policy, reference = world.policy, world.reference
     policy.eval()                               # dropout off: the loss must see the distribution that sampled
     policy.recompute = cfg.recompute
+    if saved:
+        policy.load_state_dict(saved["model"])
+    if cfg.shard:
+        parallel.shard(policy)
+        parallel.shard(reference)
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, betas=(.9, .95),
                                   weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     random.seed(cfg.seed)
@@ -215,20 +223,21 @@ def main(argv):
 
     def assess(model, step):
         """The evaluation of evaluate.py, logged, with a picture. Its random stream is its own."""
-        results, tokens, images = evaluate.evaluate(
-            world, model, None if model is reference else before[1:], prompts=cfg.eval_prompts,
-            draws=cfg.eval_draws, **sampling)
-        world.picture(file(f"samples_{step:05d}.png"), world.fixed_prompts(cfg.eval_prompts),
-                      [("step %d" % step, images)])
+        with parallel.gathered(policy), parallel.gathered(reference):
+            results, tokens, images = evaluate.evaluate(
+                world, model, None if model is reference else before[1:], prompts=cfg.eval_prompts,
+                draws=cfg.eval_draws, **sampling)
+        if rank == 0:
+            world.picture(file(f"samples_{step:05d}.png"), world.fixed_prompts(cfg.eval_prompts),
+                          [("step %d" % step, images)])
         return {"step": step} | results, results, tokens, images
 
     start = 0
-    if rank == 0:
+    if rank == 0 or cfg.shard:
         before = assess(reference, 0)             # the base, and what every later evaluation is compared with
     if saved:
         start = saved["step"]
-        policy.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        optimizer.load_state_dict(parallel.shares(saved["optimizer"], policy.parameters()))
         checkpoint.set_rng_state(saved["rng"], generator)
     if rank == 0:
         log = checkpoint.Log(file("metrics.jsonl"), start)         # lines of steps that will be done again go
@@ -254,15 +263,15 @@ def main(argv):
             return features[used], mask[used], own
         everything, drawn = torch.arange(len(prompt) // size, device=device), []
         pieces, noise = everything.split(cfg.sample_batch or len(everything)), generator.get_state()
-        for i, rows in enumerate(pieces):
-            generator.set_state(noise)              # each piece takes its own rows of the same noise
-            with world.autocast:
+        with world.autocast, parallel.gathered(policy):
+            for i, rows in enumerate(pieces):
+                generator.set_state(noise)          # each piece takes its own rows of the same noise
                 drawn.append(policy.generate(*batch(rows), generator=generator, return_logp=True,
                                              part=(rank * len(pieces) + i, size * len(pieces)), **sampling))
         tokens, logp_old = map(torch.cat, zip(*drawn))                                               # [b,T]
         mismatch = torch.zeros((), device=device)
-        if scoring != sampling:                     # The loss is about another distribution than the sampler's,
-            with world.autocast:                    # so the old log-probabilities have to be of that one, too.
+        if scoring != sampling:         # the loss is about another distribution than the one that sampled, so
+            with world.autocast:        # the old log-probabilities have to be of that one too
                 scored = torch.cat([token_logp(policy, (tokens[rows], *batch(rows)), scoring)
                                     for rows in everything.split(cfg.micro_batch)])
             mismatch, logp_old = ((scored - logp_old).exp() - 1).abs().max(), scored
@@ -315,7 +324,8 @@ def main(argv):
                 loss.backward()
                 accumulate(epochs[-1], stats)
             parallel.add_gradients(policy.parameters())
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf)
+            grad_norm = parallel.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(),
+                                                                      cfg.grad_clip or math.inf))
             optimizer.step()
         clock.append(time.perf_counter())
 
@@ -328,31 +338,35 @@ def main(argv):
                 "reward_std": scores.view(-1, cfg.group_size).std(1).mean().item(),
                 "zero_spread": zero_spread, "diversity": evaluate.pairwise(seen), **update,
                 "grad_norm": grad_norm.item(), "beta": beta, "learning_rate": optimizer.param_groups[0]["lr"]}
+        done, last = step + 1, step + 1 == cfg.max_steps
+        if (rank == 0 or cfg.shard) and (last or done % cfg.eval_interval == 0):
+            after = assess(policy, done)
+        saving = last or done == stop or done % cfg.eval_interval == 0
+        if saving and (rank == 0 or cfg.shard):       # shares are put together by all processes
+            model, moments = parallel.whole(policy.state_dict()), parallel.whole(optimizer.state_dict())
         if rank:
             continue
         bar.set_postfix(reward=f"{line['reward']:.2f}", heldout=f"{line['heldout_reward']:.2f}",
                         diversity=f"{line['diversity']:.2f}", kl=f"{line['kl_reverse']:.3f}")
-        done, last = step + 1, step + 1 == cfg.max_steps
         if last or done % cfg.eval_interval == 0:
-            after = assess(policy, done)
             evaluations.write(after[0])
         phases = ("t_sample", "t_reward", "t_advantage", "t_update", "t_log")
         clock.append(time.perf_counter())
         log.write(line | {name: round(b - a, 4) for name, a, b in zip(phases, clock, clock[1:])})
-        if last or done == stop or done % cfg.eval_interval == 0:
-            state = {"model": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
+        if saving:
+            state = {"model": model, "optimizer": moments, "step": done,
                      "rng": checkpoint.rng_state(generator), "config": asdict(cfg)}
             checkpoint.save(state, file("ckpt.pt"), keep=cfg.keep)
 
     # ---- what came of it -----------------------------------------------------------------------------------
+    if start == stop and (rank == 0 or cfg.shard):  # resumed at the very end: only the pictures were missing
+        after = assess(policy, stop)
     parallel.stop()
     if rank:
         return
     if stop < cfg.max_steps:
         print(f"saved {file('ckpt.pt')} after step {stop} of {cfg.max_steps}; go on with --resume")
         return
-    if start == stop:                               # resumed at the very end: only the pictures were missing
-        after = assess(policy, stop)
     world.picture(file("before_after.png"), world.fixed_prompts(cfg.eval_prompts),
                   [("base", before[3]), (f"after {stop} steps, {cfg.divergence}", after[3])])
     pictures.curves(log.lines, file("curves.png"), evaluations.lines)

@@ -272,7 +272,8 @@ def make_random(cfg, path, seed=0, dtype=torch.float32, std=0.02):
 # ---- finding -------------------------------------------------------------------------------------------
 def _is_there(path):
     """Is it a file, or a folder with config.json and all of its weights?"""
-    index = os.path.join(path, "model.safetensors.index.json")             # lists all, should a download stop
+    kind = "model.safetensors" if glob.glob("*.safetensors", root_dir=path) else "pytorch_model.bin"
+    index = os.path.join(path, kind + ".index.json")                       # lists all, should a download stop
     parts = (_read(index).get("weight_map", {}).values() if os.path.isfile(index) else
              glob.glob("*.safetensors", root_dir=path) or glob.glob("*.bin", root_dir=path))
     return os.path.isfile(path) or bool(parts) and all(
@@ -295,6 +296,7 @@ def _download(name, path):
         return os.replace(f"{path}.tmp", path)
     from huggingface_hub import snapshot_download          # for a file too: hf_hub_download retries for long
     where, which = (os.path.dirname(path), [name]) if name.endswith(FILES) else (path, FOLDER_FILES)
+    which = which + ["pytorch_model*.bin"] * name.startswith("Janus")      # the others have safetensors
     snapshot_download(source, local_dir=where, allow_patterns=which, etag_timeout=5)
     if not _is_there(path):    # offline, the hub is content with a folder that has anything in it
         raise FileNotFoundError("no network, or it is there no more")

@@ -187,7 +187,8 @@ def test_gradients_do_not_depend_on_recomputing_nor_on_sharing(ours, folder, sca
     (dict(cond_mask=torch.ones(1, 4)), r"cond_mask must be \[1,5\]"), (dict(cfg_scale=.5), "cfg_scale"),
     (dict(prompt=torch.zeros(1)), "prompt must be indices"), (dict(tokens=torch.zeros(2, 16).long()), "tokens")])
 def test_wrong_arguments(change, message):
-    policy = Janus(JanusConfig(dim=16, n_layer=1, n_head=2, vocab_size=8, head_dim=8, block_size=16, words=9))
+    policy = Janus(JanusConfig(dim=16, n_layer=1, n_head=2, vocab_size=8, head_dim=8, block_size=16, words=9,
+                               pad_id=0))
     good = dict(tokens=torch.zeros(1, 16).long(), cond=torch.zeros(1, 5).long(), cond_mask=torch.ones(1, 5))
     with pytest.raises(ValueError, match=message):
         policy(**good | change)
