@@ -155,6 +155,7 @@ def parts_of_memory(o, policy, others, size=1):
     c, P = policy.config, sum(p.numel() for p in policy.parameters())
     Q = sum(p.numel() for p in policy.parameters() if p.requires_grad)     # all, but with adapters (lora.py)
     frozen, what = (P, "policy") if P == Q else (P - Q, "adapters")
+    cut = size if getattr(o, "shard", False) else 1                        # parallel.py
     linear = [m for m in policy.modules() if isinstance(m, torch.nn.Linear)]
     matrices = sum(p.numel() for m in linear for p in m.parameters())
     low = 2 if o.dtype == "bfloat16" else 4                        # bytes of a number in a matrix product
@@ -165,11 +166,12 @@ def parts_of_memory(o, policy, others, size=1):
     kept = 4 * c.dim if o.recompute else inside
     layers = c.n_layer * kept + (inside if o.recompute else 0)
     return {
-        f"{what}, fp32": 4 * Q, "gradient": 4 * Q, "AdamW's two moments": 8 * Q,
-        "reference" + " and policy in one" * (P > Q): low * matrices + 4 * (frozen - matrices),
+        f"{what}, fp32": 4 * Q // cut, "gradient": 4 * Q // cut, "AdamW's two moments": 8 * Q // cut,
+        "reference" + " and policy in one" * (P > Q): (low * matrices + 4 * (frozen - matrices)) // cut,
         f"autocast's copy of the {what}": 2 * Q if low == 2 else 0,
         "tokenizer and rewards": sum(p.numel() * p.element_size() for m in others for p in m.parameters()),
         "sampling: keys and values": 2 * c.n_layer * rows * drawn * c.block_size * c.dim * low,
+        "sampling: weights gathered from all processes": 4 * P if cut > 1 else 0,
         "update: activations": rows * b * c.block_size * layers,
         # logits and log-probabilities of two models, and the gradients of two of these four
         "update: logits": 6 * rows * b * t * c.vocab_size * 4}

@@ -17,10 +17,10 @@ still running. A step here has many micro-batches, of which only the last one's 
 there is little to hide and nothing to learn from it. Without torchrun every function below does nothing.
 
 A policy that is too large for that (Janus-Pro-7B: 132 GB) is cut up by --shard. FSDP2, torch's `fully_shard`,
-leaves each process 1/SIZE of every weight, so of every gradient and every moment of AdamW as well. The whole of
-a layer is gathered when its turn comes and dropped after it, and gradients are summed and cut up again as the
-backward pass goes along. Sampling would gather all layers at every token, so all of them are gathered once
-before it. As gathering takes every process, all of them evaluate then, and the first one tells.
+leaves each process 1/SIZE of every weight, so of every gradient and every moment of AdamW as well. A layer is
+gathered when its turn comes and dropped after it, and gradients are summed and cut up again as the backward
+pass goes along. Sampling would gather all layers at every token, so all of them are gathered once before it.
+As gathering takes every process, all of them evaluate then, and the first one tells.
 """
 import contextlib
 import datetime
@@ -124,7 +124,7 @@ def whole(x):
 
 
 def shares(state, parameters):
-    """The optimizer's state dict of `whole` -> this process's: what has the shape of a parameter is cut as it."""
+    """The optimizer's state dict, of `whole` -> this process's share of it, cut up as the parameters are."""
     for i, p in enumerate(parameters):
         if hasattr(p, "full_tensor") and i in state["state"]:
             state["state"][i] = {

@@ -8,7 +8,8 @@
 #     sampling: keys and values of 8 pictures x 2   4.5 GB     the same                         4.5 GB
 #     in all                                        140 GB     in all                            24 GB
 #   So adapters it is: 7B on one card of 40 or 80 GB. Janus-Pro-1B (--gpt_ckpt=Janus-Pro-1B) takes 9 GB with
-#   adapters, for one 24 GB card, and 35 GB without.
+#   adapters, for one 24 GB card, and 35 GB without. All weights of 7B on eight cards, 60 GB on each:
+#     torchrun --nproc_per_node=8 train.py configs/janus_js.py --shard --lora_rank=0 --learning_rate=1e-6
 # Departures from the released script:
 #  1. The loss is about the guided distribution, which sampled. --score_cfg=1.0 is theirs: janus.py, point 5.
 #  2. Adapters, not all weights, and for them ten times the learning rate (1e-6 there; not tuned).

@@ -1,7 +1,7 @@
 """Folders in the two layouts in which Janus-Pro is met, made from a small random model of transformers': what
 tests/test_janus.py works on, as the released files cannot be had where this is tested.
 
-    python tests/janus_files.py /tmp/weights        Janus-Pro-1B at full size, official layout, random (3.5 GB)
+    python tests/janus_files.py /tmp/weights       Janus-Pro-1B at full size, official layout, random (3.1 GB)
 """
 import json
 import os
@@ -31,8 +31,8 @@ def transformers_model(std=.15, seed=0):
     model = t.JanusForConditionalGeneration(t.JanusConfig(
         text_config=t.LlamaConfig(vocab_size=264, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
                                   num_attention_heads=4, num_key_value_heads=4),
-        vision_config=t.JanusVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=64,
-                                          patch_size=16, projection_dim=64, num_image_tokens=16),
+        vision_config=t.JanusVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                          image_size=64, projection_dim=64, num_image_tokens=16),
         vq_config=t.JanusVQVAEConfig(num_embeddings=40, base_channels=32, channel_multiplier=(1, 1, 1, 1, 2),
                                      num_res_blocks=1, latent_channels=32, projection_dim=64,
                                      image_token_embed_dim=64))).eval()
@@ -53,8 +53,9 @@ def official(state):
                 ("language_model.embed_tokens", "language_model.model.embed_tokens"),
                 ("generation_embeddings", "gen_embed"), ("generation_aligner.fc1", "gen_aligner.layers.0"),
                 ("generation_aligner.hidden_layers.0", "gen_aligner.layers.2"),
-                ("generation_head.proj_out", "gen_head.output_mlp_projector"), ("generation_head", "gen_head"),
-                ("vqmodel", "gen_vision_model"), ("encoder.down", "encoder.conv_blocks"),
+                ("generation_head.proj_out", "gen_head.output_mlp_projector"),
+                ("generation_head", "gen_head"), ("vqmodel", "gen_vision_model"),
+                ("encoder.down", "encoder.conv_blocks"),
                 ("decoder.up.", "decoder.conv_blocks."), (".block.", ".res."), ("mid.block_1", "mid.0"),
                 ("mid.attn_1", "mid.1"), ("mid.block_2", "mid.2")):
             name = name.replace(theirs, new)
@@ -85,25 +86,27 @@ def make_full_size(folder):
     from vqgan import VQConfig
     os.makedirs(folder, exist_ok=True)
     tokenizer().save(os.path.join(folder, "tokenizer.json"))
-    json.dump({"language_config": {"num_attention_heads": 16}}, open(os.path.join(folder, "config.json"), "w"))
+    told = {"language_config": {"num_attention_heads": 16}}
+    json.dump(told, open(os.path.join(folder, "config.json"), "w"))
     c, state, generator = janus.JanusConfig(), {}, torch.Generator().manual_seed(0)
     D, F = c.dim, 5632
-    shapes = {"language_model.model.embed_tokens.weight": (c.words, D), "language_model.model.norm.weight": (D,),
-              "gen_embed.weight": (c.vocab_size, 8),
+    shapes = {"language_model.model.embed_tokens.weight": (c.words, D),
+              "language_model.model.norm.weight": (D,), "gen_embed.weight": (c.vocab_size, 8),
               "gen_aligner.layers.0.weight": (D, 8), "gen_aligner.layers.0.bias": (D,),
               "gen_aligner.layers.2.weight": (D, D), "gen_aligner.layers.2.bias": (D,),
               "gen_head.output_mlp_projector.weight": (D, D), "gen_head.output_mlp_projector.bias": (D,),
               "gen_head.vision_head.weight": (c.vocab_size, D), "gen_head.vision_head.bias": (c.vocab_size,)}
     for i in range(c.n_layer):
-        for name, shape in {"self_attn.q_proj": (D, D), "self_attn.k_proj": (D, D), "self_attn.v_proj": (D, D),
-                            "self_attn.o_proj": (D, D), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D),
+        for name, shape in {"self_attn.q_proj": (D, D), "self_attn.k_proj": (D, D),
+                            "self_attn.v_proj": (D, D), "self_attn.o_proj": (D, D),
+                            "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D),
                             "mlp.down_proj": (D, F), "input_layernorm": (D,),
                             "post_attention_layernorm": (D,)}.items():
             shapes[f"language_model.model.layers.{i}.{name}.weight"] = shape
     shapes |= {"gen_vision_model." + k: shape for k, shape in weights.key_table(VQConfig()).items()}
     for key, shape in shapes.items():
-        state[key] = (torch.full(shape, float(key.endswith("weight")), dtype=torch.bfloat16) if len(shape) == 1
-                      else torch.empty(shape, dtype=torch.bfloat16).normal_(0, .02, generator=generator))
+        tensor = torch.full(shape, float(key.endswith("weight")), dtype=torch.bfloat16)
+        state[key] = tensor if len(shape) == 1 else tensor.normal_(0, .02, generator=generator)
     torch.save(state, os.path.join(folder, "pytorch_model.bin"))
 
 
