@@ -507,8 +507,8 @@ def test_two_processes_with_half_of_each_weight_make_the_run_of_one(tmp_path):
         processes = [subprocess.Popen(
             [sys.executable, "-c", CHILD, f"--out_dir={tmp_path / str(size)}", "--device=cpu", "--shard",
              "--dtype=float64", "--max_steps=2", "--eval_prompts=1", "--eval_draws=64",
-             "--prompts_per_step=3", "--group_size=4", "--micro_batch=3", "--cfg_scale=3.0", "--learning_rate=0.01", "--recompute",
-             "--chunk=24"],
+             "--prompts_per_step=3", "--group_size=4", "--micro_batch=3", "--cfg_scale=3.0",
+             "--learning_rate=0.01", "--recompute", "--chunk=24"],
             env=os.environ | where | {"RANK": str(r), "LOCAL_RANK": str(r)}, cwd=locate("."),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(size)]
         outputs = [p.communicate(timeout=300)[0] for p in processes]
