@@ -349,8 +349,14 @@ def draw(panels, path):
     plt.close(figure)
 
 
+def check(cfg):
+    config.at_least(cfg, repeats=1)
+    config.named(cfg, out="")
+
+
 def main(argv):
     cfg, _ = config.load(Config, argv)
+    check(cfg)
     device, begin = config.pick_device(cfg.device), time.time()
     torch.manual_seed(0)
     limits = ceilings(device, cfg.repeats)
@@ -380,7 +386,8 @@ def main(argv):
         print(f"all of it in {(time.time() - begin) / 60:.1f} minutes")
         with open(os.path.join(cfg.out, "bench.md"), "w", encoding="utf-8") as file:
             file.write("# Speed\n\n`python bench.py`, see bench.py for what is compared.\n\n"
-                       + "\n\n".join(report) + "\n\nPeaks are above weights and gradients. The growth of sampling"
+                       + "\n\n".join(report)
+                       + "\n\nPeaks are above weights and gradients. The growth of sampling"
                        " with tokens, prompt length and images of a prompt:\n\n![growth](bench.png)\n")
 
 

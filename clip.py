@@ -21,6 +21,7 @@ Departures from the official code:
  5. CLIPScore's paper has 2.5 for our 100, and prepends "A photo depicts" to the caption.
 """
 import contextlib
+import glob
 import math
 import os
 
@@ -123,16 +124,42 @@ def _blame(what):
         raise UserError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
 
 
+def _fits(clip_config, size):
+    """ValueError if a CLIPModel needs more than the `size` bytes on the disk: transformers would make up the
+    rest, and a config can ask for any amount of memory."""
+    from transformers import CLIPModel
+    layers = max(tower.num_hidden_layers for tower in (clip_config.vision_config, clip_config.text_config))
+    with torch.device("meta"):
+        if layers > 1000 or 2 * sum(p.numel() for p in CLIPModel(clip_config).parameters()) > size:
+            raise ValueError(f"its config asks for more than its {size:,} bytes hold")
+
+
 def load_clip(path, heads=None):
     """The CLIPModel in a folder of the Hugging Face hub, or in a .pt file like HPS_v2.1_compressed.pt.
     UserError if it is missing or damaged, or if names or shapes of weights do not fit."""
     with _blame(f"{path} is neither a folder of a CLIPModel nor a file in open_clip's layout"):
+        import safetensors
         import transformers
         transformers.logging.set_verbosity_error()         # it would print a page where we raise one line
-        source, options = path, {}
-        if not os.path.isdir(path):
+        source, options, files = path, {}, [path]
+        if os.path.isdir(path):
+            files = [os.path.join(path, name) for name in os.listdir(path)]
+            options = {"config": transformers.CLIPConfig.from_pretrained(path, local_files_only=True)}
+            for file in files:
+                if file.endswith(".bin"):
+                    checkpoint.verify(file)
+                if file.endswith(".safetensors"):          # integers would become floats without a word
+                    with safetensors.safe_open(file, "pt") as opened:
+                        kinds = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}
+                    if wrong := [k for k in kinds if "F" not in kinds[k] and not k.endswith("position_ids")]:
+                        raise UserError(f"{file}: {wrong[0]!r:.99} is {kinds[wrong[0]]}, no floats")
+        else:
             source, state = None, checkpoint.load(path)["state_dict"]
+            if strange := [k for k, v in state.items() if not k.isprintable() or not v.is_floating_point()]:
+                raise UserError(f"{path}: {strange[0]!r:.99} is {state[strange[0]].dtype}, no floats")
             options = {"config": open_clip_config(state, heads), "state_dict": from_open_clip(state)}
+        size = sum(map(os.path.getsize, files))
+        _fits(options["config"], size)
         model, info = transformers.CLIPModel.from_pretrained(
             source, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     # transformers only warns of what does not fit and leaves it random, which would be a reward of noise.
@@ -140,6 +167,7 @@ def load_clip(path, heads=None):
              for key in sorted(map(str, info[f"{kind}_keys"])) if not key.endswith("position_ids")]
     if wrong:
         raise UserError(f"{path}: {len(wrong)} weights do not fit, such as: {'; '.join(wrong[:3])}")
+    checkpoint.examine(model.state_dict(), path, size)
     return model
 
 
@@ -147,11 +175,15 @@ def load_head(path, width):
     """The aesthetic head -> weight [1,width] and bias [1]. Raises UserError.
     Its five layers have no nonlinearity between them, so that together they are one affine function."""
     with _blame(f"{path} is no aesthetic head for image vectors of {width} numbers"):
-        state, weight, bias = checkpoint.load(path), torch.eye(width), torch.zeros(width)
-        for i in (0, 2, 4, 6, 7):                          # 1, 3 and 5 were dropout
-            w, b = state[f"layers.{i}.weight"].float(), state[f"layers.{i}.bias"].float()
-            weight, bias = w @ weight, w @ bias + b        # w (weight x + bias) + b
-        return weight.reshape(1, width), bias.reshape(1)
+        state, weight, bias = checkpoint.load(path), torch.ones(1, 1), torch.zeros(1)
+        for i in (7, 6, 4, 2, 0):                          # 1, 3 and 5 were dropout
+            w, b = state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]
+            if not (w.is_floating_point() and b.is_floating_point()):
+                raise ValueError(f"layers.{i} is {w.dtype}, {b.dtype}, not of floating point numbers")
+            weight, bias = weight @ w.float(), weight @ b.float() + bias     # weight (w x + b) + bias
+        if weight.shape != (1, width) or bias.shape != (1,):
+            raise ValueError(f"it maps {tuple(weight.shape)[1:]} numbers")
+        return weight, bias                                # from the end, as this is one row all the time
 
 
 class Reward:

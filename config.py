@@ -5,14 +5,16 @@
 
 The defaults are the fields of a dataclass in the script itself, one line each with a comment, and `--help`
 prints those lines. A config file holds `key = value` lines and nothing else; it is parsed, not run. With a
-line `like = "configs/other.py"` it says only in what it differs from another one. Unknown keys are refused in files as on the command line (nanoGPT checks the latter only, so a typo in a file costs
-a run), types are checked, and an int is fine where a float is wanted.
+line `like = "configs/other.py"` it says only in what it differs from another one. Unknown keys are refused in
+files as on the command line (nanoGPT checks the latter only, so a typo in a file costs a run), types are
+checked, and an int is fine where a float is wanted.
 """
 import ast
 import ctypes
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import re
 import sys
@@ -30,7 +32,16 @@ class Fault(RuntimeError):
 def _expected(kind):
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
-    return {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}[kind]
+    return {int: "a whole number (of 64 bits)", float: "a number (finite)", bool: "True or False",
+            tuple: "a tuple", str: "a text (one that can name a file)"}[kind]
+
+
+def _is_text(value):
+    """Is it one that can be the name of a file? Half a surrogate pair and a zero byte cannot."""
+    try:
+        return b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def _check(cls, key, value, where):
@@ -42,11 +53,24 @@ def _check(cls, key, value, where):
         raise UserError(f"{where}: there is no option {key!r}; {hint}")
     kind = fields[key]
     if kind is float and type(value) is int:
-        value = float(value)
-    right = value in get_args(kind) if get_origin(kind) is Literal else type(value) is kind
+        value = float(value) if abs(value) < 2 ** 1000 else math.inf
+    right = (value in get_args(kind) if get_origin(kind) is Literal else type(value) is kind
+             and (kind is not float or math.isfinite(value)) and (kind is not int or abs(value) < 2 ** 63)
+             and (kind is not str or _is_text(value)))
     if not right:
-        raise UserError(f"{where}: {key} must be {_expected(kind)}, not {value!r}")
+        try:
+            said = " ".join(repr(value).split())[:200]
+        except ValueError:
+            said = "a number of so many digits"    # Python refuses to write thousands of them
+        raise UserError(f"{where}: {key} must be {_expected(kind)}, not {said}")
     return value
+
+
+def restore(cls, stored, where):
+    """The config that a checkpoint keeps as {key: value}, each value checked. Raises UserError."""
+    if not isinstance(stored, dict):
+        raise UserError(f"{where} keeps no options: it is another kind of file, or of another version")
+    return cls(**{key: _check(cls, str(key), value, where) for key, value in stored.items()})
 
 
 def find(path):
@@ -64,7 +88,7 @@ def read_file(cls, path, depth=0):
     try:
         with open(path, encoding="utf-8") as file:
             tree = ast.parse(file.read())
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise UserError(f"{path}: not a config file of `key = value` lines ({error})") from None
     out = {}
     for node in tree.body:
@@ -74,7 +98,7 @@ def read_file(cls, path, depth=0):
         try:
             (target,) = node.targets
             key, value = target.id, ast.literal_eval(node.value)
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError, MemoryError, RecursionError):
             raise UserError(f"{where}: only `key = value` lines with plain values can stand here") from None
         if key == "like":
             if out or not isinstance(value, str) or depth > 4:
@@ -92,7 +116,7 @@ def _parse(cls, key, text):
         return text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text                                                        # _check says what is wrong with it
 
 
@@ -109,6 +133,8 @@ def load(cls, argv, positional=None):
             raise SystemExit(0)
         if arg.startswith("--"):
             key, equals, text = arg[2:].partition("=")
+            if key == positional:
+                raise UserError(f"{key} are bare words, without --{key}=")
             if not equals and {f.name: f.type for f in dataclasses.fields(cls)}.get(key) not in (bool, None):
                 raise UserError(f"--{key} wants a value: --{key}=...")
             from_cli[key] = _check(cls, key, _parse(cls, key, text) if equals else True, "command line")
@@ -119,6 +145,21 @@ def load(cls, argv, positional=None):
     if words:
         from_cli[positional] = tuple(words)
     return cls(**{**from_files, **from_cli}), from_cli
+
+
+def at_least(cfg, **lowest):
+    """UserError unless each option that is named here has at least the value given here."""
+    for key, low in lowest.items():
+        if getattr(cfg, key) < low:
+            raise UserError(f"{key} must be at least {low}, not {getattr(cfg, key)}")
+
+
+def named(cfg, **endings):
+    """UserError unless each option that is named here is the name of a file with that ending; "" for any."""
+    for key, ending in endings.items():
+        value, kind = getattr(cfg, key), f"file that ends in {ending}" if ending else "file or folder"
+        if not value or not value.lower().endswith(ending):
+            raise UserError(f"{key} must be the name of a {kind}, not {value!r}")
 
 
 def help_text(cls):

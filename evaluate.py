@@ -31,6 +31,7 @@ import checkpoint
 import config
 import pictures
 import prompts as prompt_files
+import runs
 from config import UserError
 
 VENDI_OF = 64                   # pictures a prompt, at most, that enter pairwise and vendi
@@ -60,13 +61,19 @@ def open_world(options, device):
     return importlib.import_module(options.world).World(options, device)
 
 
+def options_in(saved, path):
+    """The options of a run, from its checkpoint `saved`. UserError unless train.py would take them."""
+    import train                                           # here, as it imports this file
+    return SimpleNamespace(**vars(runs.restore(train.Config, train.check, saved["config"], path)))
+
+
 def options_of(run):
     """(options of a run, the state dict of its policy). UserError if it is none."""
     path = os.path.join(run, "ckpt.pt") if os.path.isdir(run) else run
     saved = checkpoint.load(path)
     if not {"config", "model"} <= set(saved):
         raise UserError(f"{run} is a base, not a run; every run is shown beside its base anyway")
-    return SimpleNamespace(**saved["config"]), saved["model"]
+    return options_in(saved, path), saved["model"]
 
 
 @torch.no_grad()
@@ -174,16 +181,13 @@ def best_of_n(base):
 def save_pictures(cfg, device):
     """Draws every prompt of a file and saves the pictures as GenEval's scorer (arXiv 2310.11513) wants them:
     save/00000/metadata.jsonl, the prompt's own line of the file, and save/00000/samples/0000.png ..."""
-    if len(cfg.runs) != 1 or not cfg.prompts:
-        raise UserError("--save draws one run for a file of prompts: python evaluate.py RUN "
-                        "--prompts=FILE --save=FOLDER")
     if os.path.isdir(cfg.save) and os.listdir(cfg.save):
         raise UserError(f"{cfg.save} is not empty: choose another folder by --save=...")
     records = prompt_files.records(cfg.prompts)
     options, state = options_of(cfg.runs[0])
     world = open_world(options, device)
     if not cfg.base:
-        world.policy.load_state_dict(state)
+        checkpoint.load_weights(world.policy, state, cfg.runs[0])
     for i, (caption, record) in enumerate(tqdm(records, desc="drawing", unit="prompt", ncols=110)):
         folder = os.path.join(cfg.save, f"{i:05d}")
         os.makedirs(os.path.join(folder, "samples"))
@@ -196,17 +200,25 @@ def save_pictures(cfg, device):
     print(f"{len(records)} x {cfg.n} pictures in {cfg.save}")
 
 
-def main(argv):
-    cfg, _ = config.load(Config, argv, positional="runs")
+def check(cfg):
     if not cfg.runs:
         raise UserError("name at least one run: python evaluate.py out/tiny_js")
-    if cfg.draws < BEST_OF or cfg.draws % BEST_OF or cfg.eval_prompts < 1 or cfg.n < 1 or cfg.top_k < 0:
-        raise UserError(f"draws must be a multiple of {BEST_OF}, eval_prompts and n at least 1, top_k at "
-                        f"least 0")
+    config.at_least(cfg, draws=BEST_OF, eval_prompts=1, n=1, top_k=0)
+    config.named(cfg, picture=".png")
+    if cfg.draws % BEST_OF:
+        raise UserError(f"draws must be a multiple of {BEST_OF}, not {cfg.draws}")
     if cfg.cfg_scale and cfg.cfg_scale < 1:
         raise UserError(f"cfg_scale must be at least 1, or 0 for the run's own, not {cfg.cfg_scale}")
+    if bool(cfg.save) != bool(cfg.prompts) or cfg.save and len(cfg.runs) != 1:
+        raise UserError("--save draws one run for a file of prompts: python evaluate.py RUN "
+                        "--prompts=FILE --save=FOLDER")
+
+
+def main(argv):
+    cfg, _ = config.load(Config, argv, positional="runs")
+    check(cfg)
     device = config.pick_device(cfg.device)
-    if cfg.save or cfg.prompts:
+    if cfg.save:
         return save_pictures(cfg, device)
     bases, groups, columns, rows = {}, {}, [], []
     for run in tqdm(cfg.runs, desc="evaluating", unit="run"):
@@ -214,8 +226,8 @@ def main(argv):
         options.eval_draws = cfg.draws
         settings = dict(prompts=cfg.eval_prompts, draws=cfg.draws,
                         cfg_scale=cfg.cfg_scale or options.cfg_scale, temperature=options.temperature)
-        key = tuple(getattr(options, k) for k in (
-            "world", "init_from", "gpt_ckpt", "vq_ckpt", "reward", "heldout_reward")) + tuple(settings.values())
+        key = *(getattr(options, k) for k in ("world", "init_from", "gpt_ckpt", "vq_ckpt", "reward",
+                                              "heldout_reward")), *settings.values()
         if key not in bases:
             world = open_world(options, device)
             bases[key] = world, evaluate(world, world.reference, **settings)
@@ -224,10 +236,10 @@ def main(argv):
                                                 best_of_n(bases[key][1][0]))]
             columns.append((name, bases[key][1][2]))
         world, base = bases[key]
-        world.policy.load_state_dict(state)
+        checkpoint.load_weights(world.policy, state, run)
         results, _, images = evaluate(world, world.policy, base, **settings)
         alike = str({k: v for k, v in vars(options).items()
-                     if k not in ("seed", "out_dir", "resume", "stop_after", "device")})
+                     if k not in ("seed", *runs.FREE)})
         if alike not in groups:
             groups[alike] = (run, [])
             columns.append((run, images))

@@ -25,6 +25,7 @@ Claims, each stated before it was tested, with its verdict in results/frontier.m
   (v)   a beta that falls from strong to weak gains more than a constant one at equal diversity
 Differences are paired by seed; intervals are 95 % bootstrap intervals over the seeds (10,000 resamples).
 """
+import contextlib
 import csv
 import hashlib
 import json
@@ -86,15 +87,23 @@ def plan(seeds):
 
 
 def load(path):
-    """Lines of the csv as dicts, numbers as floats. UserError if it has other columns."""
+    """Lines of the csv as dicts, numbers as floats. UserError for other columns or half a line."""
     if not os.path.exists(path):
         return []
-    with open(path, newline="", encoding="utf-8") as file:
+    fields, rows, numbers = None, [], (*MEASURES, "beta", "base_reward", "base_heldout_reward")
+    with open(path, newline="", encoding="utf-8", errors="replace") as file, contextlib.suppress(csv.Error):
         reader = csv.DictReader(file)
-        if reader.fieldnames != list(FIELDS):
-            raise UserError(f"{path} is not a csv of this version of frontier.py; move it away")
-        return [{k: float(v) if k in MEASURES + ("beta", "base_reward", "base_heldout_reward") else v
-                 for k, v in row.items()} for row in reader]
+        fields, rows = reader.fieldnames, list(reader)
+    if fields != list(FIELDS):
+        raise UserError(f"{path} is not a csv of this version of frontier.py; move it away")
+    try:
+        for n, row in enumerate(rows):
+            row |= {k: float(row[k]) for k in numbers}
+            if None in row or row["date"] is None or int(row["seed"]) < 0:
+                raise ValueError
+    except (ValueError, TypeError):                        # killed while it wrote this
+        raise UserError(f"{path}: run {n + 1} is not whole: remove its line, and it is made again") from None
+    return rows
 
 
 def key(row):
@@ -351,10 +360,16 @@ def report(rows, path):
                    for (d, e, b, how), rs in groups(rows).items()]) + "\n")
 
 
+def check(cfg):
+    config.at_least(cfg, seeds=1, jobs=1, minutes=0)
+    config.named(cfg, csv="", out="")
+    if cfg.seeds > 1000:
+        raise UserError(f"seeds must be at most 1000, not {cfg.seeds}: a seed takes two hours of a core")
+
+
 def main(argv):
     cfg, _ = config.load(Config, argv)
-    if cfg.seeds < 1 or cfg.jobs < 1:
-        raise UserError("seeds and jobs must be at least 1")
+    check(cfg)
     if cfg.only != "figures":
         make(cfg)
     if cfg.only != "runs":

@@ -160,10 +160,10 @@ NAMES = [  # (theirs, ours), one after the other; first what the -HF layout says
 
 def _state(path, n_head):
     """(tensors by our names, those of the tokenizer by LlamaGen's) of released files in either layout."""
-    state, dropped = weights.gather(path)
-    weights.say_dropped(path, dropped + [key for key in state if UNUSED.match(key)])
-    ours = {}
-    for key in [k for k in state if not UNUSED.match(k)]:
+    (state, dropped), ours = weights.gather(path), {}
+    weights.refuse_others(path, state, UNUSED)
+    state = weights.sift(path, state, dropped, UNUSED)
+    for key in list(state):
         name = key
         for theirs, new in NAMES:
             name = re.sub(theirs, new, name)
@@ -191,7 +191,7 @@ def load(path, dtype=torch.float32, **overrides):
     pytorch_model.bin, in one file or several, config.json, tokenizer.json. overrides: fields of JanusConfig,
     whatever the files tell. UserError for files that are missing, damaged or of another model."""
     # What config.json leaves out is a default of transformers' Llama; the official one tells no block_size.
-    told = weights.config_beside(path)
+    _, told = weights.config_beside(path)
     llama = told.get("language_config") or told.get("text_config") or {}
     theta = (llama.get("rope_parameters") or llama).get("rope_theta", 10000.0)
     told = dict(block_size=(told.get("vq_config") or {}).get("num_patches", 24) ** 2,

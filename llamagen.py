@@ -86,8 +86,8 @@ class World:
         learned = sorted(set(seeing))
         names = self.model_files(o) + self.text_files(o)
         names += [f for n in learned for f in REWARD_FILES[n].values()]
-        # One process downloads and encodes, then one of each other machine (if their disks are the same, all is
-        # there), then the rest.
+        # One process downloads and encodes, then one of each other machine (if their disks are the same, all
+        # is there), then the rest.
         turn = 0 if parallel.RANK == 0 else 1 if parallel.LOCAL_RANK == 0 else 2
         for _ in range(turn):
             parallel.wait()
@@ -113,8 +113,8 @@ class World:
         if o.dtype == "float64":
             self.policy.double()
         half = torch.float16 if device.type == "cuda" else torch.float32
-        models = {n: clip.build(n, {k: files[f] for k, f in REWARD_FILES[n].items()}, device, half)
-                  for n in learned}
+        models = {n: clip.build(n, {k: files[f] for k, f in REWARD_FILES[n].items()}, device, half,
+                                o.antialias or n != "hps") for n in learned}
         self.rewards = {name: reward.build(s, reward.REWARDS | models) for name, s in spec.items()}
         self.embed = models[seeing[0]].embed_images
         if parallel.RANK == 0:

@@ -203,8 +203,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = c = config
         self.side = int(c.block_size ** .5)
-        if self.side ** 2 != c.block_size or c.dim % (4 * c.n_head) or c.model_type not in ("t2i", "c2i"):
-            raise ValueError(f"block_size must be a square, dim a multiple of 4 * n_head, "
+        if (self.side ** 2 != c.block_size or not 1 <= self.side <= 256 or c.n_head < 1
+                or c.dim % (4 * c.n_head) or c.model_type not in ("t2i", "c2i")):
+            raise ValueError(f"block_size must be a square, at most 256 x 256, dim a multiple of 4 * n_head, "
                              f"and model_type t2i or c2i: {c}")
         self.tok_embeddings = nn.Embedding(c.vocab_size, c.dim)
         self.cls_embedding = CaptionEmbedding(c) if c.model_type == "t2i" else ClassEmbedding(c)

@@ -92,8 +92,8 @@ def curves(lines, path, evaluations=()):
 
 def film(runs, path, milliseconds=700):
     """Run folders -> a GIF of their samples_STEP.png side by side, at the steps that all of them have."""
-    steps = [{int(re.search(r"(\d+)\.png$", name)[1]): name
-              for name in glob.glob(os.path.join(glob.escape(run), "samples_*.png"))} for run in runs]
+    steps = [{int(found[1]): name for name in glob.glob(os.path.join(glob.escape(run), "samples_*.png"))
+              if (found := re.search(r"_(\d+)\.png$", name))} for run in runs]
     common = sorted(set.intersection(*map(set, steps)))
     if len(common) < 2:
         raise UserError(f"a film needs two sampled steps that all runs have, these have {len(common)}: "
@@ -117,10 +117,15 @@ class Config:
     out: str = "out/film.gif"          # where the film goes
 
 
-def main(argv):
-    cfg, _ = config.load(Config, argv, positional="runs")
+def check(cfg):
     if not cfg.runs:
         raise UserError("name at least one run: python pictures.py out/tiny_none out/tiny_js")
+    config.named(cfg, out=".gif")
+
+
+def main(argv):
+    cfg, _ = config.load(Config, argv, positional="runs")
+    check(cfg)
     os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
     film(cfg.runs, cfg.out)
     print(f"{cfg.out}: {' | '.join(cfg.runs)}")

@@ -14,6 +14,7 @@ which reads no captions, sees such pictures: it has to be able to draw what the 
 Same seed, same machine: same file, bit for bit.
 """
 import math
+import os
 import random
 import time
 from dataclasses import dataclass
@@ -162,8 +163,18 @@ def pretrain_judge(cfg, images, scenes, captions, rng):
     return judge.eval()
 
 
+def check(cfg):
+    config.at_least(cfg, seed=0, scenes=2, wrong_captions=0, vq_steps=1, gpt_steps=1, judge_steps=1, vq_lr=0,
+                    gpt_lr=0, muon_lr=0, judge_lr=0)
+    config.named(cfg, out=".pt")
+    if cfg.wrong_captions > 1:
+        raise config.UserError(f"wrong_captions is a share, at most 1, not {cfg.wrong_captions}")
+
+
 def main(argv):
     cfg, _ = config.load(Config, argv)
+    check(cfg)
+    os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)    # now, not after all the work
     start = time.time()
     torch.manual_seed(cfg.seed)
     rng = random.Random(cfg.seed)

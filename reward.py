@@ -13,13 +13,15 @@ reward hacking looks like.
 
 To add a reward, write its function and put it into REWARDS (see "Your own reward" in README.md).
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import shapes
 import text
-from config import UserError
+from config import Fault, UserError
 
 
 class Judge(nn.Module):
@@ -79,11 +81,28 @@ def parse(spec, world="tiny"):
             raise UserError(f"the {world} world has no reward {name!r}; it has: {', '.join(known)}")
         try:
             weights[name] = float(weight or 1)
+            if not math.isfinite(weights[name]):
+                raise ValueError
         except ValueError:
             raise UserError(f"the weight of reward {name!r} must be a number, not {weight!r}") from None
     return weights
 
 
 def build(weights, functions):
-    """{name: weight} of `parse` and {name: function} -> one function, the weighted sum of the rewards [B]."""
-    return lambda images, captions: sum(w * functions[name](images, captions) for name, w in weights.items())
+    """{name: weight} of `parse` and {name: function} -> one function, the weighted sum of the rewards [B].
+    That raises Fault, naming the reward, for one that fails or does not return a score for each picture."""
+    def total(images, captions):
+        scores = []
+        for name in weights:
+            try:
+                scores.append(functions[name](images, captions))
+                shape = tuple(scores[-1].shape)
+            except UserError:
+                raise
+            except Exception as error:
+                raise Fault(f"reward {name!r} failed: {type(error).__name__}: {error}") from error
+            if shape != (len(captions),):
+                raise Fault(f"reward {name!r} must return a score for each of {len(captions)} pictures, "
+                            f"[{len(captions)}], not {list(shape)}")
+        return sum(w * s for w, s in zip(weights.values(), scores))
+    return total

@@ -2,18 +2,18 @@
 
     python sample.py --ckpt=out/tiny_js --prompt="a red circle left of a blue square"
     python sample.py --prompt="three blue crosses; a circle and a square" --temperature=0.8
-    python sample.py --gpt_ckpt=t2i_XL_stage1_256.pt --vq_ckpt=vq_ds16_t2i.pt --prompt="a red fox in the snow"
+    python sample.py --gpt_ckpt=t2i_XL_stage1_256.pt --vq_ckpt=vq_ds16_t2i.pt --prompt="a fox in the snow"
     python sample.py --gpt_ckpt=c2i_L_384.pt --vq_ckpt=vq_ds16_c2i.pt --prompt="207; 360; 387"
     python sample.py --world=janus --gpt_ckpt=Janus-Pro-1B --prompt="a red fox in the snow"
     python sample.py --ckpt=out/llamagen_js --prompt="a red fox in the snow"
 
 Here, unlike in training, the distribution may be cut (top_k, top_p), cooled, or guided: nothing is learned
 from it. In the tiny world a frame is green where the exact reader finds what the caption says, red where not;
-captions outside its grammar, but of its words, get no frame. A class-conditional model takes class numbers of
-ImageNet, 0 to 999, for prompts. Released files are looked for in `weights`, and fetched if they are not there.
+captions outside its grammar, but of its words, get no frame. A class-conditional model takes class numbers
+of ImageNet, 0 to 999, for prompts. Released files are looked for in `weights`, and fetched if not there.
 
-Also printed: how many different codes were used, and a hash of them. Two machines that print the same hash for
-the same seed drew the same tokens; on a GPU the last bit of a sum may differ, and then they do not.
+Also printed: how many different codes were used, and a hash of them. Two machines that print the same hash
+for the same seed drew the same tokens; on a GPU the last bit of a sum may differ, and then they do not.
 """
 import hashlib
 import importlib
@@ -47,6 +47,7 @@ class Config:
     n: int = 8                         # pictures a caption
     seed: int = 0                      # of the samples
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
+    no_verify: bool = False            # do not read files of weights once more to compare their checksums
     # ---- distribution
     temperature: float = 1.0           # 0 is greedy: the likeliest code each time, so n equal pictures
     cfg_scale: float = 0.0             # guidance; 1 is none; 0 = usual: tiny 1, t2i 7.5, c2i 4, janus 5
@@ -54,7 +55,7 @@ class Config:
     top_p: float = 1.0                 # only the fewest codes with this much probability; 1 is all
     # ---- released files in place of ckpt (as in train.py)
     world: Literal["llamagen", "janus"] = "llamagen"  # a Janus has all of its files in the folder gpt_ckpt
-    gpt_ckpt: str = ""                 # e.g. t2i_XL_stage1_256.pt, c2i_L_384.pt, or one that weights.py exported
+    gpt_ckpt: str = ""                 # e.g. t2i_XL_stage1_256.pt, c2i_L_384.pt, or one made by weights.py
     vq_ckpt: str = "vq_ds16_t2i.pt"    # tokenizer; vq_ds16_c2i.pt for c2i
     t5: str = "flan-t5-xl"             # encoder of the captions, t2i only
     weights: str = "weights"           # folder of these files
@@ -69,17 +70,19 @@ def load(cfg, device):
     options, state = cfg, None
     if not cfg.gpt_ckpt:
         path = config.locate(cfg.ckpt)
-        saved = checkpoint.load(os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path)
-        if saved.get("config", {}).get("world", "tiny") == "tiny":
+        path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+        saved = checkpoint.load(path)
+        options = evaluate.options_in(saved, path) if {"config", "model"} <= set(saved) else None
+        if options is None or options.world == "tiny":
             policy, vqgan, _, _ = checkpoint.load_models(path, device)
             return policy, SimpleNamespace(encode=lambda c: text.encode(c, device), decode=vqgan.decode,
                                            autocast=autocast, kind="tiny")
-        options, state = SimpleNamespace(**saved["config"]), saved["model"]
+        state = saved["model"]
     parts = importlib.import_module(options.world).World
     policy, vqgan = parts.load_models(options, weights.find(parts.model_files(options), cfg.weights), device)
     if state:
         policy = lora.adapt(policy, options.lora_rank) if getattr(options, "lora_rank", 0) else policy
-        policy.load_state_dict(state)
+        checkpoint.load_weights(policy, state, path)
     if policy.config.model_type == "c2i":
         def encode(classes):
             return torch.tensor(classes, device=device), torch.ones(len(classes), 1, device=device)
@@ -92,12 +95,19 @@ def load(cfg, device):
                                    kind=policy.config.model_type)
 
 
+def check(cfg):
+    config.at_least(cfg, n=1, seed=0, temperature=0, top_k=-1, n_head=0, block_size=0)
+    config.named(cfg, ckpt="", out=".png", vq_ckpt="", t5="", weights="")
+    if cfg.cfg_scale and cfg.cfg_scale < 1:
+        raise UserError(f"cfg_scale must be at least 1, or 0 for the usual one, not {cfg.cfg_scale}")
+    if not 0 < cfg.top_p <= 1:
+        raise UserError(f"top_p must be above 0 and at most 1, not {cfg.top_p}")
+
+
 def main(argv):
     cfg, _ = config.load(Config, argv)
-    if (cfg.n < 1 or cfg.temperature < 0 or cfg.cfg_scale and cfg.cfg_scale < 1 or cfg.top_k < -1
-            or not 0 < cfg.top_p <= 1):
-        raise UserError("out of range: n >= 1, temperature >= 0, cfg_scale >= 1 (or 0, the usual), top_k >= 0 "
-                        "(or -1, the usual), 0 < top_p <= 1")
+    check(cfg)
+    checkpoint.VERIFY = not cfg.no_verify
     device = config.pick_device(cfg.device)
     policy, world = load(cfg, device)
     captions = [c.strip() for c in cfg.prompt.split(";")]

@@ -108,8 +108,11 @@ class Captions:
         self.path, self.rows = os.path.join(cache, f"t5_{key}.pt"), {}    # cleaned caption: features [n,C]
         if os.path.exists(self.path):
             try:                                    # mmap: rows come from the disk when they are read
-                stored = torch.load(self.path, weights_only=True, mmap=True)
+                stored = checkpoint.load(self.path, lazy=True)
                 rows = stored["features"].split(stored["lengths"])                                # [sum n,C]
+                if (rows[0].shape[1] != self.width or max(map(len, rows)) > length
+                        or not rows[0].is_floating_point()):
+                    raise ValueError
                 self.rows.update(zip(stored["captions"], rows, strict=True))
             except Exception as error:              # each damage raises its own kind
                 raise UserError(f"{self.path} is damaged ({type(error).__name__}): delete it") from None
@@ -126,6 +129,7 @@ class Captions:
             raise UserError(f"transformers cannot load the T5 in {self.folder}: {error!r:.99}") from None
         if info["missing_keys"]:                    # or they would be random, silently
             raise UserError(f"the weights in {self.folder} lack {min(info['missing_keys'])}: get them again")
+        checkpoint.examine(encoder.state_dict(), self.folder, sum(self.made_with["sizes"].values()))
         return tokenizer, encoder.to(self.device).eval()
 
     @torch.no_grad()

@@ -38,6 +38,7 @@ import evaluate
 import parallel
 import pictures
 import reward
+import runs
 from config import Fault, UserError
 from critical import critical_tokens
 from grpo import accumulate, advantages, chunked_loss
@@ -50,6 +51,7 @@ class Config:
     world: Literal["tiny", "llamagen", "janus"] = "tiny"  # whose models, captions and rewards: tiny.py ...
     init_from: str = "assets/tiny_base.pt"  # tiny: all models, made by pretrain.py; or a run
     resume: bool = False               # go on with the run in out_dir, with its own options
+    no_verify: bool = False            # do not read files of weights once more to compare their checksums
     keep: int = 0                      # how many earlier checkpoints to keep beside ckpt.pt, as ckpt_STEP.pt
     # ---- files of world = "llamagen" or "janus", in the folder `weights`; fetched if they are not there
     weights: str = "weights"           # the folder
@@ -59,6 +61,7 @@ class Config:
     n_head: int = 0                    # attention heads of gpt_ckpt; 0 = by the table of released sizes
     block_size: int = 0                # image tokens of gpt_ckpt; 0 = by its name: _256, _384 or _512 pixels
     prompts: str = "assets/prompts.txt"  # captions to train on: .txt, .json, .jsonl, .csv or .tsv
+    antialias: bool = True             # of HPS's resize to 224 pixels; False = as torchvision before 0.17
     # ---- machine
     seed: int = 0                      # of prompts and samples
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
@@ -105,6 +108,9 @@ class Config:
     grad_clip: float = 1.0             # largest norm of the gradient; 0 = no clipping
 
 
+MOST_SKIPPED = 10                       # steps in a row without a finite gradient, after which a run gives up
+
+
 def check(cfg):
     """Refuses what types cannot: values out of range, and options that would train another policy than is
     sampled."""
@@ -114,16 +120,15 @@ def check(cfg):
                         "use them in sample.py")
     if cfg.shard and cfg.lora_rank:
         raise UserError("shard cuts up weights that lora_rank shares between policy and reference: take one")
-    if cfg.score_cfg and cfg.score_cfg < 1:
+    if 0 < cfg.score_cfg < 1:
         raise UserError(f"score_cfg must be at least 1, or 0, the rollout's, not {cfg.score_cfg}")
-    least = dict(max_steps=1, stop_after=0, eval_interval=1, eval_prompts=1, eval_draws=8, keep=0, n_head=0,
-                 block_size=0, prompts_per_step=1, group_size=2, sample_batch=0, cfg_scale=1, beta=0,
-                 beta_end=0, clip_eps=0, inner_epochs=1, micro_batch=1, chunk=0, learning_rate=0, warmup=0,
-                 min_lr_ratio=0, weight_decay=0, grad_clip=0, lora_rank=0)
-    for key, low in least.items():
-        if not low <= getattr(cfg, key) < math.inf:
-            raise UserError(f"{key} must be at least {low}, not {getattr(cfg, key)}")
-    if not 0 < cfg.temperature < math.inf:
+    least = dict(seed=0, max_steps=1, stop_after=0, eval_interval=1, eval_prompts=1, eval_draws=8, keep=0,
+                 n_head=0, block_size=0, prompts_per_step=1, group_size=2, sample_batch=0, cfg_scale=1,
+                 score_cfg=0, beta=0, beta_end=0, clip_eps=0, inner_epochs=1, micro_batch=1, chunk=0,
+                 learning_rate=0, warmup=0, min_lr_ratio=0, weight_decay=0, grad_clip=0, lora_rank=0)
+    config.at_least(cfg, **least)
+    config.named(cfg, out_dir="", init_from="", weights="", gpt_ckpt="", vq_ckpt="", t5="", prompts="")
+    if cfg.temperature <= 0:
         raise UserError(f"temperature must be above 0, not {cfg.temperature}")
     if cfg.warmup > 1 or cfg.min_lr_ratio > 1:
         raise UserError("warmup and min_lr_ratio are shares, at most 1")
@@ -152,29 +157,6 @@ def learning_rate(cfg, step):
     return cfg.learning_rate * ramp("cosine", 1, cfg.min_lr_ratio, (step - n) / max(1, cfg.max_steps - n))
 
 
-def open_run(argv):
-    """Command line -> (config, checkpoint or None). A new run gets an empty folder, a resumed one its own
-    options."""
-    cfg, given = config.load(Config, argv)
-    check(cfg)
-    path = os.path.join(cfg.out_dir, "ckpt.pt")
-    if not cfg.resume:
-        if parallel.RANK == 0 and os.path.isdir(cfg.out_dir) and os.listdir(cfg.out_dir):
-            raise UserError(f"{cfg.out_dir} holds a run already: go on with it by --resume, or choose "
-                            f"another folder by --out_dir=...")
-        return cfg, None
-    if not os.path.isfile(path):
-        raise UserError(f"nothing to resume: there is no {path}; leave out --resume to start there")
-    saved = checkpoint.load(path)
-    free = {"out_dir": cfg.out_dir, "resume": True, "stop_after": cfg.stop_after, "device": cfg.device}
-    for key, value in given.items():                # what the command line asks for must be what the run was
-        if key not in free and value != saved["config"].get(key):
-            raise UserError(f"the run in {cfg.out_dir} has {key} = {saved['config'].get(key)!r}; "
-                            f"--{key}={value!r} would make it another run: leave it out, "
-                            f"or start a new one with another --out_dir")
-    return Config(**{**saved["config"], **free}), saved
-
-
 @torch.no_grad()
 def token_entropy(policy, batch, sampling):
     """Entropy of the policy, nat, at every token of a batch (arguments of `forward`) -> [b,T]."""
@@ -190,7 +172,7 @@ def token_logp(policy, batch, sampling):
 
 def main(argv):
     # ---- plumbing: everything that is made once ------------------------------------------------------------
-    cfg, saved = open_run(argv)
+    cfg, saved = runs.open_run(Config, check, argv)
     rank, size = parallel.RANK, parallel.SIZE
     device = parallel.start(config.pick_device(cfg.device))
     if cfg.prompts_per_step * cfg.group_size % (size * max(1, cfg.sample_batch)):
@@ -203,7 +185,7 @@ def main(argv):
     policy.eval()                               # dropout off: the loss must see the distribution that sampled
     policy.recompute = cfg.recompute
     if saved:
-        policy.load_state_dict(saved["model"])
+        checkpoint.load_weights(policy, saved["model"], os.path.join(cfg.out_dir, "ckpt.pt"))
     if cfg.shard:
         parallel.shard(policy)
         parallel.shard(reference)
@@ -215,11 +197,23 @@ def main(argv):
     sampling = dict(cfg_scale=cfg.cfg_scale, temperature=cfg.temperature)
     scoring = sampling | dict(cfg_scale=cfg.score_cfg or cfg.cfg_scale)
     guided = scoring | dict(uncond_grad=cfg.uncond_grad)
-    if rank == 0:
-        os.makedirs(cfg.out_dir, exist_ok=True)
+    takes_part = rank == 0 or cfg.shard         # in evaluations and saving: shares are put together by all
+    asked_to_stop = runs.Stop()
 
     def file(name):
         return os.path.join(cfg.out_dir, name)
+
+    def save(step):
+        state = {"model": parallel.whole(policy.state_dict()), "step": step, "config": asdict(cfg),
+                 "optimizer": parallel.whole(optimizer.state_dict()), "rng": checkpoint.rng_state(generator)}
+        if rank == 0:
+            runs.save(state, file("ckpt.pt"), cfg.keep)
+
+    def tick():
+        """Notes the time, of which a GPU has to be asked whether it is done: it works behind our back."""
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        clock.append(time.perf_counter())
 
     def assess(model, step):
         """The evaluation of evaluate.py, logged, with a picture. Its random stream is its own."""
@@ -232,17 +226,25 @@ def main(argv):
                           [("step %d" % step, images)])
         return {"step": step} | results, results, tokens, images
 
-    start = 0
-    if rank == 0 or cfg.shard:
-        before = assess(reference, 0)             # the base, and what every later evaluation is compared with
+    start, skipped = 0, 0                       # skipped: steps in a row whose gradient was not finite
     if saved:
         start = saved["step"]
-        optimizer.load_state_dict(parallel.shares(saved["optimizer"], policy.parameters()))
-        checkpoint.set_rng_state(saved["rng"], generator)
+        try:
+            optimizer.load_state_dict(parallel.shares(saved["optimizer"], policy.parameters()))
+            checkpoint.set_rng_state(saved["rng"], generator)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{file('ckpt.pt')} is no checkpoint of this version: "
+                            f"{' '.join(str(error).split())[:200]}") from None
+    if rank == 0:
+        lock = runs.claim(cfg.out_dir)          # held until the process ends
+    if takes_part:
+        if not saved:
+            save(0)
+        before = assess(reference, 0)           # the base, and what every later evaluation is compared with
     if rank == 0:
         log = checkpoint.Log(file("metrics.jsonl"), start)         # lines of steps that will be done again go
         evaluations = checkpoint.Log(file("evaluations.jsonl"), start + 1)
-        if not saved:
+        if not evaluations.lines:
             evaluations.write(before[0])
 
     # ---- algorithm -----------------------------------------------------------------------------------------
@@ -250,7 +252,8 @@ def main(argv):
     bar = tqdm(range(start, stop), initial=start, total=cfg.max_steps, desc=cfg.divergence, ncols=110,
                disable=rank > 0)
     for step in bar:
-        clock = [time.perf_counter()]
+        clock = []
+        tick()
 
         # 1. sample: G pictures for each caption. B = prompts * G in all; b = B / size in this process, `mine`
         prompts = world.draw(cfg.prompts_per_step)
@@ -276,7 +279,7 @@ def main(argv):
                                     for rows in everything.split(cfg.micro_batch)])
             mismatch, logp_old = ((scored - logp_old).exp() - 1).abs().max(), scored
         N = len(prompt) * tokens.shape[1]           # tokens of the whole step
-        clock.append(time.perf_counter())
+        tick()
 
         # 2. reward: decode, then score with what is trained and with what is only watched
         with torch.no_grad():
@@ -284,10 +287,7 @@ def main(argv):
             captions = [prompts[i] for i in prompt[mine].tolist()]
             scores, heldout = (parallel.gather(f(images, captions)) for f in world.rewards.values())    # [B]
             seen = parallel.gather(world.embed(images)).unflatten(0, (len(prompts), cfg.group_size))
-        if not scores.isfinite().all():
-            raise Fault(f"step {step}: reward {cfg.reward!r} gave a value that is not finite; "
-                        f"the last checkpoint stands")
-        clock.append(time.perf_counter())
+        tick()
 
         # 3. advantage: each picture against the others of its caption
         adv, zero_spread = advantages(scores, cfg.group_size)                                    # [B]
@@ -299,7 +299,7 @@ def main(argv):
             picked = critical_tokens(*map(parallel.gather, (entropy, tokens)), world.vqgan.quantize.codes(),
                                      cfg.group_size, policy.side)                                    # [B,T]
             selected = (picked / picked.float().mean())[mine]
-        clock.append(time.perf_counter())
+        tick()
 
         # 4. update: gradient steps on the clipped objective, in micro-batches that add up to the same loss
         beta = ramp(cfg.beta_schedule, cfg.beta, cfg.beta_end, step / cfg.max_steps)
@@ -326,46 +326,53 @@ def main(argv):
             parallel.add_gradients(policy.parameters())
             grad_norm = parallel.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(),
                                                                       cfg.grad_clip or math.inf))
-            optimizer.step()
-        clock.append(time.perf_counter())
+            if grad_norm.isfinite():
+                optimizer.step()
+        skipped = 0 if grad_norm.isfinite() else skipped + 1
+        tick()
 
         # 5. log: a line a step; now and then an evaluation, a picture, a checkpoint; all by process 0
         # Statistics are those of the first pass, of the policy that sampled; only the last can be clipped.
+        stopping = torch.tensor(float(bool(asked_to_stop.name)), device=device)   # in any process
         update = parallel.combine(epochs[0] | {
-            "clip_share": epochs[-1]["clip_share"],
+            "clip_share": epochs[-1]["clip_share"], "max_stop": stopping,
             "max_ratio_error": epochs[0]["max_ratio_error"].maximum(mismatch)})
+        leave = update.pop("max_stop") > 0 or skipped == MOST_SKIPPED
         line = {"step": step, "reward": scores.mean().item(), "heldout_reward": heldout.mean().item(),
                 "reward_std": scores.view(-1, cfg.group_size).std(1).mean().item(),
                 "zero_spread": zero_spread, "diversity": evaluate.pairwise(seen), **update,
                 "grad_norm": grad_norm.item(), "beta": beta, "learning_rate": optimizer.param_groups[0]["lr"]}
-        done, last = step + 1, step + 1 == cfg.max_steps
-        if (rank == 0 or cfg.shard) and (last or done % cfg.eval_interval == 0):
-            after = assess(policy, done)
-        saving = last or done == stop or done % cfg.eval_interval == 0
-        if saving and (rank == 0 or cfg.shard):       # shares are put together by all processes
-            model, moments = parallel.whole(policy.state_dict()), parallel.whole(optimizer.state_dict())
-        if rank:
-            continue
+        if skipped:
+            line["skipped"] = "gradient" if scores.isfinite().all() else "reward"      # what was not finite
         bar.set_postfix(reward=f"{line['reward']:.2f}", heldout=f"{line['heldout_reward']:.2f}",
                         diversity=f"{line['diversity']:.2f}", kl=f"{line['kl_reverse']:.3f}")
-        if last or done % cfg.eval_interval == 0:
-            evaluations.write(after[0])
+        done, last = step + 1, step + 1 == cfg.max_steps
+        if takes_part and (last or done % cfg.eval_interval == 0):
+            after = assess(policy, done)
+            if rank == 0:
+                evaluations.write(after[0])
         phases = ("t_sample", "t_reward", "t_advantage", "t_update", "t_log")
-        clock.append(time.perf_counter())
-        log.write(line | {name: round(b - a, 4) for name, a, b in zip(phases, clock, clock[1:])})
-        if saving:
-            state = {"model": model, "optimizer": moments, "step": done,
-                     "rng": checkpoint.rng_state(generator), "config": asdict(cfg)}
-            checkpoint.save(state, file("ckpt.pt"), keep=cfg.keep)
+        tick()
+        if rank == 0:
+            log.write(line | {name: round(b - a, 4) for name, a, b in zip(phases, clock, clock[1:])})
+        if takes_part and (last or leave or done == stop or done % cfg.eval_interval == 0):
+            save(done)
+        if leave:
+            break
 
     # ---- what came of it -----------------------------------------------------------------------------------
-    if start == stop and (rank == 0 or cfg.shard):  # resumed at the very end: only the pictures were missing
+    if start == stop and takes_part:            # resumed at the very end: only the pictures were missing
         after = assess(policy, stop)
     parallel.stop()
     if rank:
         return
-    if stop < cfg.max_steps:
-        print(f"saved {file('ckpt.pt')} after step {stop} of {cfg.max_steps}; go on with --resume")
+    if start < stop and done < cfg.max_steps:
+        where = f"saved {file('ckpt.pt')} after step {done} of {cfg.max_steps}"
+        if skipped == MOST_SKIPPED:
+            raise Fault(f"the last {skipped} steps had a {line['skipped']} that is not finite; {where}")
+        print(f"{where}; go on with --resume")
+        if asked_to_stop.name:
+            raise Fault(f"stopped by {asked_to_stop.name}")
         return
     world.picture(file("before_after.png"), world.fixed_prompts(cfg.eval_prompts),
                   [("base", before[3]), (f"after {stop} steps, {cfg.divergence}", after[3])])

@@ -68,7 +68,7 @@ RELEASED = {  # name (.pt, .pth, or a folder): (config of ours or bytes, reposit
     "PickScore_v1": (4 * CLIP_H, "yuvalkirstain/PickScore_v1", "see page", "reward PickScore"),
     "sac+logos+ava1-l14-linearMSE.pth": (
         4 * AESTHETIC, "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
-        "sac%2Blogos%2Bava1-l14-linearMSE.pth", "Apache-2.0", "reward: head of the aesthetic score")}
+        "sac%2Blogos%2Bava1-l14-linearMSE.pth", "see page", "reward: head of the aesthetic score")}
 FILES, FOLDER_FILES = (".pt", ".pth"), ["*.json", "*.txt", "spiece.model", "*.safetensors"]
 
 
@@ -110,14 +110,18 @@ def _read(file):
             return dict(json.load(open(file, encoding="utf-8")))
         if file.endswith(".safetensors"):
             from safetensors import safe_open              # It maps the file, and what was read of it stays
-            return {key: safe_open(file, "pt").get_tensor(key).clone()     # in memory till it is closed: so
-                    for key in safe_open(file, "pt").keys()}               # each tensor opens it anew.
+            state = {key: safe_open(file, "pt").get_tensor(key).clone()    # in memory till it is closed: so
+                     for key in safe_open(file, "pt").keys()}              # each tensor opens it anew.
+            checkpoint.examine(state, file)                # (it has no checksums)
+            return state
         # Trainers store their options too, an argparse.Namespace. It is plain: its fields are set, no more.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return dict(torch.load(file, map_location="cpu", weights_only=True))
+            return checkpoint.load(file)
+    except UserError:
+        raise
     except ImportError:
         raise UserError(f"{file}: to read it, pip install -r requirements-full.txt") from None
-    except Exception as error:                             # torch.load meets damage in a dozen ways
+    except Exception as error:                             # json and safetensors each raise their own kinds
         raise UserError(f"{file} is damaged, or holds more than plain tensors ({type(error).__name__}): "
                         f"fetch it again") from None
 
@@ -136,20 +140,33 @@ def gather(path):
 
 
 def config_beside(path):
-    """config.json in the folder `path`, or beside the file `path`; {} if there is none."""
+    """(path, content) of config.json in the folder `path`, or beside the file `path`; {} if there is none."""
     beside = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
-    return _read(beside) if os.path.isfile(beside) else {}
+    return beside, _read(beside) if os.path.isfile(beside) else {}
 
 
-def say_dropped(path, dropped):
+def refuse_others(path, state, unused):
+    """UserError unless `state`, but for what `unused` matches, is tensors of floating point numbers."""
+    for key, value in state.items():
+        if not key.isprintable() or not (unused.match(key) or isinstance(value, torch.Tensor)
+                                         and value.is_floating_point()):
+            raise UserError(f"{path}: {key!r:.99} is {getattr(value, 'dtype', type(value).__name__)}, not a "
+                            f"tensor of floating point numbers: it is another kind of file")
+
+
+def sift(path, state, dropped, unused):
+    """`state` but for what `unused` matches, which is told with the `dropped` names."""
+    dropped = dropped + [key for key in state if unused.match(key)]
     if dropped:
         print(f"{path}: left out {len(dropped)} that we do not need: {', '.join(dropped[:4])}"
               + ", ..." * (len(dropped) > 4))
+    return {key: value for key, value in state.items() if not unused.match(key)}
 
 
 def _state(path):
     """(tensors by released name, {field: value} of config.json) of a file, or of a folder's weight files."""
     (state, dropped), told = gather(path), {}
+    refuse_others(path, state, DROPPED)
     if "model.embed_tokens.weight" in state:               # a port
         for key in [k for k in state if k.endswith("self_attn.q_proj.weight")]:
             qkv = [key.replace("q_proj", f"{part}_proj") for part in "qkv"]
@@ -159,10 +176,12 @@ def _state(path):
                 state[key.replace("self_attn.q_proj", "attention.wqkv")] = joined
         for theirs, ours in PORT.items():
             state = {key.replace(theirs, ours): value for key, value in state.items()}
-        told = config_beside(path)
-    say_dropped(path, dropped + [key for key in state if DROPPED.match(key)])
-    return ({key: value for key, value in state.items() if not DROPPED.match(key)},
-            {ours: told[theirs] for theirs, ours in PORT_CONFIG.items() if theirs in told})
+        beside, told = config_beside(path)
+    told = {ours: told[theirs] for theirs, ours in PORT_CONFIG.items() if theirs in told}
+    if wrong := [k for k, v in told.items() if type(v) is not type(getattr(GPTConfig, k))]:
+        raise UserError(f"{beside}: {wrong[0]} must be {type(getattr(GPTConfig, wrong[0])).__name__}, not "
+                        f"{told[wrong[0]]!r:.99}")
+    return sift(path, state, dropped, DROPPED), told
 
 
 def layer_shapes(state, D):
@@ -210,7 +229,7 @@ def build(cfg, state, dtype, path):
         raise UserError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}")
     try:
         module = _meta(cfg)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"{path}: no such model can be built: {str(error).splitlines()[0]}") from None
     want = {key: list(tensor.shape) for key, tensor in module.state_dict().items()}
     have = {key: list(getattr(value, "shape", ())) for key, value in state.items()}
@@ -303,16 +322,16 @@ def _download(name, path):
 
 
 def find(names, folder="weights", download=True):
-    """Names of files in `folder` -> {name: path}. What is missing of RELEASED is downloaded, if it may and can
-    be; else one UserError has a line for each: name, size, licence, source, and the path to put it at. A name
-    may also be a file of your own, in `folder` or, as a path, elsewhere."""
+    """Names of files in `folder` -> {name: path}. What is missing of RELEASED is downloaded, if it may and
+    can be; else one UserError has a line for each: name, size, licence, source, and the path to put it at. A
+    name may also be a file of your own, in `folder` or, as a path, elsewhere."""
     paths, why = {name: os.path.join(config.locate(folder), name) for name in names}, ""
     for name in names:
         if name not in RELEASED:
             paths[name] = paths[name] if os.path.exists(paths[name]) else name
             if not os.path.exists(paths[name]):
-                raise UserError(f"there is no {name} here or in {folder}, and the table of released files has "
-                                f"no such name; it has: {', '.join(RELEASED)}")
+                raise UserError(f"there is no {name} here or in {folder}, and the table of released files "
+                                f"has no such name; it has: {', '.join(RELEASED)}")
     try:
         for name, path in paths.items() if download else ():       # the first failure ends it: no network?
             if name in RELEASED and not _is_there(path):
@@ -335,20 +354,28 @@ class Config:
     to: str = "weights/mine_256.pt"    # where --export writes
 
 
+def check(cfg):
+    config.named(cfg, folder="", to="")
+    if cfg.make_random and not dataclasses.is_dataclass(RELEASED.get(cfg.make_random, [None])[0]):
+        raise UserError(f"make_random must be a LlamaGen file of the table, not {cfg.make_random!r}")
+    if cfg.make_random and cfg.export:
+        raise UserError("make_random and export are two tasks: one at a time")
+
+
 def main(argv):
     cfg, _ = config.load(Config, argv)
+    check(cfg)
     folder = config.locate(cfg.folder)
     target = os.path.join(folder, cfg.make_random) if cfg.make_random else cfg.to
     if (cfg.make_random or cfg.export) and os.path.exists(target):
         raise UserError(f"{target} is there already: move it away first")
     if cfg.make_random:
-        if not dataclasses.is_dataclass(RELEASED.get(cfg.make_random, [None])[0]):
-            raise UserError(f"--make_random takes a LlamaGen file of the table, not {cfg.make_random!r}")
         make_random(RELEASED[cfg.make_random][0], target)
         print(f"wrote {target}: random weights, right for timing, wrong for pictures")
     elif cfg.export:
         run = checkpoint.load(cfg.export)
-        if not isinstance(run, dict) or not isinstance(run.get("model"), dict):
+        if not isinstance(run.get("model"), dict) or any(
+                not isinstance(v, torch.Tensor) for v in run["model"].values()):
             raise UserError(f"{cfg.export} is no checkpoint of a run: it has no state dict under 'model'")
         export(run["model"], target)
         print(f"wrote {target}")

@@ -1,9 +1,9 @@
-# LlamaGen-XL (775M) with JS, by the recipe of arXiv 2606.21498's released code: 256 pixels, HPSv2.1, 900 steps.
+# LlamaGen-XL (775M) with JS, by the recipe of arXiv 2606.21498's released code: 256 pixels, HPSv2.1.
 #   16 prompts x 8 pictures x 256 tokens = 32,768 tokens a step, on any number of GPUs; the paper: 4 x 80 GB.
 #   On one GPU 32 pictures are drawn at once: about 20 GB (the plan that is printed first counts the parts).
 # Departures from the released script:
 #  1. Critical tokens and dynamic advantage weight are off (llamagen_js_as_released.py turns them on).
-#  2. T5 sees the attention mask in training as in the rollout; captions reach T5 cleaned, HPS to the letter.
+#  2. T5 sees the attention mask in training as in the rollout; T5 gets captions cleaned, HPS as written.
 #  3. HPS as published (longest side 224, padded), not a plain 224 x 224 resize.
 #  4. No EOS mask: images have one length. 5. AdamW's second beta .95 in place of .999. 6. Captions of our own.
 world = "llamagen"
@@ -13,7 +13,7 @@ dtype = "bfloat16"
 prompts_per_step = 16
 group_size = 8
 sample_batch = 32           # of each process: with 4 of them, that is all at once
-cfg_scale = 1.0             # no guidance, as in the paper; its evaluation has 7.5: evaluate.py --cfg_scale=7.5
+cfg_scale = 1.0             # none, as in the paper; it evaluates with 7.5: evaluate.py --cfg_scale=7.5
 # ---- reward
 reward = "hps"
 heldout_reward = "clipscore"

@@ -1,7 +1,7 @@
 """A folder of weight files in the released layouts with random numbers, at any size: what the tests of the
 full-size run work on, as the released files cannot be had where this is tested.
 
-    python tests/full_size.py /tmp/weights        LlamaGen-XL and VQ-16 at full size (3.4 GB), small T5 and CLIPs
+    python tests/full_size.py /tmp/weights      LlamaGen-XL, VQ-16 at full size (3.4 GB), small T5 and CLIPs
 """
 import os
 import sys
@@ -40,8 +40,8 @@ def save_t5(folder, d_model):
 
 def small_clip(width, heads):
     import transformers
-    vision = dict(hidden_size=width, num_attention_heads=heads, num_hidden_layers=1, intermediate_size=2 * width,
-                  patch_size=14, image_size=28, hidden_act="gelu")
+    vision = dict(hidden_size=width, num_attention_heads=heads, num_hidden_layers=1,
+                  intermediate_size=2 * width, patch_size=14, image_size=28, hidden_act="gelu")
     text = dict(hidden_size=64, num_attention_heads=1, num_hidden_layers=1, intermediate_size=96,
                 vocab_size=len(WORDS) + 3, max_position_embeddings=16, hidden_act="gelu",
                 bos_token_id=len(WORDS) + 1, eos_token_id=len(WORDS) + 2)

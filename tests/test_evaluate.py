@@ -88,8 +88,8 @@ def test_compare_runs_and_sample_from_one(mini_base, tmp_path, capsys):
 def test_pictures_in_genevals_folders(mini_base, tmp_path, capsys):
     train.main([f"--out_dir={tmp_path / 'run'}", f"--init_from={mini_base}", "--max_steps=1",
                 "--eval_prompts=1", "--prompts_per_step=1", "--learning_rate=0.1"])
-    metadata = [{"tag": "counting", "include": [{"class": "circle", "count": 2}], "prompt": "two red circles"},
-                {"tag": "single", "prompt": "a blue square"}]
+    metadata = [{"tag": "counting", "include": [{"class": "circle", "count": 2}],
+                 "prompt": "two red circles"}, {"tag": "single", "prompt": "a blue square"}]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, metadata)))
 
     def save(name, *more):

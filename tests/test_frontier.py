@@ -125,7 +125,7 @@ def test_runs_are_made_once_and_never_mixed(tmp_path, monkeypatch):
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:3]) + "\n")                         # two of four are left
     frontier.main(options)
-    assert len(commands) == 6 and [key(r) for r in load(path)][:2] == commands[:2]
+    assert len(commands) == 6 and {key(r) for r in load(path)} == set(commands[:4])    # in any order
     assert sorted(map(str, commands[4:])) == sorted(map(str, (key(r) for r in load(path)[2:])))
     assert os.listdir(tmp_path / "out") == []
     with pytest.raises(UserError, match="another device or another base"):

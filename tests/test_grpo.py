@@ -151,7 +151,7 @@ def test_memory_grows_with_the_chunk_not_with_the_image():
 
 
 def test_selected_tokens_and_the_dynamic_weight_by_hand():
-    """The loss is the mean over the selected tokens, divergence included; the weight is of the policy term."""
+    """The loss is the mean over selected tokens, divergence included; the weight is of the policy term."""
     logits, ref, tokens, logp_old, adv = batch()
     options = dict(divergence="js", beta=.3)
     N, mask = tokens.numel(), torch.rand(tokens.shape) < .4
@@ -168,6 +168,6 @@ def test_selected_tokens_and_the_dynamic_weight_by_hand():
         a, b = (torch.autograd.grad(y, logits, retain_graph=True)[0] for y in (loss, expected))
         assert torch.allclose(a, b, atol=1e-12)
     head = dict(selected=selected, divergence="js", beta=.3)
-    whole, pieces = (chunked_loss((logits, lambda h: h), (ref, lambda h: h), tokens, logp_old, adv, N, chunk=c,
-                                  **head)[0] for c in (0, 2))
+    whole, pieces = (chunked_loss((logits, lambda h: h), (ref, lambda h: h), tokens, logp_old, adv, N,
+                                  chunk=c, **head)[0] for c in (0, 2))
     assert torch.allclose(whole, pieces, atol=1e-12)

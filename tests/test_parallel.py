@@ -20,8 +20,8 @@ QUICK = ["--eval_interval=3", "--eval_prompts=1", "--eval_draws=64", "--prompts_
 
 def go(folder, base, size, *more):
     """A run of `size` processes, as torchrun starts them; 3 prompts x 4 pictures: a group is cut in two."""
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29000 + os.getpid() % 900), "OMP_NUM_THREADS": "1",
-             "WORLD_SIZE": str(size)}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29000 + os.getpid() % 900),
+             "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size)}
     processes = [subprocess.Popen(
         [sys.executable, locate("train.py"), f"--out_dir={folder}", f"--init_from={base}", *more],
         env=os.environ | where | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE,
@@ -89,4 +89,5 @@ def test_pictures_that_cannot_be_shared_out_are_refused(mini_base, tmp_path):
 def test_without_torchrun_nothing_happens():
     import parallel
     x = torch.arange(3.)
-    assert parallel.gather(x) is x and parallel.combine({"a": x[1], "max_b": x[2]}) == {"a": 1.0, "max_b": 2.0}
+    assert parallel.gather(x) is x
+    assert parallel.combine({"a": x[1], "max_b": x[2]}) == {"a": 1.0, "max_b": 2.0}

@@ -98,13 +98,6 @@ def test_a_used_folder_is_refused_and_left_as_it_is(mini_base, tmp_path):
         train.main([f"--out_dir={tmp_path / 'none'}", "--resume"])
 
 
-def test_a_reward_that_is_not_finite_stops_with_its_name(mini_base, tmp_path, monkeypatch):
-    monkeypatch.setitem(train.reward.REWARDS, "broken", lambda images, captions: torch.full(
-        (len(captions),), float("nan")))
-    with pytest.raises(Fault, match="'broken' gave a value that is not finite"):
-        go(tmp_path / "run", mini_base, "--max_steps=1", "--reward=broken")
-
-
 def test_schedules():
     cfg = train.Config(max_steps=100, warmup=.1, min_lr_ratio=.1, learning_rate=1.0)
     rates = [train.learning_rate(cfg, s) for s in range(101)]
@@ -117,5 +110,6 @@ def test_schedules():
 
 def test_importing_train_does_not_wait_for_matplotlib():
     """It takes longer than everything else together, and the first step does not need it."""
-    code = "import sys, train; raise SystemExit('matplotlib' in sys.modules or 'torch._dynamo' in sys.modules)"
+    code = "import sys, train; " \
+           "raise SystemExit(bool({'matplotlib', 'torch._dynamo', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(train.__file__)).returncode == 0
