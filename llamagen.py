@@ -189,6 +189,6 @@ def memory_plan(o, policy, others, size=1):
     for k, v in parts.items():
         if ":" in k:
             phases[k.split(":")[0]] = phases.get(k.split(":")[0], 0) + v
-    lines = [f"  {v / 1e9:6.2f} GB  {k}" for k, v in parts.items()]
+    lines = [f"  {v / 1e9:6.2f} GB  {k}" for k, v in parts.items() if v]
     total = fixed + max(phases.values())
     return "\n".join([f"memory on each device, counted: about {total / 1e9:.1f} GB", *lines])
