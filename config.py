@@ -164,7 +164,8 @@ def named(cfg, **endings):
 
 def help_text(cls):
     """The script's docstring, then each option with its default and its comment, taken from the source."""
-    module = sys.modules[cls.__module__]
+    script = sys.modules["__main__"]               # options.py holds those of train.py
+    module = script if getattr(script, "Config", None) is cls else sys.modules[cls.__module__]
     lines = [(module.__doc__ or "").strip(), "", "Options (--key=value):"]
     for line in inspect.getsource(cls).splitlines()[1:]:
         option = re.match(r"\s+(\w+): ([^=]+?) = (.+?)\s+# (.*)", line)

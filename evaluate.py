@@ -30,10 +30,10 @@ import checkpoint
 import config
 import runs
 from config import UserError
+from options import BEST_OF
 
 VENDI_OF = 64                   # pictures a prompt, at most, that enter pairwise and vendi
 KL_DRAWS = 16                   # draws a prompt, at most, that enter the KLs and the token entropy
-BEST_OF = 8
 CHUNK = 2 ** 14                 # tokens of the sequences that are sampled at once
 
 

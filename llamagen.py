@@ -24,6 +24,7 @@ import torch
 
 import checkpoint
 import clip
+import lora
 import parallel
 import pictures
 import prompts
@@ -43,38 +44,48 @@ REWARD_FILES = {                    # of each reward; HPS and PickScore share th
 DECODED = 8                         # pictures decoded at once
 
 
-def load_models(o, files, device):
-    """-> (policy in fp32, tokenizer), of the files {name: path} that options o name."""
-    # Overrides for files whose heads or number of tokens nothing tells (0: look in table and file name).
-    known = {k: v for k, v in (("n_head", o.n_head), ("block_size", o.block_size)) if v}
-    policy = GPT.from_pretrained(files[o.gpt_ckpt], **known)
-    vqgan = VQGAN.from_pretrained(files[o.vq_ckpt])
-    if policy.config.vocab_size != vqgan.config.codebook_size:
-        raise UserError(f"{o.gpt_ckpt} writes {policy.config.vocab_size} codes, {o.vq_ckpt} has "
-                        f"{vqgan.config.codebook_size}: they do not belong together")
-    return policy.to(device), vqgan.to(device)
-
-
-def captions_of(o, files, device):
-    """The T5 features of captions, kept on the disk beside the files."""
-    return t5.Captions(files[o.t5], os.path.join(o.weights, "cache"), device=device)
-
-
 class World:
     columns = []
+
+    # These four are all that janus.py has to put in other words. o: options of train.py, or of sample.py.
+    @staticmethod
+    def model_files(o):
+        return [o.gpt_ckpt, o.vq_ckpt]
+
+    @staticmethod
+    def text_files(o):
+        return [o.t5]
+
+    @staticmethod
+    def load_models(o, files, device):
+        """-> (policy in fp32, tokenizer), of the files {name: path} that options o name."""
+        # Overrides for files whose heads or number of tokens nothing tells (0: look in table and file name).
+        known = {k: v for k, v in (("n_head", o.n_head), ("block_size", o.block_size)) if v}
+        policy = GPT.from_pretrained(files[o.gpt_ckpt], **known)
+        vqgan = VQGAN.from_pretrained(files[o.vq_ckpt])
+        if policy.config.vocab_size != vqgan.config.codebook_size:
+            raise UserError(f"{o.gpt_ckpt} writes {policy.config.vocab_size} codes, {o.vq_ckpt} has "
+                            f"{vqgan.config.codebook_size}: they do not belong together")
+        return policy.to(device), vqgan.to(device)
+
+    @staticmethod
+    def captions_of(o, files, device):
+        """What turns captions into conditions: here T5 features, kept on the disk beside the files."""
+        return t5.Captions(files[o.t5], os.path.join(o.weights, "cache"), device=device)
 
     def __init__(self, options, device):
         """options: those of train.py. Raises UserError naming every file that is missing."""
         o, self.device = options, device
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16")
-        spec = {name: reward.parse(getattr(o, name), "llamagen") for name in ("reward", "heldout_reward")}
+        spec = {name: reward.parse(getattr(o, name), o.world) for name in ("reward", "heldout_reward")}
         # Diversity is seen with the eyes of a model that is not trained on, where there is one.
         seeing = [n for s in ("heldout_reward", "reward") for n in spec[s] if n in REWARD_FILES]
         if not seeing:
             raise UserError("reward or heldout_reward must name one of " + ", ".join(REWARD_FILES)
                             + ": diversity is measured in its image features")
         learned = sorted(set(seeing))
-        names = [o.gpt_ckpt, o.vq_ckpt, o.t5] + [f for n in learned for f in REWARD_FILES[n].values()]
+        names = self.model_files(o) + self.text_files(o)
+        names += [f for n in learned for f in REWARD_FILES[n].values()]
         # One process downloads and encodes, then one of each other machine (if their disks are the same, all
         # is there), then the rest.
         turn = 0 if parallel.RANK == 0 else 1 if parallel.LOCAL_RANK == 0 else 2
@@ -87,14 +98,17 @@ class World:
                             f"of them would be kept from training: none would be left")
         random.Random(1234).shuffle(captions)
         self.held_back, self.pool = captions[:o.eval_prompts], captions[o.eval_prompts:]
-        self.text = captions_of(o, files, device)
+        self.text = self.captions_of(o, files, device)
         self.text.prepare(captions)
         for _ in range(2 - turn):
             parallel.wait()
 
-        self.policy, self.vqgan = load_models(o, files, device)
-        self.reference = copy.deepcopy(self.policy)
+        self.policy, self.vqgan = self.load_models(o, files, device)
+        rank = getattr(o, "lora_rank", 0)                  # runs older than this option have none
+        self.reference = self.policy if rank else copy.deepcopy(self.policy)
         checkpoint.freeze(self.reference, o.dtype)
+        if rank:
+            self.policy = lora.adapt(self.reference, rank)
         checkpoint.freeze(self.vqgan, "float64" if o.dtype == "float64" else "float32")
         if o.dtype == "float64":
             self.policy.double()
@@ -139,6 +153,11 @@ def parts_of_memory(o, policy, others, size=1):
     size: processes. Counted, not measured; tests/test_llamagen.py holds it against what autograd keeps.
     """
     c, P = policy.config, sum(p.numel() for p in policy.parameters())
+    Q = sum(p.numel() for p in policy.parameters() if p.requires_grad)     # all, but with adapters (lora.py)
+    frozen, what = (P, "policy") if P == Q else (P - Q, "adapters")
+    cut = size if getattr(o, "shard", False) else 1                        # parallel.py
+    linear = [m for m in policy.modules() if isinstance(m, torch.nn.Linear)]
+    matrices = sum(p.numel() for m in linear for p in m.parameters())
     low = 2 if o.dtype == "bfloat16" else 4                        # bytes of a number in a matrix product
     B = o.prompts_per_step * o.group_size // size
     b, drawn, rows = min(B, o.micro_batch), min(B, o.sample_batch or B), 2 if o.cfg_scale > 1 else 1
@@ -147,10 +166,12 @@ def parts_of_memory(o, policy, others, size=1):
     kept = 4 * c.dim if o.recompute else inside
     layers = c.n_layer * kept + (inside if o.recompute else 0)
     return {
-        "policy, fp32": 4 * P, "its gradient": 4 * P, "AdamW's two moments": 8 * P,
-        "reference": low * P, "autocast's copy of the policy": 2 * P if low == 2 else 0,
+        f"{what}, fp32": 4 * Q // cut, "gradient": 4 * Q // cut, "AdamW's two moments": 8 * Q // cut,
+        "reference" + " and policy in one" * (P > Q): (low * matrices + 4 * (frozen - matrices)) // cut,
+        f"autocast's copy of the {what}": 2 * Q if low == 2 else 0,
         "tokenizer and rewards": sum(p.numel() * p.element_size() for m in others for p in m.parameters()),
         "sampling: keys and values": 2 * c.n_layer * rows * drawn * c.block_size * c.dim * low,
+        "sampling: weights gathered from all processes": 4 * P if cut > 1 else 0,
         "update: activations": rows * b * c.block_size * layers,
         # logits and log-probabilities of two models, and the gradients of two of these four
         "update: logits": 6 * rows * b * t * c.vocab_size * 4}
@@ -168,6 +189,6 @@ def memory_plan(o, policy, others, size=1):
     for k, v in parts.items():
         if ":" in k:
             phases[k.split(":")[0]] = phases.get(k.split(":")[0], 0) + v
-    lines = [f"  {v / 1e9:6.2f} GB  {k}" for k, v in parts.items()]
+    lines = [f"  {v / 1e9:6.2f} GB  {k}" for k, v in parts.items() if v]
     total = fixed + max(phases.values())
     return "\n".join([f"memory on each device, counted: about {total / 1e9:.1f} GB", *lines])

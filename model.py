@@ -5,6 +5,7 @@
 
 Row t of the logits predicts image token t, so the last prefix position predicts token 0. It is a Llama in
 all but three things: the prefix, the rotation in two dimensions, and classifier-free guidance (CFG).
+(janus.py is a plain Llama in this mould: another `_read`.)
 Source: LlamaGen, arXiv 2406.06525; names of modules are the released ones, so that its files load unchanged.
 Shapes: P prompts, B sequences, R rows (B, or 2B under CFG: conditional, then unconditional), T image tokens,
 V codes, D width, L prefix length, C width of a caption feature, S positions, hd width of a head.
@@ -101,28 +102,36 @@ class Attention(nn.Module):
 
     def read(self, x, sees):
         """Prefix rows x [P,L,D]; sees [P,L+1,L], 1 where a row sees a column, row L for the image tokens.
-        -> the rows' output [P,L,D], and what image tokens get from the caption [P,heads,1,hd]."""
+        -> the rows' output [P,L,D], and for the image tokens (key, value) of the caption, [P,heads,1,hd]."""
         v = F.linear(x, self.wqkv.weight[-x.shape[2]:])               # queries and keys are zero: only values
         # mean over what is seen; 0/1 and sums of them are exact in bf16 as well, 1/n would not be
         mean = ((sees @ v) / sees.sum(2, keepdim=True).clamp_min(1)).type_as(v)                   # [P,L+1,D]
         y = F.dropout(self.wo(mean[:, :-1]), self.dropout, self.training)
-        return y, mean[:, -1:].unflatten(2, (self.n_head, -1)).transpose(1, 2)
+        caption = mean[:, -1:].unflatten(2, (self.n_head, -1)).transpose(1, 2)
+        return y, (torch.zeros_like(caption), caption)
 
     def forward(self, x, table, bias, caption=None, cache=None):
-        """Image rows x [R,S,D]; table their rotation; bias [R or 1,1,S,1+S'] to the scores, column 0 for the
-        caption. Teacher forcing: caption [R,heads,1,hd] as `read` returned it. Sampling: cache, (k, v)
-        [R,heads,T,hd] with the caption at 0, and these rows are the last S of the 1 + S' in use."""
-        qkv = self.wqkv(x).unflatten(-1, (3 * self.n_head, -1))                           # [R,S,3 heads,hd]
-        qk, v = qkv.tensor_split([2 * self.n_head], 2)
-        q, k = rotate(qk, table).chunk(2, 2)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                    # [R,heads,S,hd]
+        """Image rows x [R,S,D]; table their rotation; bias [R or 1,1,S,n+S'] to the scores, n columns (here
+        one) for the caption. Teacher forcing: caption (k, v) [R,heads,n,hd] as `read` returned it. Sampling:
+        cache, (k, v) [R,heads,n+T-1,hd] that begin with it; these rows are the last S of n + S' in use."""
+        q, k, v = self.qkv(x, table)
         if cache is None:
-            k, v = F.pad(k, (0, 0, 1, 0)), torch.cat([caption, v], 2)                # the caption's key is 0
+            k, v = (torch.cat(pair, 2) for pair in zip(caption, (k, v)))
         else:                                       # write in place, then look at the filled part only
             end = bias.shape[3]
             for store, new in zip(cache, (k, v)):
                 store[:, :, end - x.shape[1]:end] = new
             k, v = (store[:, :, :end] for store in cache)
+        return self.attend(q, k, v, bias)
+
+    def qkv(self, x, table):
+        """Rows x [R,S,D], their rotation -> queries, keys, values, [R,heads,S,hd] each."""
+        qkv = self.wqkv(x).unflatten(-1, (3 * self.n_head, -1))                           # [R,S,3 heads,hd]
+        qk, v = qkv.tensor_split([2 * self.n_head], 2)
+        q, k = rotate(qk, table).chunk(2, 2)
+        return [t.transpose(1, 2) for t in (q, k, v)]
+
+    def attend(self, q, k, v, bias):
         y = F.scaled_dot_product_attention(q, k, v, bias.type_as(q)).transpose(1, 2).flatten(2)   # [R,S,D]
         return F.dropout(self.wo(y), self.dropout, self.training)
 
@@ -139,13 +148,13 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, attention=Attention):
         super().__init__()
-        self.attention, self.feed_forward = Attention(c), FeedForward(c)
+        self.attention, self.feed_forward = attention(c), FeedForward(c)
         self.attention_norm, self.ffn_norm = RMSNorm(c.dim, c.norm_eps), RMSNorm(c.dim, c.norm_eps)
 
-    def read(self, x, sees):
-        y, caption = self.attention.read(self.attention_norm(x), sees)
+    def read(self, x, *args):
+        y, caption = self.attention.read(self.attention_norm(x), *args)
         return self._feed(x + y), caption
 
     def forward(self, x, *args):
@@ -217,9 +226,11 @@ class GPT(nn.Module):
         return weights.load_gpt(path, **overrides)
 
     def _check(self, cond, cond_mask, prompt, cfg_scale, temperature):
-        c, L = self.config, self.config.cls_token_num
-        if c.model_type == "t2i" and (cond.dim() != 3 or tuple(cond.shape[1:]) != (L, c.caption_dim)):
-            raise ValueError(f"cond must be features [B,{L},{c.caption_dim}], not {tuple(cond.shape)}")
+        c, L = self.config, cond.shape[1] if cond.dim() > 1 else 1
+        if c.model_type == "t2i" and (cond.dim() != 3
+                                      or tuple(cond.shape[1:]) != (c.cls_token_num, c.caption_dim)):
+            raise ValueError(f"cond must be features [B,{c.cls_token_num},{c.caption_dim}], "
+                             f"not {tuple(cond.shape)}")
         if c.model_type == "c2i" and (cond.dim() != 1 or cond.is_floating_point()):
             raise ValueError(f"cond must be class labels [B], not {cond.dtype} {tuple(cond.shape)}")
         if cond_mask is not None and tuple(cond_mask.shape) != (len(cond), L):
@@ -232,7 +243,7 @@ class GPT(nn.Module):
 
     def _read(self, cond, cond_mask, prompt, cfg_scale):
         """Everything that image tokens need of their captions -> (hidden [R,1,D], which predicts token 0;
-        a list of what each layer sees of the caption, [R,heads,1,hd]; log n [R or 1,1,1,1])."""
+        a list of what each layer sees of the caption, (k, v) [R,heads,1,hd]; log n [R or 1,1,1,1])."""
         L, P = self.config.cls_token_num, len(cond)
         visible = cond.new_ones(1, L) if cond_mask is None else cond_mask
         if cond_mask is not None and cond.is_floating_point():
@@ -252,7 +263,7 @@ class GPT(nn.Module):
         captions = []
         for layer in self.layers:
             x, caption = self._run(layer.read, x, sees)
-            captions.append(caption[row])
+            captions.append([part[row] for part in caption])
         log_n = visible.sum(2).to(self._table(x).real.dtype).log()[:, :, None, None]   # -inf: no caption
         return x[row, -1:], captions, log_n if len(log_n) == 1 else log_n[row]
 
@@ -261,11 +272,11 @@ class GPT(nn.Module):
             return torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False)
         return layer(*args)
 
-    def _bias(self, log_n, length):
-        """[R or 1,1,length,1+length]: log n towards the caption, 0 towards earlier tokens, -inf to later
-        ones."""
-        future = torch.full((length, length), -torch.inf, device=log_n.device, dtype=log_n.dtype).triu(1)
-        return torch.cat([log_n.expand(-1, 1, length, 1), future.expand(len(log_n), 1, -1, -1)], 3)
+    def _bias(self, weight, length):
+        """weight [R or 1,1,1,n], the logarithms -> bias [R or 1,1,length,n+length]: these towards the caption
+        (log n, here), 0 towards earlier tokens, -inf to later ones."""
+        future = torch.full((length, length), -torch.inf, device=weight.device, dtype=weight.dtype).triu(1)
+        return torch.cat([weight.expand(-1, 1, length, -1), future.expand(len(weight), 1, -1, -1)], 3)
 
     def _table(self, x):
         """The rotations of all positions, [T,hd/2], on x's device and in its precision, but never below
@@ -295,10 +306,10 @@ class GPT(nn.Module):
         B, T = len(cond) if prompt is None else len(prompt), self.config.block_size
         if tokens.dim() != 2 or len(tokens) != B or not 0 < tokens.shape[1] <= T:
             raise ValueError(f"tokens must be [{B}, 1 to {T}], not {tuple(tokens.shape)}")
-        first, captions, log_n = self._read(cond, cond_mask, prompt, cfg_scale)
+        first, captions, weight = self._read(cond, cond_mask, prompt, cfg_scale)
         x = self.tok_embeddings(tokens[:, :-1])                            # the last token predicts nothing
         x = F.dropout(x.repeat(len(first) // B, 1, 1), self.config.token_dropout_p, self.training)
-        table, bias = self._table(x)[:x.shape[1]], self._bias(log_n, x.shape[1])
+        table, bias = self._table(x)[:x.shape[1]], self._bias(weight, x.shape[1])
         for layer, caption in zip(self.layers, captions):
             x = self._run(layer, x, table, bias, caption)
         return torch.cat([first.type_as(x), x], 1)
@@ -329,13 +340,10 @@ class GPT(nn.Module):
         if top_k < 0 or not 0 < top_p <= 1:
             raise ValueError(f"top_k must be >= 0 and top_p in (0,1], not {top_k} and {top_p}")
         T, B = self.config.block_size, len(cond) if prompt is None else len(prompt)
-        x, captions, log_n = self._read(cond, cond_mask, prompt, cfg_scale)                       # [R,1,D]
-        caches = []
-        for caption in captions:                    # place 0 for the caption, then T-1 for tokens 0 .. T-2
-            k = caption.new_zeros(len(x), caption.shape[1], T, caption.shape[3])
-            caches.append((k, torch.zeros_like(k)))
-            caches[-1][1][:, :, :1] = caption
-        table, bias = self._table(x), F.pad(log_n, (0, T - 1))                              # [R or 1,1,1,T]
+        x, captions, weight = self._read(cond, cond_mask, prompt, cfg_scale)                      # [R,1,D]
+        # n places for the caption (one, but for Janus), then T-1 for tokens 0 .. T-2
+        caches = [[F.pad(part, (0, 0, 0, T - 1)) for part in caption] for caption in captions]
+        table, bias, n = self._table(x), F.pad(weight, (0, T - 1)), weight.shape[3]     # [R or 1,1,1,n+T-1]
         tokens = torch.empty(B, T, dtype=torch.long, device=x.device)
         logps = torch.zeros(B, T, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         for t in range(T):
@@ -352,7 +360,7 @@ class GPT(nn.Module):
             if t < T - 1:
                 x = self.tok_embeddings(tokens[:, t:t + 1]).repeat(len(x) // B, 1, 1)
                 for layer, cache in zip(self.layers, caches):
-                    x = layer(x, table[t:t + 1], bias[..., :t + 2], None, cache)
+                    x = layer(x, table[t:t + 1], bias[..., :n + t + 1], None, cache)
         return (tokens, logps) if return_logp else tokens
 
 

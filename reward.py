@@ -68,6 +68,7 @@ def reader(images, captions):
 
 REWARDS = {}                               # name: function (images, captions) -> scores [B]; yours go here
 OF_WORLD = {"tiny": ("judge", "reader"), "llamagen": ("hps", "pickscore", "clipscore", "aesthetic")}
+OF_WORLD["janus"] = OF_WORLD["llamagen"]
 
 
 def parse(spec, world="tiny"):

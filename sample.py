@@ -4,6 +4,7 @@
     python sample.py --prompt="three blue crosses; a circle and a square" --temperature=0.8
     python sample.py --gpt_ckpt=t2i_XL_stage1_256.pt --vq_ckpt=vq_ds16_t2i.pt --prompt="a fox in the snow"
     python sample.py --gpt_ckpt=c2i_L_384.pt --vq_ckpt=vq_ds16_c2i.pt --prompt="207; 360; 387"
+    python sample.py --world=janus --gpt_ckpt=Janus-Pro-1B --prompt="a red fox in the snow"
     python sample.py --ckpt=out/llamagen_js --prompt="a red fox in the snow"
     python sample.py --ckpt=out/llamagen_js --prompts=evaluation_metadata.jsonl --save=out/geneval --n=4
 
@@ -20,6 +21,7 @@ Also printed: how many different codes were used, and a hash of them. Two machin
 for the same seed drew the same tokens; on a GPU the last bit of a sum may differ, and then they do not.
 """
 import hashlib
+import importlib
 import json
 import os
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ from tqdm import tqdm
 import checkpoint
 import config
 import evaluate
-import llamagen
+import lora
 import pictures
 import prompts as prompt_files
 import reward
@@ -41,7 +43,8 @@ import text
 import weights
 from config import UserError
 
-USUAL = {"tiny": (1.0, 0), "t2i": (7.5, 1000), "c2i": (4.0, 2000)}   # (cfg_scale, top_k)
+# (cfg_scale, top_k) of LlamaGen's and Janus's own samplers
+USUAL = {"tiny": (1.0, 0), "t2i": (7.5, 1000), "c2i": (4.0, 2000), "janus": (5.0, 0)}
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,11 @@ class Config:
     no_verify: bool = False            # do not read files of weights once more to compare their checksums
     # ---- distribution
     temperature: float = 1.0           # 0 is greedy: the likeliest code each time, so n equal pictures
-    cfg_scale: float = 0.0             # classifier-free guidance; 1 is none; 0 = usual: 1, t2i 7.5, c2i 4
-    top_k: int = -1                    # only the k likeliest codes; 0 is all; -1 = usual: tiny 0, 1000, 2000
+    cfg_scale: float = 0.0             # guidance; 1 is none; 0 = usual: tiny 1, t2i 7.5, c2i 4, janus 5
+    top_k: int = -1                    # only the k likeliest codes; 0 is all; -1 = usual: t2i 1000, c2i 2000
     top_p: float = 1.0                 # only the fewest codes with this much probability; 1 is all
     # ---- released files in place of ckpt (as in train.py)
+    world: Literal["llamagen", "janus"] = "llamagen"  # a Janus has all of its files in the folder gpt_ckpt
     gpt_ckpt: str = ""                 # e.g. t2i_XL_stage1_256.pt, c2i_L_384.pt, or one made by weights.py
     vq_ckpt: str = "vq_ds16_t2i.pt"    # tokenizer; vq_ds16_c2i.pt for c2i
     t5: str = "flan-t5-xl"             # encoder of the captions, t2i only
@@ -84,16 +88,17 @@ def load(cfg, device):
             return policy, SimpleNamespace(encode=lambda c: text.encode(c, device), decode=vqgan.decode,
                                            autocast=autocast, kind="tiny", prepare=list)
         state = saved["model"]
-    policy, vqgan = llamagen.load_models(
-        options, weights.find([options.gpt_ckpt, options.vq_ckpt], cfg.weights), device)
+    parts = importlib.import_module(options.world).World
+    policy, vqgan = parts.load_models(options, weights.find(parts.model_files(options), cfg.weights), device)
     if state:
+        policy = lora.adapt(policy, options.lora_rank) if getattr(options, "lora_rank", 0) else policy
         checkpoint.load_weights(policy, state, path)
     prepare = list                      # T5 wants all captions at once; others have nothing to prepare
     if policy.config.model_type == "c2i":
         def encode(classes):
             return torch.tensor(classes, device=device), torch.ones(len(classes), 1, device=device)
     else:
-        captions = llamagen.captions_of(options, weights.find([options.t5], cfg.weights), device)
+        captions = parts.captions_of(options, weights.find(parts.text_files(options), cfg.weights), device)
         prepare = captions.prepare
 
         def encode(texts):

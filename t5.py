@@ -57,7 +57,7 @@ WORDS = [(r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""), (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),
          (r"""^["']([\w\W]+)["']$""", r"\1"), (r"^['_,\-:;]", ""), (r"['_,\-:+]$", ""), (r"^\.\S+$", "")]
 
 
-def _need(name):
+def need(name):
     """The optional package `name`. UserError if it, or something that it wants, is not installed."""
     try:
         return importlib.import_module(name)
@@ -71,7 +71,7 @@ def _replace(rules, text):
 
 def clean_caption(text):
     """One pass of the cleaning that LlamaGen was trained with. UserError without packages bs4 and ftfy."""
-    bs4, ftfy = _need("bs4"), _need("ftfy")
+    bs4, ftfy = need("bs4"), need("ftfy")
     text = _replace(LINKS, urllib.parse.unquote_plus(text).strip().lower())
     if "<" in text or "&" in text:                  # else it is no HTML, but bs4 might warn: a file's name?
         with contextlib.suppress(bs4.ParserRejectedMarkup, UnicodeEncodeError):    # departure 1
@@ -119,7 +119,7 @@ class Captions:
 
     def _load(self):
         """Tokenizer and encoder. The Hub has whole T5s; the decoder is left in its file. Raises UserError."""
-        transformers = _need("transformers")
+        transformers = need("transformers")
         transformers.logging.set_verbosity_error()  # what it would report of the weights is refused below
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)

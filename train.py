@@ -13,20 +13,21 @@ group, and take one gradient step on the GRPO loss (grpo.py) with a divergence t
 Post-Training", arXiv 2606.21498.
 
 The distribution that samples *is* the one that is trained: same temperature and same CFG scale in the
-rollout, in the loss, and for the reference. `max_ratio_error` in the log checks that at every step. In the
+rollout, in the loss, and for the reference (but see --score_cfg). `max_ratio_error` in the log checks that at
+every step. In the
 run folder you find metrics.jsonl (a line a step), evaluations.jsonl, samples_*.png, ckpt.pt, and at the end
 before_after.png, curves.png and table.md. Models, captions and rewards are the business of the *world*:
 tiny.py says what that is, llamagen.py is the one with released weights.
 
-The defaults below are those of the tiny world; configs/llamagen_js.py has the paper's recipe. Departures:
+Options are in options.py, their defaults those of the tiny world; configs/llamagen_js.py has the paper's
+recipe. Departures:
  1. Critical tokens and dynamic advantage weight, on in the paper's released script, are off (critical.py).
 """
 import math
 import os
 import random
 import time
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict
 
 import torch
 from tqdm import tqdm
@@ -36,101 +37,14 @@ import config
 import evaluate
 import parallel
 import pictures
-import reward
 import runs
 from config import Fault, UserError
 from critical import critical_tokens
 from grpo import accumulate, advantages, chunked_loss
-
-
-@dataclass(frozen=True)
-class Config:
-    # ---- files
-    out_dir: str = "out/tiny_js"       # the run's folder; a used one is refused
-    world: Literal["tiny", "llamagen"] = "tiny"  # where models, captions and rewards come from: tiny.py ...
-    init_from: str = "assets/tiny_base.pt"  # tiny: all models, made by pretrain.py; or a run
-    resume: bool = False               # go on with the run in out_dir, with its own options
-    no_verify: bool = False            # do not read files of weights once more to compare their checksums
-    keep: int = 0                      # how many earlier checkpoints to keep beside ckpt.pt, as ckpt_STEP.pt
-    # ---- files of world = "llamagen", in the folder `weights`; fetched if they are not there
-    weights: str = "weights"           # the folder
-    gpt_ckpt: str = "t2i_XL_stage1_256.pt"  # policy and reference
-    vq_ckpt: str = "vq_ds16_t2i.pt"    # tokenizer
-    t5: str = "flan-t5-xl"             # encoder of the captions
-    n_head: int = 0                    # attention heads of gpt_ckpt; 0 = by the table of released sizes
-    block_size: int = 0                # image tokens of gpt_ckpt; 0 = by its name: _256, _384 or _512 pixels
-    prompts: str = "assets/prompts.txt"  # captions to train on: .txt, .json, .jsonl, .csv or .tsv
-    antialias: bool = True             # of HPS's resize to 224 pixels; False = as torchvision before 0.17
-    # ---- machine
-    seed: int = 0                      # of prompts and samples
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of matrix products; weights stay in fp32
-    # ---- length
-    max_steps: int = 120               # gradient-step batches; also fixes the schedules
-    stop_after: int = 0                # save and leave after so many steps of a sitting; 0 = run to max_steps
-    eval_interval: int = 60            # steps between evaluations, sample pictures and checkpoints
-    eval_prompts: int = 3              # fixed prompts: tiny, of each category; llamagen, in all
-    eval_draws: int = 96               # pictures of each, a multiple of 8; tiny, at least 64
-    # ---- rollout
-    prompts_per_step: int = 8          # captions a step
-    group_size: int = 8                # G, pictures a caption
-    sample_batch: int = 0              # pictures drawn at once by a process; 0 = all; memory, not the result
-    temperature: float = 1.0           # of rollout, loss and reference alike, > 0
-    cfg_scale: float = 1.0             # likewise; 1 = no guidance, which also halves the cost
-    uncond_grad: bool = True           # with cfg_scale > 1: does the unconditional branch get a gradient?
-    top_k: int = 0                     # must stay 0: truncation belongs to sample.py
-    top_p: float = 1.0                 # must stay 1, likewise
-    # ---- reward
-    reward: str = "judge"              # what is trained on; a weighted sum is "judge:1,reader:0.5"
-    heldout_reward: str = "reader"     # what is only reported
-    # ---- loss
-    divergence: Literal["js", "forward_kl", "reverse_kl", "none"] = "js"  # to the reference (divergences.py)
-    estimator: Literal["sampled", "unbiased", "exact"] = "sampled"  # "sampled" is the paper's
-    beta: float = 0.4                  # strength; js needs 4 times as much as a KL for the same pull
-    beta_schedule: Literal["constant", "linear", "cosine"] = "constant"  # beta to beta_end over max_steps
-    beta_end: float = 0.0              # used by linear and cosine
-    clip_eps: float = 0.2              # ratio is clipped to 1 +- this; binds from the second inner epoch on
-    critical_tokens: bool = False      # average the loss over picked tokens only (critical.py)
-    dynamic_weight: bool = False       # weight the advantage along the sequence (critical.py)
-    inner_epochs: int = 1              # gradient steps on each batch of samples
-    micro_batch: int = 64              # sequences a forward pass; changes memory, not the result
-    chunk: int = 0                     # positions whose logits exist at once; 0 = all; memory, not the result
-    recompute: bool = False            # keep no activations inside layers; memory for time, not the result
-    # ---- optimiser
-    learning_rate: float = 1e-3        # peak of AdamW; the 775M model takes 1e-5
-    warmup: float = 0.1                # share of max_steps with a rising rate
-    min_lr_ratio: float = 0.1          # the cosine ends at this share of the peak
-    weight_decay: float = 0.0          # of AdamW
-    grad_clip: float = 1.0             # largest norm of the gradient; 0 = no clipping
+from options import Config, check
 
 
 MOST_SKIPPED = 10                       # steps in a row without a finite gradient, after which a run gives up
-
-
-def check(cfg):
-    """Refuses what types cannot: values out of range, and options that would train another policy than is
-    sampled."""
-    if cfg.top_k != 0 or cfg.top_p != 1:
-        raise UserError("top_k and top_p cut the sampler's distribution, but the loss is that of the whole "
-                        "one, so the samples would not be the policy's: leave them at 0 and 1 here, and "
-                        "use them in sample.py")
-    least = dict(seed=0, max_steps=1, stop_after=0, eval_interval=1, eval_prompts=1, eval_draws=8, keep=0,
-                 n_head=0, block_size=0, prompts_per_step=1, group_size=2, sample_batch=0, cfg_scale=1,
-                 beta=0, beta_end=0, clip_eps=0, inner_epochs=1, micro_batch=1, chunk=0, learning_rate=0,
-                 warmup=0, min_lr_ratio=0, weight_decay=0, grad_clip=0)
-    config.at_least(cfg, **least)
-    config.named(cfg, out_dir="", init_from="", weights="", gpt_ckpt="", vq_ckpt="", t5="", prompts="")
-    if cfg.temperature <= 0:
-        raise UserError(f"temperature must be above 0, not {cfg.temperature}")
-    if cfg.warmup > 1 or cfg.min_lr_ratio > 1:
-        raise UserError("warmup and min_lr_ratio are shares, at most 1")
-    if cfg.eval_draws % evaluate.BEST_OF:
-        raise UserError(f"eval_draws must be a multiple of {evaluate.BEST_OF}, not {cfg.eval_draws}")
-    if cfg.dynamic_weight and cfg.chunk:
-        raise UserError("dynamic_weight needs all tokens of a sequence at once: leave chunk at 0")
-    if set(reward.parse(cfg.heldout_reward, cfg.world)) & set(reward.parse(cfg.reward, cfg.world)):
-        raise UserError(f"heldout_reward {cfg.heldout_reward!r} must not be trained on as well: "
-                        f"reward is {cfg.reward!r}")
 
 
 def ramp(kind, start, end, progress):
@@ -156,6 +70,12 @@ def token_entropy(policy, batch, sampling):
     return -(logp.exp() * logp).sum(-1)
 
 
+@torch.no_grad()
+def token_logp(policy, batch, sampling):
+    """Log-probability of every token of a batch -> [b,T]."""
+    return policy(*batch, **sampling).log_softmax(-1).gather(-1, batch[0][..., None])[..., 0]
+
+
 def main(argv):
     # ---- plumbing: everything that is made once ------------------------------------------------------------
     cfg, saved = runs.open_run(Config, check, argv)
@@ -170,22 +90,30 @@ def main(argv):
     policy, reference = world.policy, world.reference
     policy.eval()                               # dropout off: the loss must see the distribution that sampled
     policy.recompute = cfg.recompute
+    if saved:
+        checkpoint.load_weights(policy, saved["model"], os.path.join(cfg.out_dir, "ckpt.pt"))
+    if cfg.shard:
+        parallel.shard(policy)
+        parallel.shard(reference)
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, betas=(.9, .95),
                                   weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     sampling = dict(cfg_scale=cfg.cfg_scale, temperature=cfg.temperature)
-    guided = sampling | dict(uncond_grad=cfg.uncond_grad)
+    scoring = sampling | dict(cfg_scale=cfg.score_cfg or cfg.cfg_scale)
+    guided = scoring | dict(uncond_grad=cfg.uncond_grad)
+    takes_part = rank == 0 or cfg.shard         # in evaluations and saving: shares are put together by all
     asked_to_stop = runs.Stop()
 
     def file(name):
         return os.path.join(cfg.out_dir, name)
 
     def save(step):
-        state = {"model": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                 "rng": checkpoint.rng_state(generator), "config": asdict(cfg)}
-        runs.save(state, file("ckpt.pt"), cfg.keep)
+        state = {"model": parallel.whole(policy.state_dict()), "step": step, "config": asdict(cfg),
+                 "optimizer": parallel.whole(optimizer.state_dict()), "rng": checkpoint.rng_state(generator)}
+        if rank == 0:
+            runs.save(state, file("ckpt.pt"), cfg.keep)
 
     def tick():
         """Notes the time, of which a GPU has to be asked whether it is done: it works behind our back."""
@@ -195,28 +123,31 @@ def main(argv):
 
     def assess(model, step):
         """The evaluation of evaluate.py, logged, with a picture. Its random stream is its own."""
-        results, tokens, images = evaluate.evaluate(
-            world, model, None if model is reference else before[1:], prompts=cfg.eval_prompts,
-            draws=cfg.eval_draws, **sampling)
-        world.picture(file(f"samples_{step:05d}.png"), world.fixed_prompts(cfg.eval_prompts),
-                      [("step %d" % step, images)])
+        with parallel.gathered(policy), parallel.gathered(reference):
+            results, tokens, images = evaluate.evaluate(
+                world, model, None if model is reference else before[1:], prompts=cfg.eval_prompts,
+                draws=cfg.eval_draws, **sampling)
+        if rank == 0:
+            world.picture(file(f"samples_{step:05d}.png"), world.fixed_prompts(cfg.eval_prompts),
+                          [("step %d" % step, images)])
         return {"step": step} | results, results, tokens, images
 
     start, skipped = 0, 0                       # skipped: steps in a row whose gradient was not finite
     if saved:
         start = saved["step"]
-        checkpoint.load_weights(policy, saved["model"], file("ckpt.pt"))
         try:
-            optimizer.load_state_dict(saved["optimizer"])
+            optimizer.load_state_dict(parallel.shares(saved["optimizer"], policy.parameters()))
             checkpoint.set_rng_state(saved["rng"], generator)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"{file('ckpt.pt')} is no checkpoint of this version: "
                             f"{' '.join(str(error).split())[:200]}") from None
     if rank == 0:
         lock = runs.claim(cfg.out_dir)          # held until the process ends
+    if takes_part:
         if not saved:
             save(0)
         before = assess(reference, 0)           # the base, and what every later evaluation is compared with
+    if rank == 0:
         log = checkpoint.Log(file("metrics.jsonl"), start)         # lines of steps that will be done again go
         evaluations = checkpoint.Log(file("evaluations.jsonl"), start + 1)
         if not evaluations.lines:
@@ -241,12 +172,18 @@ def main(argv):
             return features[used], mask[used], own
         everything, drawn = torch.arange(len(prompt) // size, device=device), []
         pieces, noise = everything.split(cfg.sample_batch or len(everything)), generator.get_state()
-        for i, rows in enumerate(pieces):
-            generator.set_state(noise)              # each piece takes its own rows of the same noise
-            with world.autocast:
+        with world.autocast, parallel.gathered(policy):
+            for i, rows in enumerate(pieces):
+                generator.set_state(noise)          # each piece takes its own rows of the same noise
                 drawn.append(policy.generate(*batch(rows), generator=generator, return_logp=True,
                                              part=(rank * len(pieces) + i, size * len(pieces)), **sampling))
         tokens, logp_old = map(torch.cat, zip(*drawn))                                               # [b,T]
+        mismatch = torch.zeros((), device=device)
+        if scoring != sampling:         # the loss is about another distribution than the one that sampled, so
+            with world.autocast:        # the old log-probabilities have to be of that one too
+                scored = torch.cat([token_logp(policy, (tokens[rows], *batch(rows)), scoring)
+                                    for rows in everything.split(cfg.micro_batch)])
+            mismatch, logp_old = ((scored - logp_old).exp() - 1).abs().max(), scored
         N = len(prompt) * tokens.shape[1]           # tokens of the whole step
         tick()
 
@@ -263,7 +200,7 @@ def main(argv):
         selected = torch.ones_like(logp_old)                       # [b,T], weights of the tokens, mean 1
         if cfg.critical_tokens:
             with world.autocast:
-                entropy = torch.cat([token_entropy(policy, (tokens[rows], *batch(rows)), sampling)
+                entropy = torch.cat([token_entropy(policy, (tokens[rows], *batch(rows)), scoring)
                                      for rows in everything.split(cfg.micro_batch)])                 # [b,T]
             picked = critical_tokens(*map(parallel.gather, (entropy, tokens)), world.vqgan.quantize.codes(),
                                      cfg.group_size, policy.side)                                    # [B,T]
@@ -281,19 +218,20 @@ def main(argv):
             for rows in everything.split(cfg.micro_batch):
                 inputs = tokens[rows], *batch(rows)
                 with world.autocast:
-                    hidden = policy.hidden(*inputs, cfg_scale=cfg.cfg_scale)                         # [R,T,D]
+                    hidden = policy.hidden(*inputs, cfg_scale=scoring["cfg_scale"])                  # [R,T,D]
                     with torch.no_grad():
-                        ref_hidden = reference.hidden(*inputs, cfg_scale=cfg.cfg_scale)
+                        ref_hidden = reference.hidden(*inputs, cfg_scale=scoring["cfg_scale"])
                     loss, stats = chunked_loss(
                         (hidden, lambda h: policy.logits(h, **guided)),
-                        (ref_hidden, lambda h: reference.logits(h, **sampling)),
+                        (ref_hidden, lambda h: reference.logits(h, **scoring)),
                         tokens[rows], logp_old[rows], adv[mine][rows], N, selected[rows], chunk=cfg.chunk,
                         beta=beta, divergence=cfg.divergence, estimator=cfg.estimator, clip_eps=cfg.clip_eps,
                         dynamic=cfg.dynamic_weight)
                 loss.backward()
                 accumulate(epochs[-1], stats)
             parallel.add_gradients(policy.parameters())
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf)
+            grad_norm = parallel.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(),
+                                                                      cfg.grad_clip or math.inf))
             if grad_norm.isfinite():
                 optimizer.step()
         skipped = 0 if grad_norm.isfinite() else skipped + 1
@@ -302,7 +240,9 @@ def main(argv):
         # 5. log: a line a step; now and then an evaluation, a picture, a checkpoint; all by process 0
         # Statistics are those of the first pass, of the policy that sampled; only the last can be clipped.
         stopping = torch.tensor(float(bool(asked_to_stop.name)), device=device)   # in any process
-        update = parallel.combine(epochs[0] | {"clip_share": epochs[-1]["clip_share"], "max_stop": stopping})
+        update = parallel.combine(epochs[0] | {
+            "clip_share": epochs[-1]["clip_share"], "max_stop": stopping,
+            "max_ratio_error": epochs[0]["max_ratio_error"].maximum(mismatch)})
         leave = update.pop("max_stop") > 0 or skipped == MOST_SKIPPED
         line = {"step": step, "reward": scores.mean().item(), "heldout_reward": heldout.mean().item(),
                 "reward_std": scores.view(-1, cfg.group_size).std(1).mean().item(),
@@ -313,19 +253,22 @@ def main(argv):
         bar.set_postfix(reward=f"{line['reward']:.2f}", heldout=f"{line['heldout_reward']:.2f}",
                         diversity=f"{line['diversity']:.2f}", kl=f"{line['kl_reverse']:.3f}")
         done, last = step + 1, step + 1 == cfg.max_steps
-        if rank == 0 and (last or done % cfg.eval_interval == 0):
+        if takes_part and (last or done % cfg.eval_interval == 0):
             after = assess(policy, done)
-            evaluations.write(after[0])
+            if rank == 0:
+                evaluations.write(after[0])
         phases = ("t_sample", "t_reward", "t_advantage", "t_update", "t_log")
         tick()
         if rank == 0:
             log.write(line | {name: round(b - a, 4) for name, a, b in zip(phases, clock, clock[1:])})
-            if last or leave or done == stop or done % cfg.eval_interval == 0:
-                save(done)
+        if takes_part and (last or leave or done == stop or done % cfg.eval_interval == 0):
+            save(done)
         if leave:
             break
 
     # ---- what came of it -----------------------------------------------------------------------------------
+    if start == stop and takes_part:            # resumed at the very end: only the pictures were missing
+        after = assess(policy, stop)
     parallel.stop()
     if rank:
         return
@@ -337,8 +280,6 @@ def main(argv):
         if asked_to_stop.name:
             raise Fault(f"stopped by {asked_to_stop.name}")
         return
-    if start == stop:                               # resumed at the very end: only the pictures were missing
-        after = assess(policy, stop)
     world.picture(file("before_after.png"), world.fixed_prompts(cfg.eval_prompts),
                   [("base", before[3]), (f"after {stop} steps, {cfg.divergence}", after[3])])
     pictures.curves(log.lines, file("curves.png"), evaluations.lines)

@@ -48,8 +48,9 @@ def _gpt(preset, pixels, **more):
 # two LayerNorms 4w; and there are patches 588w, 1 + 257 positions w, 4w of LayerNorms; 49408 words t, 77
 # positions t, a LayerNorm 2t; projections wt + tt; a scale. T5, D = 2048: attention 4D^2, in a decoder twice,
 # gated MLP 3 D 5120, norms D; 2 x 24 layers; 2 x 32 x 32 distances, 2 D of norms, 2 x 32128 words D.
-# The aesthetic score: an MLP 768-1024-128-64-16-1, sum of (in + 1) out.
+# The aesthetic score: an MLP 768-1024-128-64-16-1, sum of (in + 1) out. Janus-Pro: as transformers counts it.
 CLIP_L, CLIP_H, T5_XL, AESTHETIC = 427_616_513, 986_109_441, 2_849_757_184, 927_969
+JANUS_1B, JANUS_7B = 2_076_636_811, 7_407_773_323
 T2I, C2I = "peizesun/llamagen_t2i", "FoundationVision/LlamaGen"
 RELEASED = {  # name (.pt, .pth, or a folder): (config of ours or bytes, repository, licence, use)
     "t2i_XL_stage1_256.pt": (_gpt("XL", 256), T2I, "MIT", "policy, captions to 256 pixels"),
@@ -62,6 +63,8 @@ RELEASED = {  # name (.pt, .pth, or a folder): (config of ours or bytes, reposit
     "flan-t5-xl": (4 * T5_XL, "google/flan-t5-xl", "Apache-2.0", "caption features"),
     "HPS_v2.1_compressed.pt": (2 * CLIP_H, "xswu/HPSv2", "Apache-2.0", "reward HPSv2.1"),
     "clip-vit-large-patch14": (4 * CLIP_L, "openai/clip-vit-large-patch14", "MIT", "rewards: CLIP, tokens"),
+    "Janus-Pro-1B": (2 * JANUS_1B, "deepseek-ai/Janus-Pro-1B", "DeepSeek", "policy and tokenizer (janus.py)"),
+    "Janus-Pro-7B": (2 * JANUS_7B, "deepseek-ai/Janus-Pro-7B", "DeepSeek", "policy and tokenizer (janus.py)"),
     "PickScore_v1": (4 * CLIP_H, "yuvalkirstain/PickScore_v1", "see page", "reward PickScore"),
     "sac+logos+ava1-l14-linearMSE.pth": (
         4 * AESTHETIC, "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
@@ -69,9 +72,12 @@ RELEASED = {  # name (.pt, .pth, or a folder): (config of ours or bytes, reposit
 FILES, FOLDER_FILES = (".pt", ".pth"), ["*.json", "*.txt", "spiece.model", "*.safetensors"]
 
 
+MODELS = {GPTConfig: GPT, VQConfig: VQGAN}                 # janus.py adds its own
+
+
 def _meta(cfg):
     with torch.device("meta"):                             # names and shapes without memory
-        return (GPT if isinstance(cfg, GPTConfig) else VQGAN)(cfg)
+        return MODELS[type(cfg)](cfg)
 
 
 def key_table(cfg):
@@ -90,10 +96,10 @@ PREFIX = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")    # of DDP and torch.co
 DROPPED = re.compile(                                      # buffers that are made anew, or never used
     r"freqs_cis$|causal_mask$|layers\.\d+\.attention\.kv_cache\.|.*rotary_emb\.inv_freq$|"
     r"discriminator\.|optimizer_disc\.|quantize\.codebook_used$")
-PORT = {"model.embed_tokens": "tok_embeddings", "lm_head": "output", "model.": "",       # to released names
-        "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
-        "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2",
-        "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+PORT_LAYERS = {"self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",   # to released names
+               "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2",
+               "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+PORT = {"model.embed_tokens": "tok_embeddings", "lm_head": "output", "model.": "", **PORT_LAYERS}
 PORT_CONFIG = {"num_attention_heads": "n_head", "rms_norm_eps": "norm_eps", "block_size": "block_size"}
 
 
@@ -120,56 +126,82 @@ def _read(file):
                         f"fetch it again") from None
 
 
-def _state(path):
-    """(tensors by released name, {field: value} of config.json) of a file, or of a folder's weight files."""
+def gather(path):
+    """(tensors by name, names of what was beside them) of a file, or of a folder's weight files."""
     names = glob.glob("*.safetensors", root_dir=path) or glob.glob("pytorch_model*.bin", root_dir=path)
     files = [path] if os.path.isfile(path) else [os.path.join(path, name) for name in sorted(names)]
     if not files:
         raise UserError(f"no weights at {path}; `python weights.py` lists what there is, and its source")
-    state, told, dropped = {key: value for file in files for key, value in _read(file).items()}, {}, []
+    state, dropped = {key: value for file in files for key, value in _read(file).items()}, []
     while wrapper := next((w for w in WRAPPERS if isinstance(state.get(w), dict) and state[w]), None):
         dropped += [str(key) for key in state if key != wrapper]
         state = state[wrapper]
-    state = {PREFIX.sub("", str(key)): value for key, value in state.items()}
+    return {PREFIX.sub("", str(key)): value for key, value in state.items()}, dropped
+
+
+def config_beside(path):
+    """(path, content) of config.json in the folder `path`, or beside the file `path`; {} if there is none."""
+    beside = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
+    return beside, _read(beside) if os.path.isfile(beside) else {}
+
+
+def refuse_others(path, state, unused):
+    """UserError unless `state`, but for what `unused` matches, is tensors of floating point numbers."""
     for key, value in state.items():
-        if not key.isprintable() or not (DROPPED.match(key) or isinstance(value, torch.Tensor)
+        if not key.isprintable() or not (unused.match(key) or isinstance(value, torch.Tensor)
                                          and value.is_floating_point()):
             raise UserError(f"{path}: {key!r:.99} is {getattr(value, 'dtype', type(value).__name__)}, not a "
                             f"tensor of floating point numbers: it is another kind of file")
+
+
+def sift(path, state, dropped, unused):
+    """`state` but for what `unused` matches, which is told with the `dropped` names."""
+    dropped = dropped + [key for key in state if unused.match(key)]
+    if dropped:
+        print(f"{path}: left out {len(dropped)} that we do not need: {', '.join(dropped[:4])}"
+              + ", ..." * (len(dropped) > 4))
+    return {key: value for key, value in state.items() if not unused.match(key)}
+
+
+def _state(path):
+    """(tensors by released name, {field: value} of config.json) of a file, or of a folder's weight files."""
+    (state, dropped), told = gather(path), {}
+    refuse_others(path, state, DROPPED)
     if "model.embed_tokens.weight" in state:               # a port
         for key in [k for k in state if k.endswith("self_attn.q_proj.weight")]:
             qkv = [key.replace("q_proj", f"{part}_proj") for part in "qkv"]
-            if all(k in state for k in qkv):               # else _build says which one is missing
+            if all(k in state for k in qkv):               # else build says which one is missing
                 # its RoPE is interleaved too, so no row moves
                 joined = torch.cat([state.pop(k) for k in qkv])
                 state[key.replace("self_attn.q_proj", "attention.wqkv")] = joined
         for theirs, ours in PORT.items():
             state = {key.replace(theirs, ours): value for key, value in state.items()}
-        beside = os.path.join(os.path.dirname(files[0]), "config.json")
-        told = _read(beside) if os.path.isfile(beside) else {}
-    dropped += [key for key in state if DROPPED.match(key)]
-    if dropped:
-        print(f"{path}: left out {len(dropped)} that we do not need: {', '.join(dropped[:4])}"
-              + ", ..." * (len(dropped) > 4))
+        beside, told = config_beside(path)
     told = {ours: told[theirs] for theirs, ours in PORT_CONFIG.items() if theirs in told}
     if wrong := [k for k, v in told.items() if type(v) is not type(getattr(GPTConfig, k))]:
         raise UserError(f"{beside}: {wrong[0]} must be {type(getattr(GPTConfig, wrong[0])).__name__}, not "
                         f"{told[wrong[0]]!r:.99}")
-    return {key: value for key, value in state.items() if not DROPPED.match(key)}, told
+    return sift(path, state, dropped, DROPPED), told
+
+
+def layer_shapes(state, D):
+    """The fields of a config that the layers of `state` tell, of width D."""
+    hidden = len(state["layers.0.feed_forward.w1.weight"])
+    # Any multiple that rounds 2/3 * 4D up to this width gives the same model; `hidden` itself always does.
+    return dict(dim=D, n_layer=len({k.split(".")[1] for k in state if k.startswith("layers.")}),
+                multiple_of=256 if -(-int(2 * 4 * D / 3) // 256) * 256 == hidden else hidden)
 
 
 def _gpt_shapes(state):
-    (V, D), hidden = state["tok_embeddings.weight"].shape, len(state["layers.0.feed_forward.w1.weight"])
-    # Any multiple that rounds 2/3 * 4D up to this width gives the same model; `hidden` itself always does.
-    told = dict(vocab_size=V, dim=D, n_layer=len({k.split(".")[1] for k in state if k.startswith("layers.")}),
-                multiple_of=256 if -(-int(2 * 4 * D / 3) // 256) * 256 == hidden else hidden)
+    V, D = state["tok_embeddings.weight"].shape
+    told = dict(vocab_size=V, **layer_shapes(state, D))
     if (rows := state.get("cls_embedding.embedding_table.weight")) is not None:     # the last is "no class"
         return dict(told, model_type="c2i", cls_token_num=1, num_classes=len(rows) - 1)
     L, C = state["cls_embedding.uncond_embedding"].shape
     return dict(told, model_type="t2i", cls_token_num=L, caption_dim=C)
 
 
-def _vq_shapes(state):
+def vq_shapes(state):
     ch, (V, width) = len(state["encoder.conv_in.weight"]), state["quantize.embedding.weight"].shape
     levels, blocks = (len({key.split(".")[place] for key in state if key.startswith(start)})
                       for place, start in ((2, "encoder.conv_blocks."), (4, "encoder.conv_blocks.0.res.")))
@@ -178,12 +210,12 @@ def _vq_shapes(state):
                 codebook_embed_dim=width, z_channels=len(state["encoder.conv_out.weight"]))
 
 
-def _examine(cls, shapes, path, overrides):
+def examine(cls, shapes, path, overrides, read=_state):
     """(tensors by name, {field of the config `cls`: value}) from shapes, then config.json, then overrides."""
     names = [field.name for field in dataclasses.fields(cls)]
     if strange := [name for name in overrides if name not in names]:
         raise UserError(f"there is no option {strange[0]!r} here; there are: dtype, {', '.join(names)}")
-    state, told = _state(path)
+    state, told = read(path)
     try:
         return state, {**shapes(state), **told, **overrides}
     except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -191,7 +223,7 @@ def _examine(cls, shapes, path, overrides):
                         f"entries, the first are {', '.join(list(state)[:3])}") from None
 
 
-def _build(cfg, state, dtype, path):
+def build(cfg, state, dtype, path):
     """The module of `cfg`, taking over the tensors of `state` one by one. UserError if they do not fit."""
     if (kind := str(dtype).removeprefix("torch.")) not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}")
@@ -215,7 +247,7 @@ def load_gpt(path, dtype=torch.float32, **overrides):
     path: a file, or a Hugging Face folder. dtype: float32, bfloat16, float16, as text or torch's. overrides:
     fields of GPTConfig, whatever the file tells. UserError for a file that is missing, damaged or of another
     model, and where n_head= or block_size= has to be given."""
-    state, told = _examine(GPTConfig, _gpt_shapes, path, overrides)
+    state, told = examine(GPTConfig, _gpt_shapes, path, overrides)
     heads = {(n_layer, dim): n_head for n_layer, n_head, dim in PRESETS.values()}
     told = {"n_head": heads.get((told["n_layer"], told["dim"])), **told}
     if told["n_head"] is None:
@@ -228,13 +260,13 @@ def load_gpt(path, dtype=torch.float32, **overrides):
                             f"block_size=, which is 256, 576, 1024 for pictures of 256, 384, 512 pixels")
         told["block_size"] = (int(pixels[-1]) // 16) ** 2
         print(f"{path}: {told['block_size']} image tokens, as its name says {pixels[-1]} pixels")
-    return _build(GPTConfig(**told), state, dtype, path)
+    return build(GPTConfig(**told), state, dtype, path)
 
 
 def load_vq(path, dtype=torch.float32, **overrides):
     """A released or exported tokenizer -> VQGAN, the same way; overrides are fields of VQConfig."""
-    state, told = _examine(VQConfig, _vq_shapes, path, overrides)
-    return _build(VQConfig(**told), state, dtype, path)
+    state, told = examine(VQConfig, vq_shapes, path, overrides)
+    return build(VQConfig(**told), state, dtype, path)
 
 
 # ---- writing -------------------------------------------------------------------------------------------
@@ -259,7 +291,8 @@ def make_random(cfg, path, seed=0, dtype=torch.float32, std=0.02):
 # ---- finding -------------------------------------------------------------------------------------------
 def _is_there(path):
     """Is it a file, or a folder with config.json and all of its weights?"""
-    index = os.path.join(path, "model.safetensors.index.json")             # lists all, should a download stop
+    kind = "model.safetensors" if glob.glob("*.safetensors", root_dir=path) else "pytorch_model.bin"
+    index = os.path.join(path, kind + ".index.json")                       # lists all, should a download stop
     parts = (_read(index).get("weight_map", {}).values() if os.path.isfile(index) else
              glob.glob("*.safetensors", root_dir=path) or glob.glob("*.bin", root_dir=path))
     return os.path.isfile(path) or bool(parts) and all(
@@ -282,6 +315,7 @@ def _download(name, path):
         return os.replace(f"{path}.tmp", path)
     from huggingface_hub import snapshot_download          # for a file too: hf_hub_download retries for long
     where, which = (os.path.dirname(path), [name]) if name.endswith(FILES) else (path, FOLDER_FILES)
+    which = which + ["pytorch_model*.bin"] * name.startswith("Janus")      # the others have safetensors
     snapshot_download(source, local_dir=where, allow_patterns=which, etag_timeout=5)
     if not _is_there(path):    # offline, the hub is content with a folder that has anything in it
         raise FileNotFoundError("no network, or it is there no more")

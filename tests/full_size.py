@@ -50,13 +50,18 @@ def small_clip(width, heads):
 
 
 def make(folder, gpt, vq, gpt_name, width=1280, heads=16):
-    """gpt, vq: GPTConfig and VQConfig; width, heads: of HPS's image tower, which clip.HEADS must know."""
-    from test_clip import to_open_clip
+    """gpt, vq: GPTConfig and VQConfig; width, heads as in make_rewards."""
     os.makedirs(folder, exist_ok=True)
     torch.manual_seed(0)
     weights.make_random(gpt, os.path.join(folder, gpt_name), std=.02)
     weights.make_random(vq, os.path.join(folder, "vq_ds16_t2i.pt"), seed=1, std=.05)
     save_t5(os.path.join(folder, "flan-t5-xl"), gpt.caption_dim)
+    make_rewards(folder, width, heads)
+
+
+def make_rewards(folder, width=1280, heads=16):
+    """Small HPS and CLIP; width, heads: of HPS's image tower, which clip.HEADS must know."""
+    from test_clip import to_open_clip
     checkpoint.save({"state_dict": to_open_clip(small_clip(width, heads), layers=1)},
                     os.path.join(folder, "HPS_v2.1_compressed.pt"))
     clip = os.path.join(folder, "clip-vit-large-patch14")

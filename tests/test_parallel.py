@@ -65,6 +65,21 @@ def test_a_run_goes_on_with_another_number_of_processes(one, mini_base, tmp_path
     assert close(one, folder) < 1e-9 and len(metrics(folder)) == 3
 
 
+def test_shares_of_the_weights_make_the_run_of_one(one, mini_base, tmp_path):
+    """FSDP2: each of two processes has half of each weight; the files are those of a whole run, which can go
+    on from them, and the other way round."""
+    folder = str(tmp_path / "shard")
+    codes, outputs = go(folder, mini_base, 2, *QUICK, "--shard", "--recompute", "--chunk=5")
+    assert codes == [0, 0], outputs
+    assert close(one, folder) < 1e-9
+    for a, b in zip(metrics(one), metrics(folder), strict=True):
+        assert a == pytest.approx(b, rel=1e-6, abs=1e-9)
+    folder = str(tmp_path / "changed")
+    for size, more in ((2, [*QUICK, "--shard"]), (1, ["--resume"]), (2, ["--resume"])):
+        assert go(folder, mini_base, size, *more, "--stop_after=1")[0] == [0] * size
+    assert close(one, folder) < 1e-9 and len(metrics(folder)) == 3
+
+
 def test_pictures_that_cannot_be_shared_out_are_refused(mini_base, tmp_path):
     codes, outputs = go(str(tmp_path / "run"), mini_base, 2, *QUICK, "--prompts_per_step=1", "--group_size=3")
     assert codes == [2, 2] and "cannot be shared out" in outputs[0][1] and not (tmp_path / "run").exists()
