@@ -217,7 +217,7 @@ def read_of(path, names):
 
 
 # Where a script's config goes besides its own file.
-USERS = {"train": ["evaluate", "runs", "tiny", "llamagen"], "sample": ["llamagen"]}
+USERS = {"train": ["options", "evaluate", "runs", "tiny", "llamagen"], "sample": ["llamagen"]}
 
 
 @pytest.mark.parametrize("name", MODULES)

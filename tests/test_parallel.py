@@ -57,6 +57,7 @@ def test_two_processes_make_the_run_of_one(one, mini_base, tmp_path):
         assert a == pytest.approx(b, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(one, mini_base, tmp_path):
     folder = str(tmp_path / "changed")
     assert go(folder, mini_base, 2, *QUICK, "--stop_after=1")[0] == [0, 0]
@@ -65,6 +66,7 @@ def test_a_run_goes_on_with_another_number_of_processes(one, mini_base, tmp_path
     assert close(one, folder) < 1e-9 and len(metrics(folder)) == 3
 
 
+@pytest.mark.slow
 def test_shares_of_the_weights_make_the_run_of_one(one, mini_base, tmp_path):
     """FSDP2: each of two processes has half of each weight; the files are those of a whole run, which can go
     on from them, and the other way round."""
