@@ -16,33 +16,19 @@
 #  3. The reward is HPSv2.1 alone; there it is one of several.
 #  4. Prompts of a batch are padded on the left. 5. AdamW's second beta .95 in place of .999.
 #  6. Captions of our own. 7. No critical tokens, no dynamic weight: in their Janus script neither has effect.
+like = "configs/llamagen_js.py"     # precision, rewards, divergence, schedules and evaluation are the same
 world = "janus"
 out_dir = "out/janus_js"
 gpt_ckpt = "Janus-Pro-7B"   # policy, tokenizer of images and tokenizer of texts
-dtype = "bfloat16"
 # ---- rollout
 prompts_per_step = 8
 group_size = 4
 sample_batch = 8            # of each process: with 4 of them, that is all at once
 cfg_scale = 5.0
-temperature = 1.0
-# ---- reward
-reward = "hps"
-heldout_reward = "clipscore"
 # ---- loss
-divergence = "js"
-estimator = "sampled"       # the paper's form
 beta = 0.01                 # as released, for all three divergences; a KL then pulls four times as hard
-micro_batch = 4
-chunk = 64                  # logits of 2 x 4 x 64 tokens x 16,384 codes in fp32: 34 MB each
-recompute = True
+micro_batch = 4             # and chunk = 64: logits of 2 x 4 x 64 tokens x 16,384 codes in fp32, 34 MB each
 # ---- length, optimiser
 max_steps = 1600
 lora_rank = 64
 learning_rate = 1e-5
-warmup = 0.1
-min_lr_ratio = 0.1
-# ---- evaluation: 16 captions kept from training, 8 pictures each
-eval_interval = 100
-eval_prompts = 16
-eval_draws = 8
