@@ -32,6 +32,8 @@ import runs
 from config import UserError
 from options import BEST_OF
 
+WORLD_IS = ("world", "init_from", "weights", "gpt_ckpt", "vq_ckpt", "t5", "n_head", "block_size", "prompts",
+            "dtype", "lora_rank", "antialias", "reward", "heldout_reward")     # runs that share a world agree
 VENDI_OF = 64                   # pictures a prompt, at most, that enter pairwise and vendi
 KL_DRAWS = 16                   # draws a prompt, at most, that enter the KLs and the token entropy
 CHUNK = 2 ** 14                 # tokens of the sequences that are sampled at once
@@ -190,12 +192,12 @@ def main(argv):
         options.eval_draws = cfg.draws
         settings = dict(prompts=cfg.eval_prompts, draws=cfg.draws,
                         cfg_scale=cfg.cfg_scale or options.cfg_scale, temperature=options.temperature)
-        key = *(getattr(options, k) for k in ("world", "init_from", "gpt_ckpt", "vq_ckpt", "reward",
-                                              "heldout_reward")), *settings.values()
+        key = *(getattr(options, k) for k in WORLD_IS), *settings.values()
         if key not in bases:
             world = open_world(options, device)
             bases[key] = world, evaluate(world, world.reference, **settings)
-            name = "base" + (f" ({options.reward}, {options.init_from})" if len(bases) > 1 else "")
+            file = options.init_from if options.world == "tiny" else options.gpt_ckpt
+            name = "base" + f" ({options.reward}, {file})" * (len(bases) > 1)
             rows += [(name, bases[key][1][0]), (f"best of {BEST_OF} of the {name}",
                                                 best_of_n(bases[key][1][0]))]
             columns.append((name, bases[key][1][2]))

@@ -104,11 +104,10 @@ class World:
             parallel.wait()
 
         self.policy, self.vqgan = self.load_models(o, files, device)
-        rank = getattr(o, "lora_rank", 0)                  # runs older than this option have none
-        self.reference = self.policy if rank else copy.deepcopy(self.policy)
+        self.reference = self.policy if o.lora_rank else copy.deepcopy(self.policy)
         checkpoint.freeze(self.reference, o.dtype)
-        if rank:
-            self.policy = lora.adapt(self.reference, rank)
+        if o.lora_rank:
+            self.policy = lora.adapt(self.reference, o.lora_rank)
         checkpoint.freeze(self.vqgan, "float64" if o.dtype == "float64" else "float32")
         if o.dtype == "float64":
             self.policy.double()
@@ -132,6 +131,9 @@ class World:
         return torch.cat([self.vqgan.decode(some) for some in tokens.split(DECODED)])
 
     def fixed_prompts(self, n):
+        if n > len(self.held_back):
+            raise UserError(f"eval_prompts must be at most {len(self.held_back)}, the captions that were "
+                            f"kept from training, not {n}")
         return self.held_back[:n]
 
     def extra(self, *args, **sampling):
@@ -155,7 +157,7 @@ def parts_of_memory(o, policy, others, size=1):
     c, P = policy.config, sum(p.numel() for p in policy.parameters())
     Q = sum(p.numel() for p in policy.parameters() if p.requires_grad)     # all, but with adapters (lora.py)
     frozen, what = (P, "policy") if P == Q else (P - Q, "adapters")
-    cut = size if getattr(o, "shard", False) else 1                        # parallel.py
+    cut = size if o.shard else 1                                           # parallel.py
     linear = [m for m in policy.modules() if isinstance(m, torch.nn.Linear)]
     matrices = sum(p.numel() for m in linear for p in m.parameters())
     low = 2 if o.dtype == "bfloat16" else 4                        # bytes of a number in a matrix product
@@ -177,7 +179,7 @@ def parts_of_memory(o, policy, others, size=1):
         "update: logits": 6 * rows * b * t * c.vocab_size * 4}
 
 
-# Bytes that autograd keeps inside a layer, for a token and a channel of width: measured by the test above.
+# Bytes that autograd keeps inside a layer, for a token and a channel of width: measured by that test.
 KEPT_INSIDE = {2: 55, 4: 90}
 
 

@@ -12,7 +12,7 @@ import config
 import reward
 from config import UserError
 
-BEST_OF = 8                             # of so many pictures the best: what a run is held against (evaluate.py)
+BEST_OF = 8                             # the best of so many is what a run is held against (evaluate.py)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Config:
     # ---- machine
     seed: int = 0                      # of prompts and samples
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of matrix products; weights stay in fp32
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of products; weights: fp32, or float64
     # ---- length
     max_steps: int = 120               # gradient-step batches; also fixes the schedules
     stop_after: int = 0                # save and leave after so many steps of a sitting; 0 = run to max_steps
@@ -46,7 +46,7 @@ class Config:
     # ---- rollout
     prompts_per_step: int = 8          # captions a step
     group_size: int = 8                # G, pictures a caption
-    sample_batch: int = 0              # pictures drawn at once by a process; 0 = all; memory, not the result
+    sample_batch: int = 0              # pictures a process draws at once, at most; 0 = all; memory only
     temperature: float = 1.0           # of rollout, loss and reference alike, > 0
     cfg_scale: float = 1.0             # likewise; 1 = no guidance, which also halves the cost
     uncond_grad: bool = True           # with cfg_scale > 1: does the unconditional branch get a gradient?

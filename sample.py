@@ -17,8 +17,8 @@ of ImageNet, 0 to 999, for prompts. Released files are looked for in `weights`, 
 2310.11513) wants: out/geneval/00000/metadata.jsonl, the prompt's own line of the file, and beside it
 samples/0000.png, 0001.png ...
 
-Also printed: how many different codes were used, and a hash of them. Two machines that print the same hash
-for the same seed drew the same tokens; on a GPU the last bit of a sum may differ, and then they do not.
+Also printed: how many different codes were used, and a hash of them. Two runs that print the same hash drew
+the same tokens; on another machine or a GPU the last bit of a sum may differ, and then they do not.
 """
 import hashlib
 import importlib
@@ -131,7 +131,7 @@ def classes_of(captions, policy, cfg):
 
 
 def save_pictures(records, told, draw, cfg):
-    """A folder for each (caption, record), in GenEval's layout; told: what the model reads of the captions."""
+    """A folder for each (caption, record), in GenEval's layout; told: what the model reads of captions."""
     for i, (_, record) in enumerate(tqdm(records, desc="drawing", unit="prompt", ncols=110)):
         folder = os.path.join(cfg.save, f"{i:05d}")
         os.makedirs(os.path.join(folder, "samples"))

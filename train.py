@@ -81,7 +81,9 @@ def main(argv):
     cfg, saved = runs.open_run(Config, check, argv)
     rank, size = parallel.RANK, parallel.SIZE
     device = parallel.start(config.pick_device(cfg.device))
-    if cfg.prompts_per_step * cfg.group_size % (size * max(1, cfg.sample_batch)):
+    share, left = divmod(cfg.prompts_per_step * cfg.group_size, size)      # pictures of this process: b
+    at_once = min(cfg.sample_batch or share, share)
+    if left or share % at_once:
         raise UserError(f"{cfg.prompts_per_step} prompts x {cfg.group_size} pictures cannot be shared out "
                         f"evenly to {size} processes, each drawing sample_batch = {cfg.sample_batch} at once")
     if rank == 0:
@@ -164,14 +166,14 @@ def main(argv):
         # 1. sample: G pictures for each caption. B = prompts * G in all; b = B / size in this process, `mine`
         prompts = world.draw(cfg.prompts_per_step)
         prompt = torch.arange(len(prompts), device=device).repeat_interleave(cfg.group_size)            # [B]
-        mine = slice(len(prompt) // size * rank, len(prompt) // size * (rank + 1))
+        mine = slice(share * rank, share * (rank + 1))
         features, mask = world.encode(prompts)                                               # [P,L,C], [P,L]
 
         def batch(rows):                            # rows of mine -> arguments of `forward`, without repeats
             used, own = prompt[mine][rows].unique(return_inverse=True)
             return features[used], mask[used], own
-        everything, drawn = torch.arange(len(prompt) // size, device=device), []
-        pieces, noise = everything.split(cfg.sample_batch or len(everything)), generator.get_state()
+        everything, drawn = torch.arange(share, device=device), []
+        pieces, noise = everything.split(at_once), generator.get_state()
         with world.autocast, parallel.gathered(policy):
             for i, rows in enumerate(pieces):
                 generator.set_state(noise)          # each piece takes its own rows of the same noise

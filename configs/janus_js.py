@@ -23,7 +23,7 @@ gpt_ckpt = "Janus-Pro-7B"   # policy, tokenizer of images and tokenizer of texts
 # ---- rollout
 prompts_per_step = 8
 group_size = 4
-sample_batch = 8            # of each process: with 4 of them, that is all at once
+sample_batch = 8            # of each process, at most: with 4 of them or more, that is all at once
 cfg_scale = 5.0
 # ---- loss
 beta = 0.01                 # as released, for all three divergences; a KL then pulls four times as hard

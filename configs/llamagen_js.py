@@ -5,14 +5,14 @@
 #  1. Critical tokens and dynamic advantage weight are off (llamagen_js_as_released.py turns them on).
 #  2. T5 sees the attention mask in training as in the rollout; T5 gets captions cleaned, HPS as written.
 #  3. HPS as published (longest side 224, padded), not a plain 224 x 224 resize.
-#  4. No EOS mask: images have one length. 5. AdamW's second beta .95 in place of .999. 6. Captions of our own.
+#  4. No EOS mask: images have one length. 5. AdamW's second beta .95, not .999. 6. Captions of our own.
 world = "llamagen"
 out_dir = "out/llamagen_js"
 dtype = "bfloat16"
 # ---- rollout
 prompts_per_step = 16
 group_size = 8
-sample_batch = 32           # of each process: with 4 of them, that is all at once
+sample_batch = 32           # of each process, at most: with 4 of them or more, that is all at once
 cfg_scale = 1.0             # none, as in the paper; it evaluates with 7.5: evaluate.py --cfg_scale=7.5
 # ---- reward
 reward = "hps"

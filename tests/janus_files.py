@@ -10,7 +10,8 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
-START, END, PAD, IMAGE = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<begin_of_image>"
+START, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+PAD, IMAGE = "<｜▁pad▁｜>", "<begin_of_image>"
 SPECIAL = (START, END, "<|User|>", "<|Assistant|>", IMAGE, PAD)
 
 

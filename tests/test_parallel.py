@@ -88,6 +88,15 @@ def test_pictures_that_cannot_be_shared_out_are_refused(mini_base, tmp_path):
     assert all("Traceback" not in err for _, err in outputs)
 
 
+def test_a_process_draws_at_most_sample_batch_at_once(one, mini_base, tmp_path):
+    """With more processes the share of each may be smaller than that: configs/llamagen_js.py draws 32 of 128
+    at once on one GPU, and 16 on each of eight. Here 12 pictures: 6 each, where 8 might be drawn."""
+    folder = str(tmp_path / "two")
+    codes, outputs = go(folder, mini_base, 2, *QUICK, "--sample_batch=8")
+    assert codes == [0, 0], outputs
+    assert close(one, folder) < 1e-9
+
+
 def test_without_torchrun_nothing_happens():
     import parallel
     x = torch.arange(3.)

@@ -33,8 +33,8 @@ def start(folder, base, *more):
     """A run in a process of its own."""
     options = [f"--out_dir={folder}", f"--init_from={base}", *QUICK] if base else [f"--out_dir={folder}"]
     said = tempfile.TemporaryFile("w+")             # not a pipe: full of progress bars, it would stop the run
-    process = subprocess.Popen([sys.executable, locate("train.py"), *options, *more], stdout=said, stderr=said,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, locate("train.py"), *options, *more], stdout=said,
+                               stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
     process.said = said
     return process
 
