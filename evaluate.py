@@ -33,7 +33,8 @@ from config import UserError
 from options import BEST_OF
 
 WORLD_IS = ("world", "init_from", "weights", "gpt_ckpt", "vq_ckpt", "t5", "n_head", "block_size", "prompts",
-            "dtype", "lora_rank", "antialias", "reward", "heldout_reward")     # runs that share a world agree
+            "dtype", "lora_rank", "antialias", "reward", "heldout_reward", "algorithm", "data", "mse_weight",
+            "perceptual_weight")               # runs that share a world agree
 VENDI_OF = 64                   # pictures a prompt, at most, that enter pairwise and vendi
 KL_DRAWS = 16                   # draws a prompt, at most, that enter the KLs and the token entropy
 CHUNK = 2 ** 14                 # tokens of the sequences that are sampled at once
@@ -100,6 +101,26 @@ def vendi(features):
     f = features.cpu().double()                    # mps knows no float64
     p = torch.linalg.eigvalsh((f.T @ f if len(f) > f.shape[1] else f @ f.T) / len(f)).clamp_min(1e-12)
     return (-(p * p.log()).sum()).exp().item()
+
+
+def frechet(a, b):
+    """Frechet distance of the Gaussians through two clouds of features [n,d], [m,d]; arXiv 1706.08500 eq. 6.
+    (In features of Inception it is FID. It falls with n: compare only at equal numbers.)"""
+    (m, s), (k, t) = ((x.mean(0), x.T.cov()) for x in (a.cpu().double(), b.cpu().double()))
+    # tr sqrt(S T) is the sum of the roots of the eigenvalues of S T; sqrt(S) T sqrt(S) has the same ones
+    values, vectors = torch.linalg.eigh(s)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    middle = torch.linalg.eigvalsh(root @ t @ root).clamp_min(0).sqrt().sum()
+    return ((m - k).square().sum() + s.trace() + t.trace() - 2 * middle).item()
+
+
+def precision_recall(real, drawn, k=3):
+    """Features [n,d], [m,d] -> (share of the drawn that lie among the real, share of the real among the
+    drawn); among: nearer to one of them than that is to its own k-th neighbour. arXiv 1904.06991 eq. 1."""
+    def share(points, cloud):
+        radius = torch.cdist(cloud, cloud).kthvalue(k + 1).values          # the nearest is the point itself
+        return (torch.cdist(points, cloud) <= radius).any(1).double().mean().item()
+    return share(drawn, real), share(real, drawn)
 
 
 @torch.no_grad()

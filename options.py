@@ -21,6 +21,7 @@ class Config:
     out_dir: str = "out/tiny_js"       # the run's folder; a used one is refused
     world: Literal["tiny", "llamagen", "janus"] = "tiny"  # whose models, captions and rewards: tiny.py ...
     init_from: str = "assets/tiny_base.pt"  # tiny: all models, made by pretrain.py; or a run
+    algorithm: Literal["grpo", "vapi"] = "grpo"  # what is sampled and descended: grpo.py or vapi.py
     resume: bool = False               # go on with the run in out_dir, with its own options
     no_verify: bool = False            # do not read files of weights once more to compare their checksums
     keep: int = 0                      # how many earlier checkpoints to keep beside ckpt.pt, as ckpt_STEP.pt
@@ -54,8 +55,16 @@ class Config:
     top_k: int = 0                     # must stay 0: truncation belongs to sample.py
     top_p: float = 1.0                 # must stay 1, likewise
     # ---- reward
-    reward: str = "judge"              # what is trained on; a weighted sum is "judge:1,reader:0.5"
-    heldout_reward: str = "reader"     # what is only reported
+    reward: str = "judge"              # what grpo trains on; a weighted sum is "judge:1,reader:0.5"
+    heldout_reward: str = "reader"     # what is only reported (for vapi, both are)
+    # ---- algorithm = "vapi": learn from pictures
+    data: str = ""                     # full size: a folder of pictures, or a list of them (data.py)
+    wrong_captions: float = 0.2        # tiny: share of pictures with another's caption, as the base had it
+    mse_weight: float = 1.0            # of the squared error in the distance to the picture
+    perceptual_weight: float = 1.0     # of the perceptual distance, likewise; both 0: no policy term
+    context_noise: float = 0.5         # xi, share of the tokens of the context that are random ones
+    prior_weight: float = 0.1          # of the cross-entropy to the picture's own tokens (beta in the paper)
+    prior_dropout: bool = False        # cross-entropy with dropout, at the price of another forward pass
     # ---- loss
     divergence: Literal["js", "forward_kl", "reverse_kl", "none"] = "js"  # to the reference (divergences.py)
     estimator: Literal["sampled", "unbiased", "exact"] = "sampled"  # "sampled" is the paper's
@@ -93,13 +102,21 @@ def check(cfg):
     least = dict(seed=0, max_steps=1, stop_after=0, eval_interval=1, eval_prompts=1, eval_draws=8, keep=0,
                  n_head=0, block_size=0, prompts_per_step=1, group_size=2, sample_batch=0, cfg_scale=1,
                  score_cfg=0, beta=0, beta_end=0, clip_eps=0, inner_epochs=1, micro_batch=1, chunk=0,
-                 learning_rate=0, warmup=0, min_lr_ratio=0, weight_decay=0, grad_clip=0, lora_rank=0)
+                 learning_rate=0, warmup=0, min_lr_ratio=0, weight_decay=0, grad_clip=0, lora_rank=0,
+                 wrong_captions=0, mse_weight=0, perceptual_weight=0, context_noise=0, prior_weight=0)
     config.at_least(cfg, **least)
     config.named(cfg, out_dir="", init_from="", weights="", gpt_ckpt="", vq_ckpt="", t5="", prompts="")
     if cfg.temperature <= 0:
         raise UserError(f"temperature must be above 0, not {cfg.temperature}")
-    if cfg.warmup > 1 or cfg.min_lr_ratio > 1:
-        raise UserError("warmup and min_lr_ratio are shares, at most 1")
+    for name in ("warmup", "min_lr_ratio", "wrong_captions", "context_noise"):
+        if getattr(cfg, name) > 1:
+            raise UserError(f"{name} is a share, at most 1, not {getattr(cfg, name)}")
+    if cfg.algorithm == "vapi":
+        usual = Config()
+        for name in ("cfg_scale", "score_cfg", "critical_tokens", "dynamic_weight", "chunk", "sample_batch"):
+            if getattr(cfg, name) != getattr(usual, name):
+                raise UserError(f"{name} means nothing to vapi (its samples come from one pass, without "
+                                f"guidance): leave it at {getattr(usual, name)}")
     if cfg.eval_draws % BEST_OF:
         raise UserError(f"eval_draws must be a multiple of {BEST_OF}, not {cfg.eval_draws}")
     if cfg.dynamic_weight and cfg.chunk:

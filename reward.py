@@ -42,6 +42,14 @@ class Judge(nn.Module):
         """images [B,3,32,32] in [-1,1] -> unit vectors [B,width]; evaluate.py's diversity uses them too."""
         return F.normalize(self.image(images.clamp(-1, 1)), dim=1)
 
+    def activations(self, images):
+        """What the three convolutions see: list of [B,C,h,w]."""
+        x, found = images.clamp(-1, 1), []
+        for layer in self.image[:6]:
+            x = layer(x)
+            found += [x] if isinstance(layer, nn.GELU) else []
+        return found
+
     def embed_captions(self, captions):
         """B captions -> unit vectors [B,width]. Words are summed, so order reaches us by their features."""
         features, mask = text.encode(captions, self.scale.device, times=1)

@@ -13,6 +13,11 @@ nothing else, so llamagen.py can put real weights and real captions in its place
     fixed_prompts(n)             the captions of every evaluation
     extra(...)                   further measurements of an evaluation
     picture(path, columns)       a grid of an evaluation's pictures
+and, for vapi.py alone,
+    draw_pictures(n)             n training pictures (caption, what `load` takes), by Python's random stream
+    load(items)                  these -> images [n,3,H,W] in [-1,1]
+    held_back_pictures()         captions and images that are never trained on
+    perceptual(images, others)   a distance of two pictures -> [b]
 
 Because every attribute of a tiny picture can be read exactly, this world adds to an evaluation:
   reward/single ...   rewards by category
@@ -23,6 +28,10 @@ Because every attribute of a tiny picture can be read exactly, this world adds t
                       unreadable or show too few objects do not enter; `unreadable` is their share. A prompt
                       with fewer than 64 others has no entropy
   entropy_kept        open_entropy as a share of the base's, on the prompts where both have one
+and to one of a run of vapi.py, which has pictures of its own:
+  reconstruction      mean reward of samples of held-back pictures (vapi.py)
+  frechet, precision, recall   of the drawn pictures against as many rendered ones of the same captions, in
+                      the judge's features (evaluate.py)
 """
 import math
 import random
@@ -36,9 +45,11 @@ import pictures
 import reward
 import shapes
 import text
+import vapi
 from config import UserError, locate
 
 COUNTED = 64                    # readable pictures a prompt that enter open_entropy
+HELD_BACK = 256                 # pictures that `reconstruction` of vapi.py looks at
 UNSEEN_DRAWS = 8                # draws a prompt for captions with held-out pairs
 
 
@@ -66,6 +77,7 @@ def open_entropy(scenes, caption):
 
 class World:
     columns = ["unseen", "open_entropy", "entropy_kept", "unreadable"]           # of `extra`, in the tables
+    from_pictures = ["reconstruction", "frechet", "precision", "recall"]         # with vapi, these as well
 
     def __init__(self, options, device):
         """options: those of train.py; a base or a run of the tiny world is at options.init_from."""
@@ -86,9 +98,27 @@ class World:
         self.rewards = {name: reward.build(reward.parse(getattr(options, name)), functions)
                         for name in ("reward", "heldout_reward")}
         self.pools = [shapes.captions(category) for category in shapes.CATEGORIES]
+        self.options = options
+        if options.algorithm == "vapi":
+            self.columns = self.columns + self.from_pictures
 
     def draw(self, n):
         return [random.choice(random.choice(self.pools)) for _ in range(n)]
+
+    def draw_pictures(self, n):
+        drawn = shapes.random_scenes(n, random)
+        return [(self.draw(1)[0] if random.random() < self.options.wrong_captions else caption.text, scene)
+                for caption, scene in drawn]
+
+    def load(self, scenes):
+        return shapes.render(scenes).to(self.device, self.policy.norm.weight.dtype)
+
+    def held_back_pictures(self):
+        captions, scenes = zip(*shapes.random_scenes(HELD_BACK, random.Random(4321)))
+        return [c.text for c in captions], self.load(scenes)
+
+    def perceptual(self, images, originals):
+        return vapi.lpips_of(self.judge.activations, images, originals)
 
     def encode(self, captions):
         features, mask = text.encode(captions, self.device)
@@ -123,6 +153,14 @@ class World:
                 if h is not None and b is not None]
         out["entropy_kept"] = sum(h for h, _ in both) / sum(b for _, b in both) if both else float("nan")
         out["unreadable"] = sum(n for _, n in measured) / len(scenes)
+        if self.options.algorithm == "vapi":
+            rng = random.Random(1234)
+            real = self.embed(self.load([shapes.sample_scene(shapes.parse(p), rng) for p in prompts
+                                         for _ in range(draws)]))
+            drawn = self.embed(images)
+            out["reconstruction"] = vapi.reconstruction(self.options, self, policy)
+            out["frechet"] = evaluate.frechet(real, drawn)
+            out["precision"], out["recall"] = evaluate.precision_recall(real, drawn)
         return out
 
     def picture(self, path, prompts, columns, a_row=2):

@@ -35,15 +35,15 @@ from tqdm import tqdm
 import checkpoint
 import config
 import evaluate
+import grpo
 import parallel
 import pictures
 import runs
+import vapi
 from config import Fault, UserError
-from critical import critical_tokens
-from grpo import accumulate, advantages, chunked_loss
 from options import Config, check
 
-
+ALGORITHMS = {"grpo": grpo, "vapi": vapi}       # files with the functions of the phases: sample, score ...
 MOST_SKIPPED = 10                       # steps in a row without a finite gradient, after which a run gives up
 
 
@@ -61,19 +61,6 @@ def learning_rate(cfg, step):
     if step < n:
         return cfg.learning_rate * (step + 1) / n
     return cfg.learning_rate * ramp("cosine", 1, cfg.min_lr_ratio, (step - n) / max(1, cfg.max_steps - n))
-
-
-@torch.no_grad()
-def token_entropy(policy, batch, sampling):
-    """Entropy of the policy, nat, at every token of a batch (arguments of `forward`) -> [b,T]."""
-    logp = policy(*batch, **sampling).log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1)
-
-
-@torch.no_grad()
-def token_logp(policy, batch, sampling):
-    """Log-probability of every token of a batch -> [b,T]."""
-    return policy(*batch, **sampling).log_softmax(-1).gather(-1, batch[0][..., None])[..., 0]
 
 
 def main(argv):
@@ -102,9 +89,7 @@ def main(argv):
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    sampling = dict(cfg_scale=cfg.cfg_scale, temperature=cfg.temperature)
-    scoring = sampling | dict(cfg_scale=cfg.score_cfg or cfg.cfg_scale)
-    guided = scoring | dict(uncond_grad=cfg.uncond_grad)
+    phases, (sampling, _) = ALGORITHMS[cfg.algorithm], grpo.distributions(cfg)
     takes_part = rank == 0 or cfg.shard         # in evaluations and saving: shares are put together by all
     asked_to_stop = runs.Stop()
 
@@ -157,56 +142,25 @@ def main(argv):
 
     # ---- algorithm -----------------------------------------------------------------------------------------
     stop = min(cfg.max_steps, start + (cfg.stop_after or cfg.max_steps))
-    bar = tqdm(range(start, stop), initial=start, total=cfg.max_steps, desc=cfg.divergence, ncols=110,
-               disable=rank > 0)
+    bar = tqdm(range(start, stop), initial=start, total=cfg.max_steps, ncols=110, disable=rank > 0,
+               desc=f"{cfg.algorithm}, {cfg.divergence}")
     for step in bar:
         clock = []
         tick()
 
-        # 1. sample: G pictures for each caption. B = prompts * G in all; b = B / size in this process, `mine`
-        prompts = world.draw(cfg.prompts_per_step)
-        prompt = torch.arange(len(prompts), device=device).repeat_interleave(cfg.group_size)            # [B]
-        mine = slice(share * rank, share * (rank + 1))
-        features, mask = world.encode(prompts)                                               # [P,L,C], [P,L]
-
-        def batch(rows):                            # rows of mine -> arguments of `forward`, without repeats
-            used, own = prompt[mine][rows].unique(return_inverse=True)
-            return features[used], mask[used], own
-        everything, drawn = torch.arange(share, device=device), []
-        pieces, noise = everything.split(at_once), generator.get_state()
-        with world.autocast, parallel.gathered(policy):
-            for i, rows in enumerate(pieces):
-                generator.set_state(noise)          # each piece takes its own rows of the same noise
-                drawn.append(policy.generate(*batch(rows), generator=generator, return_logp=True,
-                                             part=(rank * len(pieces) + i, size * len(pieces)), **sampling))
-        tokens, logp_old = map(torch.cat, zip(*drawn))                                               # [b,T]
-        mismatch = torch.zeros((), device=device)
-        if scoring != sampling:         # the loss is about another distribution than the one that sampled, so
-            with world.autocast:        # the old log-probabilities have to be of that one too
-                scored = torch.cat([token_logp(policy, (tokens[rows], *batch(rows)), scoring)
-                                    for rows in everything.split(cfg.micro_batch)])
-            mismatch, logp_old = ((scored - logp_old).exp() - 1).abs().max(), scored
-        N = len(prompt) * tokens.shape[1]           # tokens of the whole step
+        # 1. sample: G sequences of tokens for each caption. B = prompts * G in all, b = B / size here
+        batch = phases.sample(cfg, world, generator)                                     # tokens [b,T]
         tick()
 
         # 2. reward: decode, then score with what is trained and with what is only watched
         with torch.no_grad():
-            images = world.decode(tokens)                                                        # [b,3,H,W]
-            captions = [prompts[i] for i in prompt[mine].tolist()]
-            scores, heldout = (parallel.gather(f(images, captions)) for f in world.rewards.values())    # [B]
-            seen = parallel.gather(world.embed(images)).unflatten(0, (len(prompts), cfg.group_size))
+            images = world.decode(batch.tokens)                                                  # [b,3,H,W]
+            scores, heldout = phases.score(cfg, world, batch, images)                            # [B], [B]
+            seen = parallel.gather(world.embed(images)).unflatten(0, (-1, cfg.group_size))
         tick()
 
-        # 3. advantage: each picture against the others of its caption
-        adv, zero_spread = advantages(scores, cfg.group_size)                                    # [B]
-        selected = torch.ones_like(logp_old)                       # [b,T], weights of the tokens, mean 1
-        if cfg.critical_tokens:
-            with world.autocast:
-                entropy = torch.cat([token_entropy(policy, (tokens[rows], *batch(rows)), scoring)
-                                     for rows in everything.split(cfg.micro_batch)])                 # [b,T]
-            picked = critical_tokens(*map(parallel.gather, (entropy, tokens)), world.vqgan.quantize.codes(),
-                                     cfg.group_size, policy.side)                                    # [B,T]
-            selected = (picked / picked.float().mean())[mine]
+        # 3. advantage: each picture against the others of its group
+        adv, zero_spread, selected = phases.weigh(cfg, world, batch, scores)             # [B], number, [b,T]
         tick()
 
         # 4. update: gradient steps on the clipped objective, in micro-batches that add up to the same loss
@@ -217,20 +171,10 @@ def main(argv):
         for _ in range(cfg.inner_epochs):
             epochs.append({})
             optimizer.zero_grad(set_to_none=True)
-            for rows in everything.split(cfg.micro_batch):
-                inputs = tokens[rows], *batch(rows)
-                with world.autocast:
-                    hidden = policy.hidden(*inputs, cfg_scale=scoring["cfg_scale"])                  # [R,T,D]
-                    with torch.no_grad():
-                        ref_hidden = reference.hidden(*inputs, cfg_scale=scoring["cfg_scale"])
-                    loss, stats = chunked_loss(
-                        (hidden, lambda h: policy.logits(h, **guided)),
-                        (ref_hidden, lambda h: reference.logits(h, **scoring)),
-                        tokens[rows], logp_old[rows], adv[mine][rows], N, selected[rows], chunk=cfg.chunk,
-                        beta=beta, divergence=cfg.divergence, estimator=cfg.estimator, clip_eps=cfg.clip_eps,
-                        dynamic=cfg.dynamic_weight)
+            for rows in grpo.pieces(cfg, batch):
+                loss, stats = phases.loss_of(cfg, world, batch, rows, adv, selected, beta)
                 loss.backward()
-                accumulate(epochs[-1], stats)
+                grpo.accumulate(epochs[-1], stats)
             parallel.add_gradients(policy.parameters())
             grad_norm = parallel.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(),
                                                                       cfg.grad_clip or math.inf))
@@ -244,7 +188,7 @@ def main(argv):
         stopping = torch.tensor(float(bool(asked_to_stop.name)), device=device)   # in any process
         update = parallel.combine(epochs[0] | {
             "clip_share": epochs[-1]["clip_share"], "max_stop": stopping,
-            "max_ratio_error": epochs[0]["max_ratio_error"].maximum(mismatch)})
+            "max_ratio_error": epochs[0]["max_ratio_error"].maximum(batch.mismatch)})
         leave = update.pop("max_stop") > 0 or skipped == MOST_SKIPPED
         line = {"step": step, "reward": scores.mean().item(), "heldout_reward": heldout.mean().item(),
                 "reward_std": scores.view(-1, cfg.group_size).std(1).mean().item(),
@@ -259,10 +203,10 @@ def main(argv):
             after = assess(policy, done)
             if rank == 0:
                 evaluations.write(after[0])
-        phases = ("t_sample", "t_reward", "t_advantage", "t_update", "t_log")
+        times = ("t_sample", "t_reward", "t_advantage", "t_update", "t_log")
         tick()
         if rank == 0:
-            log.write(line | {name: round(b - a, 4) for name, a, b in zip(phases, clock, clock[1:])})
+            log.write(line | {name: round(b - a, 4) for name, a, b in zip(times, clock, clock[1:])})
         if takes_part and (last or leave or done == stop or done % cfg.eval_interval == 0):
             save(done)
         if leave:
@@ -283,7 +227,7 @@ def main(argv):
             raise Fault(f"stopped by {asked_to_stop.name}")
         return
     world.picture(file("before_after.png"), world.fixed_prompts(cfg.eval_prompts),
-                  [("base", before[3]), (f"after {stop} steps, {cfg.divergence}", after[3])])
+                  [("base", before[3]), (f"after {stop} steps, {cfg.algorithm}, {cfg.divergence}", after[3])])
     pictures.curves(log.lines, file("curves.png"), evaluations.lines)
     rows = [("base", before[0]), ("best of 8 of the base", evaluate.best_of_n(before[0])),
             (cfg.out_dir, after[0])]
