@@ -106,7 +106,8 @@ def vendi(features):
 def frechet(a, b):
     """Frechet distance of the Gaussians through two clouds of features [n,d], [m,d]; arXiv 1706.08500 eq. 6.
     (In features of Inception it is FID. It falls with n: compare only at equal numbers.)"""
-    (m, s), (k, t) = ((x.mean(0), x.T.cov()) for x in (a.cpu().double(), b.cpu().double()))
+    (m, s), (k, t) = ((x.mean(0), torch.atleast_2d(x.T.cov())) for x in (
+        a.cpu().double(), b.cpu().double()))
     # tr sqrt(S T) is the sum of the roots of the eigenvalues of S T; sqrt(S) T sqrt(S) has the same ones
     values, vectors = torch.linalg.eigh(s)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
