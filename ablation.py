@@ -122,7 +122,7 @@ def best(rows, seed, measure):
 
 def verdicts(rows, settings):
     """Lines (claim, comparison, measure, difference, what is shown)."""
-    by_arm, out = {arm: {int(r["seed"]): r for r in rows if r["arm"] == arm} for arm in ARMS}, []
+    by_arm, out = {arm: {r["seed"]: r for r in rows if r["arm"] == arm} for arm in ARMS}, []
 
     def compare(claim, what, measure, differences):
         out.append((claim, what, measure, *sweep.say(differences)))

@@ -86,7 +86,7 @@ def load(path):
 
 
 def key(row):
-    return (row["divergence"], row["estimator"], float(row["beta"]), row["schedule"]), int(row["seed"])
+    return (row["divergence"], row["estimator"], float(row["beta"]), row["schedule"]), row["seed"]
 
 
 def command(run, folder, device):
@@ -118,7 +118,7 @@ def entropy_kept(row):
 
 def complete(rows):
     """(betas of a KL, seeds) of the largest block of which every cell was run: comparisons use only that."""
-    done, seeds = {key(r) for r in rows}, {int(r["seed"]) for r in rows}
+    done, seeds = {key(r) for r in rows}, {r["seed"] for r in rows}
     blocks = [(BETAS[:n], [s for s in sorted(seeds) if all((cell, s) in done for cell in cells(BETAS[:n]))])
               for n in range(1, len(BETAS) + 1)]
     return max(blocks, key=lambda block: (len(block[0]) >= 3, len(block[0]) * len(block[1])))
@@ -128,7 +128,7 @@ def frontier(rows, seed, divergence, estimator, betas, measure="reward"):
     """Points (diversity kept, gain) of one seed: these betas, the run without a divergence, and the base."""
     strengths = [b * (4 if divergence == "js" else 1) for b in betas]
     return [(1.0, 0.0)] + [
-        (r["entropy_kept"], gain(r, measure)) for r in rows if int(r["seed"]) == seed and (
+        (r["entropy_kept"], gain(r, measure)) for r in rows if r["seed"] == seed and (
             r["divergence"] == "none" or (r["divergence"], r["estimator"], r["schedule"]) ==
             (divergence, estimator, "constant") and r["beta"] in strengths)]
 

@@ -34,8 +34,8 @@ def load(path, fields, numbers):
         raise UserError(f"{path} is not a csv of this version; move it away")
     try:
         for n, row in enumerate(rows):
-            row |= {k: float(row[k]) for k in numbers}
-            if None in row or row["date"] is None or int(row["seed"]) < 0:
+            row |= {k: float(row[k]) for k in numbers} | {"seed": int(row["seed"])}
+            if None in row or None in row.values():
                 raise ValueError
     except (ValueError, TypeError):                        # killed while it wrote this
         raise UserError(f"{path}: run {n + 1} is not whole: remove its line, and it is made again") from None

@@ -23,7 +23,8 @@ from model import GPT
 from test_train import lines, same
 
 QUICK = ["--algorithm=vapi", "--eval_interval=3", "--eval_prompts=1", "--eval_draws=64",
-         "--prompts_per_step=3", "--group_size=4", "--micro_batch=12", "--context_noise=.3", "--device=cpu", "--beta=.1", "--divergence=reverse_kl"]
+         "--prompts_per_step=3", "--group_size=4", "--micro_batch=12", "--context_noise=.3",
+         "--device=cpu", "--beta=.1", "--divergence=reverse_kl"]
 
 
 def generator(seed=0):
