@@ -349,7 +349,8 @@ class GPT(nn.Module):
         tokens = torch.empty(B, T, dtype=torch.long, device=device)
         logps = torch.zeros(B, T, device=device, dtype=torch.promote_types(first.dtype, torch.float32))
         # The state of a step is in tensors that it updates, so that graphs.py can record it.
-        hidden, t = first.type_as(self.tok_embeddings.weight).contiguous(), torch.zeros_like(place[:1])
+        t = torch.zeros_like(place[:1])
+        hidden = first.type_as(self.tok_embeddings(t)).contiguous()        # in the precision of image rows
 
         def choose():                                                      # token t [B,1], from `hidden`
             logp = truncated_logp(self.logits(hidden[:, -1], cfg_scale, temperature), top_k, top_p)

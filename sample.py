@@ -150,6 +150,7 @@ def main(argv):
     records = prompt_files.records(cfg.prompts) if cfg.save else [
         (c.strip(), None) for c in cfg.prompt.split(";")]
     policy, world = load(cfg, device)
+    checkpoint.freeze(policy, cfg.dtype)
     captions = [caption for caption, _ in records]
     told = classes_of(captions, policy, cfg) if world.kind == "c2i" else captions
     world.prepare(told)
