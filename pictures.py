@@ -83,8 +83,8 @@ def curves(lines, path, evaluations=()):
         axis.set_xlabel("step", fontsize=8)
     for axis, key in ((axes[0, 0], "reward"), (axes[0, 1], "heldout_reward")):
         if evaluations:                          # the fixed prompts, apart from the noise of a step's own
-            axis.plot([e["step"] for e in evaluations], [e[key] for e in evaluations], "k.",
-                      label="evaluation")
+            known = [e | {"reward": e.get("reconstruction", e["reward"])} for e in evaluations]   # of vapi.py
+            axis.plot([e["step"] for e in known], [e[key] for e in known], "k.", label="evaluation")
             axis.legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -28,7 +28,7 @@ on the policy's. So ask for pixels:
     This is teacher forcing. One forward pass gives all T distributions, and the tokens are independent given
     x, so G samples cost G table look-ups, not G * T passes.
  4. First term: R = -d(x, D(a)) is a reward, and its gradient that of any expected reward,
-        grad E_q[R] = E_q[ R grad log q(a) ]
+        grad E_q[R] = E_q[ R grad log q(a) ]    [test_the_policy_term_descends_the_expected_distance]
     with the other samples of the same picture for a baseline: GRPO (grpo.py), whose prompts are pictures.
     What the tokenizer loses is in every sample's R and leaves with the baseline.
  5. Second term: q must stay what the language model says. Alone it needs p(.|c) of sequences that were never
@@ -77,8 +77,9 @@ def draw(probabilities, uniform):
     # a = the first token with  p_0 + ... + p_a > u:  a number in [0,1) falls into the piece of a token as
     # often as the piece is long. One sum serves all samples; each then takes log2(V) comparisons.
     ends = probabilities.cumsum(1)                                                               # [T,V]
-    return torch.searchsorted(ends, (uniform.T * ends[:, -1:]).contiguous(), right=True).clamp_max(
-        ends.shape[1] - 1).T
+    last = ends[:, -1:]                                          # 1, but for rounding; nothing may lie beyond
+    numbers = torch.minimum(uniform.T * last, torch.nextafter(last, torch.zeros_like(last)))     # [T,G]
+    return torch.searchsorted(ends, numbers.contiguous(), right=True).T
 
 
 def distance(images, originals, features, mse_weight=1.0, perceptual_weight=1.0):

@@ -77,14 +77,14 @@ def test_noise_has_its_rate_and_leaves_the_targets():
 
 def test_draws_follow_the_table():
     logits = torch.randn(3, 11, generator=generator()) * 2
-    logits[:, 4] = -torch.inf                                    # a code that cannot be
+    logits[:, [4, 10]] = -torch.inf                              # two codes that cannot be, one at the end
     p = logits.softmax(1)
     drawn = vapi.draw(p, torch.rand(100_000, 3, generator=generator(1)))                         # [G,T]
     for t in range(3):
         counts = drawn[:, t].bincount(minlength=11)
-        assert counts[4] == 0
+        assert counts[4] == counts[10] == 0
         expected = 100_000 * p[t].clamp_min(1e-9)
-        assert ((counts - expected) ** 2 / expected).sum() < 40  # chi-square of 9 degrees: one in 100,000
+        assert ((counts - expected) ** 2 / expected).sum() < 40  # chi-square of 8 degrees: one in 200,000
     ends = torch.tensor([[0.] * 3, [1 - 2 ** -24] * 3])          # the ends of what torch.rand returns
     assert not p.gather(1, vapi.draw(p, ends).T).eq(0).any()
 
