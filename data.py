@@ -3,13 +3,13 @@ distance of two pictures.
 
     a folder             a folder in it for each class, pictures directly in that: ImageNet's layout
     .tsv .txt            a picture a line: path, a tab, caption
-    .jsonl .json .csv    records of image_path (or image, path) and caption (or text, prompt) or label, or both
+    .jsonl .json .csv    records of image_path (or image, path) and caption (or text, prompt), label, or both
 
 Labels. In a folder of folders a class is the place of its folder among the sorted names (torchvision's rule,
-by which LlamaGen was trained), and its caption is that name. So four of ImageNet's folders are classes 0 to 3,
-not what they were among the thousand: for a part of it, give a list with "label" instead. There the caption
-is the label's digits if the record has none. Of a list of texts the first is taken. Paths are relative to the
-file that lists them.
+by which LlamaGen was trained), and its caption is that name. So four of ImageNet's folders are classes 0 to
+3, not what they were among the thousand: for a part of it, give a list with "label" instead. There, a record
+without a caption gets the digits of its label. Of a list of texts the first is taken. Paths are relative to
+the file that lists them.
 
 Pictures are cut as in ADM (arXiv 2105.05233), and so as tokenizer and policy saw them: halved by averages of
 2 x 2 while the short side is at least twice what is wanted, then bicubic to it, then the middle. No flips.
@@ -170,8 +170,8 @@ class LPIPS(nn.Module):
     What five layers see of the two, as unit vectors at every place; the squares of their difference, weighted
     by what people found different, one weight a channel; the mean over places; the sum over layers.
 
-    The package `lpips` computes the same (tests/test_data.py holds ours against it). But it wants torchvision,
-    a build of which fits one build of torch only, and with the wrong one transformers breaks as well.
+    The package `lpips` computes the same (tests/test_data.py holds ours against it). But it wants
+    torchvision, a build of which fits one build of torch only; with the wrong one transformers breaks too.
     """
 
     def __init__(self, vgg, heads):
