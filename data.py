@@ -11,10 +11,10 @@ by which LlamaGen was trained), and its caption is that name. So four of ImageNe
 without a caption gets the digits of its label. Of a list of texts the first is taken. Paths are relative to
 the file that lists them.
 
-Pictures are cut as in ADM (arXiv 2105.05233), and so as tokenizer and policy saw them: halved by averages of
-2 x 2 while the short side is at least twice what is wanted, then bicubic to it, then the middle. No flips.
-What is not RGB becomes it: transparent parts white (ADM shows what is hidden there), 16 bits the upper 8. A
-turn that only the EXIF header tells of is ignored, as there; of a film the first frame counts.
+Pictures are cut as in ADM (arXiv 2105.05233), and so as tokenizer and policy saw them: halved by a box filter
+while the short side is at least twice what is wanted, then bicubic to it, then the middle. No flips. What is
+not RGB becomes it: transparent parts white (ADM shows what is hidden there), 16 bits the upper 8. A turn that
+only the EXIF header tells of is ignored, as there; of a film the first frame counts.
 
 Departure 1: a class without pictures is an error, and nothing is searched below a class, so that the parent
 of `train` and `val` is not taken for two classes.
