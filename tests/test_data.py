@@ -345,9 +345,9 @@ sys.modules["scipy.ndimage"].zoom = None
 
 def test_lpips_is_that_of_the_package(files, tmp_path):
     """With the heads that the package brings: its own forward pass, on layers of ours where torchvision's
-    would be (which is all that it takes of torchvision). pip install --no-deps lpips==0.1.4"""
+    would be, which is all that it takes of torchvision."""
     if not importlib.util.find_spec("lpips"):
-        pytest.skip("no package lpips")
+        pytest.skip("no package lpips: pip install --no-deps lpips==0.1.4")
     paths = [str(tmp_path / name) for name in ("heads.pth", "pictures.pt", "out.pt")]
     a, b = torch.rand(2, 3, 3, 48, 48) * 2 - 1
     torch.save((a, b), paths[1])
