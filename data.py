@@ -36,6 +36,7 @@ from config import UserError, locate
 
 KINDS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")        # torchvision's
 HELD_BACK = 64                          # pictures kept from training, or a tenth if there are fewer than 640
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")     # for EPS, Pillow would start Ghostscript
 LONGEST = 50                            # times the short side: a strip of 1 x 60,000 would become gigabytes
 
 
@@ -94,14 +95,16 @@ def _folder(path):
 
 
 class Pictures:
-    """All that is at `path`: `training` and `held_back`, [(caption, file, label or None)], and `label_of`, of
-    each caption, {} if pictures have no labels. at_once: how many different ones a step wants; classes: must
-    they have labels? Raises UserError."""
+    """All that is at `path`: `training` and `held_back`, [(caption, file, label or None)], and `label_of`
+    {caption: label}. at_once: how many different ones a step wants; classes: does the policy read the labels,
+    so that each caption must have one? Raises UserError."""
 
     def __init__(self, path, at_once=1, classes=False):
         if not path:
             raise UserError("vapi learns from pictures: give --data=FOLDER or --data=LIST (data.py says of "
                             "what kinds)")
+        if not os.path.exists(locate(path)):
+            raise UserError(f"no file or folder {path!a:.300}")
         found = _folder(locate(path)) if os.path.isdir(locate(path)) else _list(path)
         kept = min(HELD_BACK, -(-len(found) // 10))
         if len(found) - kept < at_once:
@@ -109,15 +112,13 @@ class Pictures:
                             f"few for a step of {at_once} (prompts_per_step)")
         random.Random(1234).shuffle(found)                 # a stream of its own: the same ones for every run
         self.held_back, self.training = found[:kept], found[kept:]
-        labels = {(caption, label) for caption, _, label in found if label is not None}
-        self.label_of = dict(labels)
-        if 0 < len(self.label_of) < len(labels):
-            twice = min(caption for caption, label in labels if self.label_of[caption] != label)
-            raise UserError(f"{path}: {twice!a:.60} is the caption of two labels: give each its own")
-        if self.label_of and (bare := [file for _, file, label in found if label is None]):
-            raise UserError(f"{path}: some pictures have a label, and {bare[0]!a:.300} has none")
-        if classes and not labels:
-            raise UserError(f"{path} has captions and no labels, and a c2i policy reads nothing else")
+        self.label_of = {caption: label for caption, _, label in found}
+        for caption, file, label in found if classes else ():
+            if label is None:
+                raise UserError(f"{path}: {file!a:.300} has a caption and no label, and a c2i policy reads "
+                                f"nothing else")
+            if label != self.label_of[caption]:
+                raise UserError(f"{path}: {caption!a:.60} is the caption of two labels: give each its own")
 
 
 # ---- one picture -------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def centre_crop(image, side):
 def load(file, side):
     """A file -> its picture [3,side,side] in [-1,1]. UserError names it if it is damaged or none."""
     try:
-        with warnings.catch_warnings(), Image.open(file) as image:
+        with warnings.catch_warnings(), Image.open(file, formats=FORMATS) as image:
             warnings.simplefilter("ignore")                # of 90 million pixels; at 180 it is an error
             return centre_crop(to_rgb(image), side)
     except Exception as error:                             # each decoder of Pillow raises its own kinds
@@ -180,7 +181,7 @@ class LPIPS(nn.Module):
         layers, width, self.ends = [], 3, []
         for n, count in BLOCKS:
             for _ in range(count):
-                layers += [nn.Conv2d(width, n, 3, padding=1), nn.ReLU()]
+                layers += [nn.Conv2d(width, n, 3, padding=1), nn.ReLU(inplace=True)]
                 width = n
             self.ends.append(len(layers) - 1)              # what is seen there is compared
             layers.append(nn.MaxPool2d(2))

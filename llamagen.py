@@ -106,7 +106,7 @@ class World:
         for _ in range(turn):
             parallel.wait()
         files = weights.find(list(dict.fromkeys(names)), o.weights)
-        self.held_back, self.pool = self.captions(o)
+        self.held_back, self.pool = self.split_captions(o)
         if not self.classes:
             self.text = self.captions_of(o, files, device)
             self.text.prepare(self.held_back + self.pool)
@@ -143,8 +143,8 @@ class World:
         if parallel.RANK == 0:
             print(memory_plan(o, self.policy, others, parallel.SIZE))
 
-    def captions(self, o):
-        """-> (captions of evaluations, each once; those to train on)."""
+    def split_captions(self, o):
+        """-> (captions of evaluations, each once; those to train on). UserError if there are too few."""
         if self.data:
             seen = list(dict.fromkeys(caption for caption, *_ in self.data.held_back))
             if len(seen) < o.eval_prompts:

@@ -53,7 +53,6 @@ import weights
 from config import UserError
 
 # (cfg_scale, top_k) of LlamaGen's and Janus's own samplers
-AT_ONCE = 64                            # pictures that --npz draws at once
 USUAL = {"tiny": (1.0, 0), "t2i": (7.5, 1000), "c2i": (4.0, 2000), "janus": (5.0, 0)}
 
 
@@ -168,10 +167,12 @@ def to_bytes(images):
     return (127.5 * images + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_npz(draw, classes, cfg):
-    """cfg.n pictures of classes drawn uniformly out of so many, as cfg.npz: whole or not at all."""
+def save_npz(draw, config, cfg):
+    """cfg.n pictures of classes drawn uniformly, by a policy of this config, as cfg.npz: whole or not at
+    all."""
+    at_once = evaluate.CHUNK // config.block_size or 1
     generator = torch.Generator().manual_seed(cfg.seed)
-    told = torch.randint(classes, (cfg.n,), generator=generator).split(AT_ONCE)
+    told = torch.randint(config.num_classes, (cfg.n,), generator=generator).split(at_once)
     seeds = torch.randint(2 ** 62, (len(told),), generator=generator).tolist()
     os.makedirs(os.path.dirname(cfg.npz) or ".", exist_ok=True)
     # An .npz is a zip of .npy, and an .npy a header before the bytes, so both can be written piece by piece.
@@ -216,7 +217,7 @@ def main(argv):
     if cfg.save:
         return save_pictures(records, told, draw, cfg)
     if cfg.npz:
-        return save_npz(draw, policy.config.num_classes, cfg)
+        return save_npz(draw, policy.config, cfg)
     tokens, images = draw(told, cfg.seed)
     rows = [(c, [group], [reward.reader(group, [c] * cfg.n)]
              if world.kind == "tiny" and c in shapes.CAPTIONS else None)
