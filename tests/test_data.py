@@ -54,6 +54,11 @@ def test_a_folder_of_folders_numbers_its_classes_in_order(folder):
                 for file in os.listdir(folder / name) if file != "notes.txt"]
     assert found == sorted(expected)
     assert len(found) == 12
+    names = [f"n{n:08d}" for n in random.Random(0).sample(range(10 ** 6), 40)]             # in any order
+    for name in names:
+        (folder / "many" / name).mkdir(parents=True)
+        os.link(folder / "Zebra" / "0.png", folder / "many" / name / "0.png")
+    assert everything(folder / "many")[1].label_of == {name: i for i, name in enumerate(sorted(names))}
 
 
 LISTS = {
@@ -116,7 +121,7 @@ def test_held_back_are_64_or_a_tenth_and_always_the_same(tmp_path, n, kept):
     ("a.jsonl", b'{"image": "0.png", "label": true}', "line 1: 'label' must be"),
     ("a.jsonl", b'{"image": "0.png", "label": "cat"}', "line 1: 'label' must be"),
     ("a.jsonl", b'["0.png", "a cat"]', "line 1: neither a text nor a record"),
-    ("a.json", b'[{"path": "0.png", "label": 1}, {"path": "1.png", "text": "a"}]', "1.png' has a caption and no"),
+    ("a.json", b'[{"path": "0.png", "label": 1}, {"path": "1.png", "text": "a"}]', "1.png' has a caption and"),
     ("a.json", b'[{"path": "0.png", "label": 1, "text": "a"}, {"path": "1.png", "label": 2, "text": "a"}]',
      "'a' is the caption of two labels"),
     ("a.csv", b"image\n0.png\n", "line 2: no field prompt"), ("a.md", b"x", "captions are read from"),
@@ -355,8 +360,8 @@ sys.modules["scipy.ndimage"].zoom = None
 
 def test_lpips_is_that_of_the_package(files, tmp_path):
     """With the heads that the package brings: its own forward pass, on layers of ours where torchvision's
-    would be, which is all that it takes of torchvision. We read its file as it is (saved by an old torch, on a
-    GPU); byte by byte it is the one that weights.py fetches."""
+    would be, which is all that it takes of torchvision. We read its file as it is (saved by an old torch, on
+    a GPU); byte by byte it is the one that weights.py fetches."""
     package = importlib.util.find_spec("lpips")
     if not package:
         pytest.skip("no package lpips: pip install --no-deps lpips==0.1.4")
