@@ -151,9 +151,10 @@ def centre_crop(image, side):
 def load(file, side):
     """A file -> its picture [3,side,side] in [-1,1]. UserError names it if it is damaged or none."""
     try:
-        with warnings.catch_warnings(), Image.open(file, formats=FORMATS) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")                # of 90 million pixels; at 180 it is an error
-            return centre_crop(to_rgb(image), side)
+            with Image.open(file, formats=FORMATS) as image:
+                return centre_crop(to_rgb(image), side)
     except Exception as error:                             # each decoder of Pillow raises its own kinds
         raise UserError(f"{file!a:.300} cannot be read as a picture ({type(error).__name__}: "
                         f"{' '.join(str(error).split())[:120]}): mend it or take it out") from None

@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ def test_held_back_are_64_or_a_tenth_and_always_the_same(tmp_path, n, kept):
     ("a.jsonl", b'{"image": "0.png", "label": true}', "line 1: 'label' must be"),
     ("a.jsonl", b'{"image": "0.png", "label": "cat"}', "line 1: 'label' must be"),
     ("a.jsonl", b'["0.png", "a cat"]', "line 1: neither a text nor a record"),
-    ("a.json", b'[{"path": "0.png", "label": 1}, {"path": "1.png", "text": "a"}]', "1.png' has a caption and"),
+    ("a.json", b'[{"path": "0.png", "label": 1}, {"path": "1.png", "text": "a"}]', "1.png' has a caption"),
     ("a.json", b'[{"path": "0.png", "label": 1, "text": "a"}, {"path": "1.png", "label": 2, "text": "a"}]',
      "'a' is the caption of two labels"),
     ("a.csv", b"image\n0.png\n", "line 2: no field prompt"), ("a.md", b"x", "captions are read from"),
@@ -271,6 +272,18 @@ def test_bombs_strips_and_floats_are_refused(tmp_path):
     Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "float.tif")
     refused("floating point", data.load, str(tmp_path / "float.tif"), 32)
     refused("cannot be read as a picture", data.load, str(tmp_path), 32)   # a folder
+
+
+def test_a_large_picture_is_no_reason_to_warn(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for side, end in ((12, "read"), (15, "refused")):      # 144 pixels, and 225: more than twice as many
+        Image.new("RGB", (side, side)).save(tmp_path / "a.png")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            if end == "read":
+                assert data.load(str(tmp_path / "a.png"), 8).shape == (3, 8, 8)
+            else:
+                refused("DecompressionBombError", data.load, str(tmp_path / "a.png"), 8)
 
 
 def test_what_a_file_is_called_is_not_what_it_is(tmp_path):
