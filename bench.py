@@ -1,16 +1,16 @@
 """How fast is it, against the usual way of doing the same and against what the hardware allows?
 
     python bench.py                     about 8 minutes on 2 CPU cores; writes results/bench.md and bench.png
-    python bench.py --only=sampling     or update, or growth: that part alone, printed, nothing written
+    python bench.py --only=sampling     or update, vapi, growth: that part alone, printed, nothing written
     python bench.py --device=cuda       the full grid on a GPU
 
 Both sides run in this process, alternate, have the same weights, the same allocator and the same number of
 threads; a figure is the median of `repeats` runs after one that is thrown away. The two sides:
   ours    model.py: the caption read once a prompt and seen as one token, attention over filled positions,
           the update's logits by chunks
-  plain   the class below: built as LlamaGen's released sampler and most GRPO trainers are. The prefix is run
-          once per sequence, keys and values of all positions are attended to through a mask with the math
-          kernel, CFG doubles the batch, log-softmax of all logits is kept in fp32 for policy and reference
+  plain   plain.py: the prefix once per sequence, attention over all positions through a mask with the math
+          kernel; in the update, log-softmax of all logits in fp32 for policy and reference
+  VA-pi   (vapi.py) a forward pass for each sample, as in its public code, and one for each picture
 Given the same random stream both draw the same tokens, and their losses agree: this is checked before a
 number is printed.
 
@@ -19,6 +19,8 @@ for arithmetic, and the model's own matrices times as many rows as one sampling 
 these are bound by neither alone. The ceiling of sampling is skinny products plus the bytes of keys and values
 that a step has to read; that of the update is the arithmetic that any order of computation needs.
 """
+import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -26,81 +28,27 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import config
+import vapi
 from grpo import chunked_loss, grpo_loss
-from model import GPT, GPTConfig, PRESETS, rotate, truncated_logp
+from model import GPT, GPTConfig, PRESETS
+from plain import Plain
+from sweep import table
 
 
 @dataclass(frozen=True)
 class Config:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
     repeats: int = 5                   # timed runs of each side; the median counts
-    only: Literal["all", "sampling", "update", "growth"] = "all"  # all also writes the files
+    only: Literal["all", "sampling", "update", "vapi", "growth"] = "all"  # all also writes the files
     out: str = "results"               # folder of bench.md and bench.png
-
-
-class Plain:
-    """The usual way, on a GPT's own weights. Same results as its `generate` and `forward`."""
-
-    def __init__(self, gpt):
-        self.gpt, self.c = gpt, gpt.config
-
-    def prefix(self, cond, cond_mask, prompt, cfg_scale):
-        cond, cond_mask = cond[prompt], cond_mask[prompt]                  # once per sequence
-        cond = cond * cond_mask[..., None].to(cond.dtype)
-        if cfg_scale > 1:
-            cond = torch.cat([cond, self.gpt.cls_embedding.uncond(cond)])
-            cond_mask = torch.cat([cond_mask, cond_mask])
-        x, S = self.gpt.cls_embedding(cond), self.c.cls_token_num + self.c.block_size - 1
-        visible = F.pad(cond_mask.bool(), (0, S - cond_mask.shape[1]), value=True)[:, None]
-        own = torch.eye(S, dtype=torch.bool, device=x.device)
-        table = F.pad(self.gpt._table(x), (0, 0, self.c.cls_token_num, 0))     # zeros for the prefix
-        return x, (visible | own).tril()[:, None], table
-
-    def layers(self, x, mask, table, start=0, caches=None):
-        """x [R,S,D] at positions start .. start+S-1; mask [R,1,S,all positions]."""
-        for i, layer in enumerate(self.gpt.layers):
-            qkv = layer.attention.wqkv(layer.attention_norm(x)).unflatten(-1, (3, self.c.n_head, -1))
-            q, k, v = qkv.unbind(2)
-            q, k = (rotate(t, table[start:start + x.shape[1]]) for t in (q, k))
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            if caches:
-                for store, new in zip(caches[i], (k, v)):
-                    store[:, :, start:start + x.shape[1]] = new
-                k, v = caches[i]
-            with sdpa_kernel(SDPBackend.MATH):
-                y = F.scaled_dot_product_attention(q, k, v, mask)
-            x = x + layer.attention.wo(y.transpose(1, 2).flatten(2))
-            x = x + layer.feed_forward(layer.ffn_norm(x))
-        return x
-
-    def forward(self, tokens, cond, cond_mask, prompt, cfg_scale=1.0):
-        x, mask, table = self.prefix(cond, cond_mask, prompt, cfg_scale)
-        inputs = self.gpt.tok_embeddings(tokens[:, :-1]).repeat(len(x) // len(tokens), 1, 1)
-        x = self.layers(torch.cat([x, inputs], 1), mask, table)
-        return self.gpt.logits(x[:, self.c.cls_token_num - 1:], cfg_scale)
-
-    @torch.no_grad()
-    def generate(self, cond, cond_mask, prompt, *, cfg_scale=1.0, generator=None):
-        x, mask, table = self.prefix(cond, cond_mask, prompt, cfg_scale)
-        shape = (len(x), self.c.n_head, mask.shape[3], self.c.dim // self.c.n_head)
-        caches, start = [(x.new_zeros(shape), x.new_zeros(shape)) for _ in self.gpt.layers], 0
-        tokens = torch.empty(len(prompt), self.c.block_size, dtype=torch.long, device=x.device)
-        for t in range(self.c.block_size):
-            end = start + x.shape[1]
-            hidden = self.layers(x, mask[:, :, start:end], table, start, caches)[:, -1]
-            logp = truncated_logp(self.gpt.logits(hidden, cfg_scale))
-            race = -torch.rand(logp.shape, generator=generator, device=x.device).log()
-            tokens[:, t] = (logp.exp() / race).argmax(1)
-            x, start = self.gpt.tok_embeddings(tokens[:, t:t + 1]).repeat(len(x) // len(tokens), 1, 1), end
-        return tokens
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
@@ -282,6 +230,43 @@ def update(device, repeats, limits):
     return rows
 
 
+def shared_pictures(device, repeats):
+    """Rows of the table on VA-pi: the update of n pictures x G samples, by one forward pass for each picture
+    and by one for each sample: the same step, with every picture told G times over."""
+    grid = [("tiny", torch.float32, 8, 8, TINY), ("GPT-B", torch.float32, 1, 8, dict(block_size=64))]
+    if device.type == "cuda":
+        grid = [("GPT-B", torch.bfloat16, 8, 8, {}), ("GPT-XL", torch.bfloat16, 4, 8, {})]
+    out = []
+    for name, dtype, n, G, changes in tqdm(grid, desc="vapi", ncols=110):
+        gpt, ref = (build(name, device, dtype, **changes) for _ in range(2))
+        gpt.requires_grad_(True)
+        (cond, mask, prompt), c = prompts(gpt, n, device, dtype, G), gpt.config
+        z = torch.randint(c.vocab_size, (n, c.block_size), device=device)
+        tokens = torch.randint(c.vocab_size, (n * G, c.block_size), device=device)
+        once = vapi.Batch([], cond, mask, prompt, 0, tokens, torch.zeros(tokens.shape, device=device),
+                          targets=z, context=z)
+        told = dataclasses.replace(once, cond=cond[prompt], mask=mask[prompt], targets=z[prompt],
+                                   context=z[prompt], prompt=torch.arange(n * G, device=device))
+        world = SimpleNamespace(policy=gpt, reference=ref, autocast=contextlib.nullcontext())
+        cfg = SimpleNamespace(prompts_per_step=n, group_size=G, temperature=1.0, divergence="none", beta=0.0,
+                              estimator="sampled", clip_eps=.2, prior_dropout=False, prior_weight=.1)
+        adv, rows = torch.randn(n * G, device=device), torch.arange(n * G, device=device)
+
+        def step(batch):
+            gpt.zero_grad()
+            loss, _ = vapi.loss_of(cfg, world, batch, rows, adv, torch.ones_like(batch.logp_old), 0.0)
+            loss.backward()
+            return loss.item()
+        a, b = step(told), step(once)
+        if abs(a - b) > 1e-4 * abs(a) * (1 if dtype == torch.float32 else 100):
+            raise config.Fault(f"{name}: the loss is {b}, that of the repeated form is {a}")
+        sides = [lambda: step(told), lambda: step(once)]
+        out.append((name, str(dtype)[6:], f"{n} x {G}", c.block_size, seconds(sides, device, repeats),
+                    [peak_bytes(side, device) / 2 ** 20 for side in sides]))
+        del gpt, ref
+    return out
+
+
 def growth(device, repeats):
     """{title: (letter, xs, {side: seconds}, MiB at the peak, MiB of keys and values as counted)}: how the
     cost of sampling grows with T, L and G, on a model of middle size."""
@@ -327,7 +312,7 @@ def processor():
 
 
 def markdown(head, rows):
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+    return table(head, [list(map(str, row)) for row in rows])
 
 
 def draw(panels, path):
@@ -377,6 +362,13 @@ def main(argv):
             [(name, dtype, f"{n} x {G}", T, f"{t[0]:.3f}", f"{t[1]:.3f}", f"{t[0] / t[1]:.2f}",
               f"{share:.0%}", f"{t[2]:.3f}", f"{t[3]:.3f}", *(f"{p:.0f}" for p in peaks))
              for name, dtype, n, G, T, t, peaks, share in update(device, cfg.repeats, limits)]))
+        print(report[-1])
+    if cfg.only in ("all", "vapi"):
+        report.append("## The update of VA-pi\n\n" + markdown(
+            ["model", "dtype", "pictures x G", "tokens", "a forward for each sample, s",
+             "for each picture, s", "ratio", "peak MiB", "peak MiB"],
+            [(*row, f"{t[0]:.3f}", f"{t[1]:.3f}", f"{t[0] / t[1]:.2f}", *(f"{p:.0f}" for p in peaks))
+             for *row, t, peaks in shared_pictures(device, cfg.repeats)]))
         print(report[-1])
     if cfg.only in ("all", "growth"):
         panels = growth(device, cfg.repeats)

@@ -3,6 +3,7 @@
     python evaluate.py out/tiny_js                      one run against its base
     python evaluate.py out/tiny_js out/tiny_none ...    compare; runs that differ only in seed are averaged
     python evaluate.py out/llamagen_js --cfg_scale=7.5 --draws=8 --eval_prompts=16
+    python evaluate.py out/tiny_vapi --temperature=0.8  both under another temperature than in training
 (sample.py --save draws a benchmark's prompts for its own scorer, GenEval's say.)
 
 Every prompt is drawn `draws` times. Reported, as means over prompts:
@@ -46,6 +47,7 @@ class Config:
     draws: int = 96                    # pictures a prompt, a multiple of 8; 64 or more in the tiny world
     eval_prompts: int = 3              # fixed prompts: of each category in the tiny world, else in all
     cfg_scale: float = 0.0             # classifier-free guidance, for pictures and KLs; 0 = as it was trained
+    temperature: float = 0.0           # likewise; 0 = as it was trained
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
     picture: str = "out/compare.png"   # where the picture of all runs goes
 
@@ -106,7 +108,8 @@ def vendi(features):
 def frechet(a, b):
     """Frechet distance of the Gaussians through two clouds of features [n,d], [m,d]; arXiv 1706.08500 eq. 6.
     (In features of Inception it is FID. It falls with n: compare only at equal numbers.)"""
-    (m, s), (k, t) = ((x.mean(0), x.T.cov()) for x in (a.cpu().double(), b.cpu().double()))
+    (m, s), (k, t) = ((x.mean(0), torch.atleast_2d(x.T.cov())) for x in (
+        a.cpu().double(), b.cpu().double()))
     # tr sqrt(S T) is the sum of the roots of the eigenvalues of S T; sqrt(S) T sqrt(S) has the same ones
     values, vectors = torch.linalg.eigh(s)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
@@ -195,7 +198,7 @@ def best_of_n(base):
 def check(cfg):
     if not cfg.runs:
         raise UserError("name at least one run: python evaluate.py out/tiny_js")
-    config.at_least(cfg, draws=BEST_OF, eval_prompts=1)
+    config.at_least(cfg, draws=BEST_OF, eval_prompts=1, temperature=0)
     config.named(cfg, picture=".png")
     if cfg.draws % BEST_OF:
         raise UserError(f"draws must be a multiple of {BEST_OF}, not {cfg.draws}")
@@ -212,7 +215,8 @@ def main(argv):
         options, state = options_of(run)
         options.eval_draws = cfg.draws
         settings = dict(prompts=cfg.eval_prompts, draws=cfg.draws,
-                        cfg_scale=cfg.cfg_scale or options.cfg_scale, temperature=options.temperature)
+                        cfg_scale=cfg.cfg_scale or options.cfg_scale,
+                        temperature=cfg.temperature or options.temperature)
         key = *(getattr(options, k) for k in WORLD_IS), *settings.values()
         if key not in bases:
             world = open_world(options, device)

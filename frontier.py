@@ -25,22 +25,16 @@ Claims, each stated before it was tested, with its verdict in results/frontier.m
   (v)   a beta that falls from strong to weak gains more than a constant one at equal diversity
 Differences are paired by seed; intervals are 95 % bootstrap intervals over the seeds (10,000 resamples).
 """
-import contextlib
-import csv
-import hashlib
 import json
 import os
-import shutil
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
 import config
+import sweep
 from config import UserError, locate
 
 DIVERGENCES, ESTIMATORS = ("reverse_kl", "forward_kl", "js"), ("sampled", "unbiased", "exact")
@@ -51,7 +45,7 @@ LEVELS = (.7, .95)                             # of diversity kept: the range in
 MEASURES = ("reward", "heldout_reward", "unseen", "open_entropy", "entropy_kept", "pairwise", "vendi",
             "token_entropy", "kl_reverse", "kl_forward", "unreadable")
 FIELDS = ("divergence", "estimator", "beta", "schedule", "seed", *MEASURES, "base_reward",
-          "base_heldout_reward", "curve", "minutes", "device", "torch", "base", "date")
+          "base_heldout_reward", "curve", *sweep.STAMP)
 COLOURS = {"none": "black", "reverse_kl": "tab:blue", "forward_kl": "tab:orange", "js": "tab:green"}
 
 
@@ -88,93 +82,28 @@ def plan(seeds):
 
 def load(path):
     """Lines of the csv as dicts, numbers as floats. UserError for other columns or half a line."""
-    if not os.path.exists(path):
-        return []
-    fields, rows, numbers = None, [], (*MEASURES, "beta", "base_reward", "base_heldout_reward")
-    with open(path, newline="", encoding="utf-8", errors="replace") as file, contextlib.suppress(csv.Error):
-        reader = csv.DictReader(file)
-        fields, rows = reader.fieldnames, list(reader)
-    if fields != list(FIELDS):
-        raise UserError(f"{path} is not a csv of this version of frontier.py; move it away")
-    try:
-        for n, row in enumerate(rows):
-            row |= {k: float(row[k]) for k in numbers}
-            if None in row or row["date"] is None or int(row["seed"]) < 0:
-                raise ValueError
-    except (ValueError, TypeError):                        # killed while it wrote this
-        raise UserError(f"{path}: run {n + 1} is not whole: remove its line, and it is made again") from None
-    return rows
+    return sweep.load(path, FIELDS, (*MEASURES, "beta", "base_reward", "base_heldout_reward"))
 
 
 def key(row):
-    return (row["divergence"], row["estimator"], float(row["beta"]), row["schedule"]), int(row["seed"])
+    return (row["divergence"], row["estimator"], float(row["beta"]), row["schedule"]), row["seed"]
 
 
-def command(cell, seed, cfg, folder):
-    divergence, estimator, beta, schedule = cell
+def command(run, folder, device):
+    divergence, estimator, beta, schedule, seed = run
     falling = [f"--beta={2 * beta}", "--beta_schedule=linear", "--beta_end=0.0"]
     return [sys.executable, locate("train.py"), "configs/tiny_js.py", f"--divergence={divergence}",
-            f"--estimator={estimator}", f"--seed={seed}", f"--device={cfg.device}", f"--out_dir={folder}",
+            f"--estimator={estimator}", f"--seed={seed}", f"--device={device}", f"--out_dir={folder}",
             "--eval_interval=120", *(falling if schedule == "linear" else [f"--beta={beta}"])]
 
 
-def row_of(cell, seed, folder, minutes, device, base):
-    """What a finished run's folder says, as a line of the csv."""
-    import torch
-    before, after = ([json.loads(text) for text in open(os.path.join(folder, "evaluations.jsonl"),
-                                                         encoding="utf-8")][i] for i in (0, -1))
-    steps = [json.loads(text) for text in open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8")]
-    rewards = np.array([s["reward"] for s in steps]).reshape(-1, 10).mean(1)       # of 10 steps each
-    return dict(zip(FIELDS, (
-        *cell, seed, *(round(after[m], 5) for m in MEASURES), round(before["reward"], 5),
-        round(before["heldout_reward"], 5), " ".join(f"{r:.4f}" for r in rewards), round(minutes, 2), device,
-        torch.__version__, base, time.strftime("%Y-%m-%d"))))
-
-
-def fingerprint():
-    with open(locate("assets/tiny_base.pt"), "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()[:8]
-
-
-def make(cfg):
-    """Makes what is missing, `jobs` at a time; every finished run is on disk before the next one starts."""
-    base, rows = fingerprint(), load(cfg.csv)
-    if any((r["device"], r["base"]) != (cfg.device, base) for r in rows):
-        raise UserError(f"{cfg.csv} has runs of another device or another base than {cfg.device}, {base}; "
-                        f"a comparison must not mix them: move it away, or choose another --csv")
-    done = {key(r) for r in rows}
-    todo, begin, running = [r for r in plan(cfg.seeds) if r not in done], time.time(), {}
-    os.makedirs(os.path.dirname(cfg.csv) or ".", exist_ok=True)
-    os.makedirs(cfg.out, exist_ok=True)
-    if not rows:
-        with open(cfg.csv, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(FIELDS)
-    bar = tqdm(total=len(todo) + len(rows), initial=len(rows), desc="frontier", unit="run", ncols=110)
-    while todo or running:
-        late = cfg.minutes and time.time() - begin > 60 * cfg.minutes
-        while todo and len(running) < cfg.jobs and not late:
-            cell, seed = todo.pop(0)
-            folder = os.path.join(cfg.out, "_".join(map(str, (*cell, seed))))
-            shutil.rmtree(folder, ignore_errors=True)                      # half of a run that was killed
-            log = open(folder + ".log", "w", encoding="utf-8")
-            process = subprocess.Popen(command(cell, seed, cfg, folder), stdout=log, stderr=log,
-                                       env=os.environ | {"OMP_NUM_THREADS": "1"})
-            running[process] = cell, seed, folder, time.time()
-        if late and not running:
-            break
-        time.sleep(1)
-        for process in [p for p in running if p.poll() is not None]:
-            cell, seed, folder, started = running.pop(process)
-            if process.returncode:
-                raise config.Fault(f"the run {folder} failed; {folder}.log says why")
-            row = row_of(cell, seed, folder, (time.time() - started) / 60, cfg.device, base)
-            with open(cfg.csv, "a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, FIELDS).writerow(row)
-            shutil.rmtree(folder)
-            os.remove(folder + ".log")
-            bar.update()
-            bar.set_postfix_str(f"{'/'.join(map(str, cell))} seed {seed}: kept {row['entropy_kept']:.2f}, "
-                                f"reward {row['reward']:.3f}")
+def row_of(run, folder):
+    """What a finished run's folder says, as values of a line of the csv."""
+    before, after = (sweep.evaluations(folder)[i] for i in (0, -1))
+    with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
+        rewards = np.array([json.loads(text)["reward"] for text in file]).reshape(-1, 10).mean(1)  # of 10
+    return [*run, *(round(after[m], 5) for m in MEASURES), round(before["reward"], 5),
+            round(before["heldout_reward"], 5), " ".join(f"{r:.4f}" for r in rewards)]
 
 
 # ---- the statistics ----------------------------------------------------------------------------------------
@@ -189,7 +118,7 @@ def entropy_kept(row):
 
 def complete(rows):
     """(betas of a KL, seeds) of the largest block of which every cell was run: comparisons use only that."""
-    done, seeds = {key(r) for r in rows}, {int(r["seed"]) for r in rows}
+    done, seeds = {key(r) for r in rows}, {r["seed"] for r in rows}
     blocks = [(BETAS[:n], [s for s in sorted(seeds) if all((cell, s) in done for cell in cells(BETAS[:n]))])
               for n in range(1, len(BETAS) + 1)]
     return max(blocks, key=lambda block: (len(block[0]) >= 3, len(block[0]) * len(block[1])))
@@ -199,7 +128,7 @@ def frontier(rows, seed, divergence, estimator, betas, measure="reward"):
     """Points (diversity kept, gain) of one seed: these betas, the run without a divergence, and the base."""
     strengths = [b * (4 if divergence == "js" else 1) for b in betas]
     return [(1.0, 0.0)] + [
-        (r["entropy_kept"], gain(r, measure)) for r in rows if int(r["seed"]) == seed and (
+        (r["entropy_kept"], gain(r, measure)) for r in rows if r["seed"] == seed and (
             r["divergence"] == "none" or (r["divergence"], r["estimator"], r["schedule"]) ==
             (divergence, estimator, "constant") and r["beta"] in strengths)]
 
@@ -217,15 +146,6 @@ def area(points):
     return float(np.mean([reachable(points, level) for level in np.linspace(*LEVELS, 51)]))
 
 
-def say(differences):
-    """Paired differences -> 'mean [low, high]' with the 95 % bootstrap interval, and what it shows."""
-    d = np.asarray(differences, float)
-    means = np.random.RandomState(0).choice(d, (10000, len(d))).mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    shown = "more" if low > 0 else "less" if high < 0 else "not shown"
-    return f"{d.mean():+.3f} [{low:+.3f}, {high:+.3f}]", shown
-
-
 def verdicts(rows):
     """The claims and what the runs say: lines (claim, comparison, measure, difference, what is shown)."""
     betas, seeds = complete(rows)
@@ -233,7 +153,7 @@ def verdicts(rows):
     out = []
 
     def compare(claim, what, measure, difference):
-        out.append((claim, what, measure, *say([difference(s) for s in seeds])))
+        out.append((claim, what, measure, *sweep.say([difference(s) for s in seeds])))
     # (i): the same number as beta for all three. "Beats" asks for more of one and no less of the other.
     for b in sorted(set(betas) & {4 * b for b in betas}):
         for kl in DIVERGENCES[:2]:
@@ -268,10 +188,6 @@ def groups(rows):
                                          r["schedule"], r["beta"])):
         out.setdefault(key(r)[0], []).append(r)
     return out
-
-
-def spread(values):
-    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
 def steps_to(row):
@@ -343,19 +259,16 @@ def figures(rows, folder):
 def report(rows, path):
     """frontier.md: the verdicts, then every cell."""
     betas, seeds = complete(rows)
-
-    def table(head, lines):
-        return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
     with open(path, "w", encoding="utf-8") as file:
         file.write(
             f"# Performance against diversity\n\nBy `python frontier.py --only=figures` from frontier.csv: "
             f"{len(rows)} runs, device {rows[0]['device']}, base {rows[0]['base']}. Verdicts use the betas "
             f"of a KL {sorted(betas)} (js x 4) and the seeds {seeds}; frontier.py says what they mean.\n\n"
-            + table(["claim", "difference of", "in", "mean [95 % interval]", "shown"],
+            + sweep.table(["claim", "difference of", "in", "mean [95 % interval]", "shown"],
                     [list(v) for v in verdicts(rows)]) + "\n\n" +
-            table(["divergence", "estimator", "beta", "schedule", "seeds", "judge", "reader", "entropy kept",
-                   "Vendi score", "KL to the base, nat a picture"],
-                  [[d, e, f"{b:g}", how, str(len(rs))] + [spread([r[m] for r in rs]) for m in (
+            sweep.table(["divergence", "estimator", "beta", "schedule", "seeds", "judge", "reader",
+                         "entropy kept", "Vendi score", "KL to the base, nat a picture"],
+                  [[d, e, f"{b:g}", how, str(len(rs))] + [sweep.spread([r[m] for r in rs]) for m in (
                       "reward", "heldout_reward", "entropy_kept", "vendi", "kl_reverse")]
                    for (d, e, b, how), rs in groups(rows).items()]) + "\n")
 
@@ -371,7 +284,8 @@ def main(argv):
     cfg, _ = config.load(Config, argv)
     check(cfg)
     if cfg.only != "figures":
-        make(cfg)
+        sweep.make(cfg, load(cfg.csv), [(*cell, seed) for cell, seed in plan(cfg.seeds)], FIELDS,
+                   lambda run, folder: command(run, folder, cfg.device), row_of)
     if cfg.only != "runs":
         rows, folder = load(cfg.csv), os.path.dirname(cfg.csv) or "."
         if not rows or not complete(rows)[1]:

@@ -36,6 +36,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
+import graphs
+
 PRESETS = {  # name: (n_layer, n_head, dim)
     "GPT-B": (12, 12, 768), "GPT-L": (24, 16, 1024), "GPT-XL": (36, 20, 1280), "GPT-XXL": (48, 24, 1536),
     "GPT-XXXL": (48, 40, 2560), "GPT-1B": (22, 32, 2048), "GPT-3B": (24, 32, 3200), "GPT-7B": (32, 32, 4096)}
@@ -113,15 +115,14 @@ class Attention(nn.Module):
     def forward(self, x, table, bias, caption=None, cache=None):
         """Image rows x [R,S,D]; table their rotation; bias [R or 1,1,S,n+S'] to the scores, n columns (here
         one) for the caption. Teacher forcing: caption (k, v) [R,heads,n,hd] as `read` returned it. Sampling:
-        cache, (k, v) [R,heads,n+T-1,hd] that begin with it; these rows are the last S of n + S' in use."""
+        cache, (k, v) [R,heads,n+T-1,hd] that begin with it, and the places [S] of these rows in them."""
         q, k, v = self.qkv(x, table)
         if cache is None:
             k, v = (torch.cat(pair, 2) for pair in zip(caption, (k, v)))
-        else:                                       # write in place, then look at the filled part only
-            end = bias.shape[3]
-            for store, new in zip(cache, (k, v)):
-                store[:, :, end - x.shape[1]:end] = new
-            k, v = (store[:, :, :end] for store in cache)
+        else:                                       # write in place, then look at as much as bias speaks of
+            *stores, place = cache
+            k, v = (store.index_copy_(2, place, new.type_as(store))[:, :, :bias.shape[3]]
+                    for store, new in zip(stores, (k, v)))
         return self.attend(q, k, v, bias)
 
     def qkv(self, x, table):
@@ -340,27 +341,42 @@ class GPT(nn.Module):
         if top_k < 0 or not 0 < top_p <= 1:
             raise ValueError(f"top_k must be >= 0 and top_p in (0,1], not {top_k} and {top_p}")
         T, B = self.config.block_size, len(cond) if prompt is None else len(prompt)
-        x, captions, weight = self._read(cond, cond_mask, prompt, cfg_scale)                      # [R,1,D]
+        first, captions, weight = self._read(cond, cond_mask, prompt, cfg_scale)                  # [R,1,D]
         # n places for the caption (one, but for Janus), then T-1 for tokens 0 .. T-2
         caches = [[F.pad(part, (0, 0, 0, T - 1)) for part in caption] for caption in captions]
-        table, bias, n = self._table(x), F.pad(weight, (0, T - 1)), weight.shape[3]     # [R or 1,1,1,n+T-1]
-        tokens = torch.empty(B, T, dtype=torch.long, device=x.device)
-        logps = torch.zeros(B, T, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        for t in range(T):
-            logp = truncated_logp(self.logits(x[:, -1], cfg_scale, temperature), top_k, top_p)
+        table, n, device = self._table(first), weight.shape[3], first.device
+        bias, place = F.pad(weight, (0, T - 1)), torch.arange(n + T - 1, device=device)   # [R or 1,1,1,n+T-1]
+        tokens = torch.empty(B, T, dtype=torch.long, device=device)
+        logps = torch.zeros(B, T, device=device, dtype=torch.promote_types(first.dtype, torch.float32))
+        # The state of a step is in tensors that it updates, so that graphs.py can record it.
+        t = torch.zeros_like(place[:1])
+        hidden = first.type_as(self.tok_embeddings(t)).contiguous()        # in the precision of image rows
+
+        def choose():                                                      # token t [B,1], from `hidden`
+            logp = truncated_logp(self.logits(hidden[:, -1], cfg_scale, temperature), top_k, top_p)
             if temperature == 0:
-                tokens[:, t] = logp.argmax(1)
+                token = logp.argmax(1, keepdim=True)
             else:
                 # p_i / E_i with E_i ~ Exp(1) is largest at i with probability p_i, and -log of a uniform
                 # number is Exp(1). No number goes back to the CPU, so it never waits for the GPU.
-                noise = torch.rand(part[1] * B, logp.shape[1], generator=generator, device=x.device)
+                noise = torch.rand(part[1] * B, logp.shape[1], generator=generator, device=device)
                 race = -noise[part[0] * B:][:B].log()
-                tokens[:, t] = (logp.exp() / race).argmax(1)
-                logps[:, t] = logp.gather(1, tokens[:, t:t + 1])[:, 0]
-            if t < T - 1:
-                x = self.tok_embeddings(tokens[:, t:t + 1]).repeat(len(x) // B, 1, 1)
-                for layer, cache in zip(self.layers, caches):
-                    x = layer(x, table[t:t + 1], bias[..., :n + t + 1], None, cache)
+                token = (logp.exp() / race).argmax(1, keepdim=True)
+                logps.index_copy_(1, t, logp.gather(1, token))
+            tokens.index_copy_(1, t, token)
+            return token
+
+        def step(length):                                                  # ... and what comes after it
+            x = self.tok_embeddings(choose()).repeat(len(hidden) // B, 1, 1)
+            seen = bias[..., :length].masked_fill(place[:length] > n + t, -torch.inf)
+            for layer, cache in zip(self.layers, caches):
+                x = layer(x, table[t], seen, None, (*cache, n + t))
+            hidden.copy_(x)
+            t.add_(1)
+        advance = graphs.Replay(step, device, generator, record=not hasattr(self, "shards"))
+        for i in range(T - 1):
+            advance(graphs.places(n + i + 1, n + T - 1, device))
+        choose()
         return (tokens, logps) if return_logp else tokens
 
 

@@ -203,6 +203,7 @@ def main(argv):
     policy, world = load(cfg, device)
     if cfg.npz and world.kind != "c2i":
         raise UserError("--npz draws random classes, and this model reads captions: see --prompts and --save")
+    checkpoint.freeze(policy, cfg.dtype)
     captions = [caption for caption, _ in records]
     told = captions
     if world.kind == "c2i":

@@ -49,7 +49,7 @@ import vapi
 from config import UserError, locate
 
 COUNTED = 64                    # readable pictures a prompt that enter open_entropy
-HELD_BACK = 256                 # pictures that `reconstruction` of vapi.py looks at
+HELD_BACK = 128                 # pictures that `reconstruction` of vapi.py looks at
 UNSEEN_DRAWS = 8                # draws a prompt for captions with held-out pairs
 
 

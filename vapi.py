@@ -61,7 +61,7 @@ import grpo
 import parallel
 from grpo import weigh                                      # phase 3 is GRPO's
 
-MEASURED = 8                    # samples of each held-back picture that `reconstruction` looks at
+MEASURED = 4                    # samples of each held-back picture that `reconstruction` looks at
 
 
 # ---- pure tensor functions ---------------------------------------------------------------------------------

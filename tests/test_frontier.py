@@ -11,8 +11,10 @@ import sys
 import pytest
 
 import frontier
+import sweep
 from config import UserError
-from frontier import area, cells, complete, key, load, plan, reachable, say, steps_to
+from frontier import area, cells, complete, key, load, plan, reachable, steps_to
+from sweep import say
 
 
 def line(cell, seed, reward=.2, kept=.9, **more):
@@ -113,12 +115,12 @@ def test_runs_are_made_once_and_never_mixed(tmp_path, monkeypatch):
     (tmp_path / "fake.py").write_text(FAKE.format(measures=frontier.MEASURES))
     commands = []
 
-    def command(cell, seed, cfg, folder):
-        commands.append((cell, seed))
+    def command(run, folder, device):
+        commands.append((run[:4], run[4]))
         return [sys.executable, str(tmp_path / "fake.py"), f"--out_dir={folder}"]
     monkeypatch.setattr(frontier, "command", command)
     monkeypatch.setattr(frontier, "plan", lambda seeds: plan(seeds)[:4])
-    monkeypatch.setattr(frontier.time, "sleep", lambda seconds, sleep=frontier.time.sleep: sleep(.02))
+    monkeypatch.setattr(sweep.time, "sleep", lambda seconds, sleep=sweep.time.sleep: sleep(.02))
     path = tmp_path / "results" / "frontier.csv"
     options = [f"--csv={path}", f"--out={tmp_path / 'out'}", "--only=runs"]
     frontier.main(options)
@@ -139,7 +141,7 @@ def test_commands_are_runs_that_train_understands():
     import train
     from config import load as options
     for cell in cells(frontier.BETAS):
-        cfg, _ = options(train.Config, frontier.command(cell, 3, frontier.Config(), "out/x")[2:])
+        cfg, _ = options(train.Config, frontier.command((*cell, 3), "out/x", "cpu")[2:])
         train.check(cfg)
         beta = [train.ramp(cfg.beta_schedule, cfg.beta, cfg.beta_end, s / 120) for s in range(121)]
         assert (cfg.divergence, cfg.estimator, cfg.seed) == (cell[0], cell[1], 3)

@@ -4,11 +4,13 @@ Holds model.py against an independent, naive transformer (naive_gpt.py), and aga
 LlamaGen checkpoints one by one. All models are tiny, random and on the CPU: the file runs in a few seconds.
 """
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+import graphs
 import naive_gpt
 from model import GPT, GPTConfig, PRESETS
 from naive_gpt import naive_logits
@@ -204,6 +206,75 @@ def test_generator_alone_decides_the_sample():
     gpt, _, _, cond, mask = build()
     a, b, c = (gpt.generate(cond, mask, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+@both_types
+@pytest.mark.parametrize("stride", [3, 64])
+def test_steps_of_a_fixed_size_draw_the_same_tokens(model_type, stride, monkeypatch):
+    """As a GPU records them (graphs.py): attention over places that are not filled yet, and masked."""
+    gpt, _, _, cond, mask = build(model_type, torch.float64)
+    settings = dict(cfg_scale=2.0, return_logp=True)
+    exact = gpt.generate(cond, mask, generator=torch.Generator().manual_seed(3), **settings)
+    lengths, places = [], graphs.places
+    monkeypatch.setattr(graphs, "STRIDE", {"cpu": stride})
+    monkeypatch.setattr(graphs, "places", lambda *a: lengths.append(places(*a)) or lengths[-1])
+    strided = gpt.generate(cond, mask, generator=torch.Generator().manual_seed(3), **settings)
+    assert torch.equal(exact[0], strided[0]) and torch.allclose(exact[1], strided[1], atol=1e-12)
+    assert sorted(set(lengths)) == ([3, 6, 9, 12, 15, 16] if stride == 3 else [16]) and len(lengths) == 15
+
+
+class Fake:
+    """torch.cuda, as far as graphs.py asks for it: a graph that notes what is recorded, and replays it."""
+    log, recording, broken = [], None, False
+
+    class CUDAGraph:
+        def register_generator_state(self, generator):
+            Fake.log.append("stream")
+
+        def pool(self):
+            return "pool"
+
+        def replay(self):
+            Fake.log.append(f"replay {self.key}")
+
+    class graph:
+        def __init__(self, graph, pool, capture_error_mode):
+            self.graph = graph
+            Fake.log.append(f"record in {pool}")
+
+        def __enter__(self):
+            if Fake.broken:
+                raise RuntimeError("no memory\nfor a graph")
+            Fake.recording = self.graph
+
+        def __exit__(self, *error):
+            Fake.recording = None
+
+
+def test_a_step_is_run_then_recorded_then_replayed(monkeypatch):
+    """The order of things, on a make-believe GPU: whether a real one obeys was not tried."""
+    def step(key):
+        if Fake.recording:
+            Fake.recording.key = key
+        else:
+            Fake.log.append(f"run {key}")
+    monkeypatch.setattr(graphs.torch, "cuda", Fake)
+    gpu, stream = SimpleNamespace(type="cuda"), torch.Generator()
+    replay, Fake.log = graphs.Replay(step, gpu, stream), []
+    for key in (64, 64, 64, 128, 128, 64):
+        replay(key)
+    assert Fake.log == ["run 64", "stream", "record in None", "replay 64", "replay 64", "run 128", "stream",
+                        "record in pool", "replay 128", "replay 64"]
+    replay, Fake.log, Fake.broken = graphs.Replay(step, gpu), [], True
+    with pytest.warns(UserWarning, match="no memory.*without"):
+        for key in (64, 64, 64):
+            replay(key)
+    assert Fake.log == ["run 64", "record in None", "run 64", "run 64"]
+    Fake.broken, Fake.log = False, []
+    for off in (graphs.Replay(step, gpu, record=False), graphs.Replay(step, torch.device("cpu"))):
+        for key in (64, 64):
+            off(key)
+    assert Fake.log == ["run 64"] * 4
 
 
 def test_parts_of_a_batch_are_drawn_with_the_noise_of_the_whole():

@@ -1,0 +1,121 @@
+"""Many runs of train.py, a line of a csv each: made once, a few at a time, and gone on with where it stopped.
+
+frontier.py and ablation.py say which runs; this makes them. A line appended to the csv is a run that is done
+and never made again; its folder goes, as the line says what the experiment needs. A line carries the device,
+the version of torch and the base it was made with, and a csv never mixes two devices or two bases: sums that
+are rounded otherwise lead to other runs, and the differences that matter here are small.
+"""
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from config import Fault, UserError, locate
+
+STAMP = ("minutes", "device", "torch", "base", "date")         # the last columns of every csv
+
+
+def load(path, fields, numbers):
+    """Lines of the csv as dicts, those of `numbers` as floats. UserError for other columns or half a line."""
+    if not os.path.exists(path):
+        return []
+    found, rows = None, []
+    with open(path, newline="", encoding="utf-8", errors="replace") as file, contextlib.suppress(csv.Error):
+        reader = csv.DictReader(file)
+        found, rows = reader.fieldnames, list(reader)
+    if found != list(fields):
+        raise UserError(f"{path} is not a csv of this version; move it away")
+    try:
+        for n, row in enumerate(rows):
+            row |= {k: float(row[k]) for k in numbers} | {"seed": int(row["seed"])}
+            if None in row or None in row.values():
+                raise ValueError
+    except (ValueError, TypeError):                        # killed while it wrote this
+        raise UserError(f"{path}: run {n + 1} is not whole: remove its line, and it is made again") from None
+    return rows
+
+
+def fingerprint():
+    """The first digits of the base's hash."""
+    with open(locate("assets/tiny_base.pt"), "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()[:8]
+
+
+def evaluations(folder):
+    """All evaluations of a run, as dicts."""
+    with open(os.path.join(folder, "evaluations.jsonl"), encoding="utf-8") as file:
+        return [json.loads(text) for text in file]
+
+
+def make(cfg, rows, plan, fields, command, row_of, keep=lambda key: False):
+    """Makes what is missing, `cfg.jobs` at a time; every finished run is on disk before the next one starts.
+
+    rows: what `load` found; plan {key: tuple of words}: the runs in order; command(key, folder) -> command
+    line; row_of(key, folder) -> values of `fields` up to STAMP; keep(key): leave the folder of that run?
+    Raises UserError for a csv of another device or base, Fault for a run that fails.
+    """
+    base, done = fingerprint(), {tuple(str(r[f]) for f in fields[:len(next(iter(plan)))]) for r in rows}
+    if any((r["device"], r["base"]) != (cfg.device, base) for r in rows):
+        raise UserError(f"{cfg.csv} has runs of another device or another base than {cfg.device}, {base}; "
+                        f"a comparison must not mix them: move it away, or choose another --csv")
+    import torch
+    todo, begin, running = [k for k in plan if tuple(map(str, k)) not in done], time.time(), {}
+    os.makedirs(os.path.dirname(cfg.csv) or ".", exist_ok=True)
+    os.makedirs(cfg.out, exist_ok=True)
+    if not rows:
+        with open(cfg.csv, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(fields)
+    bar = tqdm(total=len(plan), initial=len(plan) - len(todo), unit="run", ncols=110,
+               desc=os.path.basename(cfg.csv))
+    while todo or running:
+        late = cfg.minutes and time.time() - begin > 60 * cfg.minutes
+        while todo and len(running) < cfg.jobs and not late:
+            key = todo.pop(0)
+            folder = os.path.join(cfg.out, "_".join(map(str, key)))
+            shutil.rmtree(folder, ignore_errors=True)                      # half of a run that was killed
+            log = open(folder + ".log", "w", encoding="utf-8")
+            process = subprocess.Popen(command(key, folder), stdout=log, stderr=log,
+                                       env=os.environ | {"OMP_NUM_THREADS": "1"})
+            running[process] = key, folder, time.time()
+        if late and not running:
+            break
+        time.sleep(1)
+        for process in [p for p in running if p.poll() is not None]:
+            key, folder, started = running.pop(process)
+            if process.returncode:
+                raise Fault(f"the run {folder} failed; {folder}.log says why")
+            row = dict(zip(fields, (*row_of(key, folder), round((time.time() - started) / 60, 2), cfg.device,
+                                    torch.__version__, base, time.strftime("%Y-%m-%d")), strict=True))
+            with open(cfg.csv, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, fields).writerow(row)
+            if not keep(key):
+                shutil.rmtree(folder)
+            os.remove(folder + ".log")
+            bar.update()
+            bar.set_postfix_str(f"{'/'.join(map(str, key))}: reward {row['reward']:.3f}")
+
+
+# ---- the statistics ----------------------------------------------------------------------------------------
+def say(differences):
+    """Paired differences -> 'mean [low, high]' with the 95 % bootstrap interval, and what it shows."""
+    d = np.asarray(differences, float)
+    means = np.random.RandomState(0).choice(d, (10000, len(d))).mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    shown = "more" if low > 0 else "less" if high < 0 else "not shown"
+    return f"{d.mean():+.3f} [{low:+.3f}, {high:+.3f}]", shown
+
+
+def spread(values):
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def table(head, lines):
+    """Texts -> a table in Markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
