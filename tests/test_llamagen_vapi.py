@@ -289,6 +289,7 @@ def test_one_step_at_full_size(tmp_path):
     os.makedirs(where)
     for name in ("c2i_B_256.pt", "vq_ds16_c2i.pt"):
         weights.make_random(weights.RELEASED[name][0], f"{where}/{name}", std=.05 - .03 * ("B" in name))
+    torch.manual_seed(0)
     full_size.make_rewards(where)
     full_size.make_lpips(where)
     full_size.make_pictures(str(tmp_path / "pictures"), of_each=10, size=(500, 375))
