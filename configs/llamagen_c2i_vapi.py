@@ -1,6 +1,6 @@
 # VA-pi (vapi.py) on class-conditional LlamaGen: 384 pixels, the numbers of arXiv 2512.19680's launcher.
 #   python train.py configs/llamagen_c2i_vapi.py --data=/data/imagenet/train      a folder for each class
-#   128 pictures x 8 samples x 576 tokens = 589,824 tokens a step, of which the policy reads 128 x 576 = 73,728.
+#   128 pictures x 8 samples x 576 tokens = 589,824 tokens a step; the policy reads 128 x 576 = 73,728.
 #   100 steps: 12,800 pictures, 1 % of ImageNet. On any number of GPUs; the authors had eight, with 16 each.
 # This is GPT-L (343M), about 12 GB by the plan that is printed first. The paper's is GPT-XXL (1.4B), 35 GB:
 #   --gpt_ckpt=c2i_XXL_384.pt
