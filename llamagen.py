@@ -7,6 +7,11 @@ Files are looked for in the folder `weights`, and fetched from the Hugging Face 
 kept from training and serves all evaluations. They are encoded by T5 once, before anything else is loaded,
 and T5 is gone when training starts (t5.py). Rewards see the captions as they were written.
 
+A run of vapi.py takes pictures, with captions or classes, from `data` (data.py) in place of the text file. A
+class-conditional policy, a file whose name begins with c2i_, reads a number and no text: there is no T5, and
+rewards get the name of the class, which is a folder's. CLIPScore and HPS can judge by "golden retriever", but
+not by "n02099601".
+
 Where the memory goes is printed before the run starts. For LlamaGen-XL (P = 775 million parameters) on one
 24 GB card, 32 pictures a step, `dtype = "bfloat16"`:
     policy and gradient in fp32          2 x 4 P    6.2 GB   sums of many small steps need fp32: bf16 has
@@ -24,12 +29,14 @@ import torch
 
 import checkpoint
 import clip
+import data
 import lora
 import parallel
 import pictures
 import prompts
 import reward
 import t5
+import vapi
 import weights
 from config import UserError, locate
 from model import GPT
@@ -75,7 +82,13 @@ class World:
 
     def __init__(self, options, device):
         """options: those of train.py. Raises UserError naming every file that is missing."""
-        o, self.device = options, device
+        o, self.options, self.device = options, options, device
+        from_pictures = o.algorithm == "vapi"
+        self.classes = os.path.basename(o.gpt_ckpt).startswith("c2i_")
+        if self.classes and not from_pictures:
+            raise UserError(f"{o.gpt_ckpt} reads classes, not the captions of {o.prompts}: it can be trained "
+                            f"with --algorithm=vapi, where pictures have classes")
+        self.data = data.Pictures(o.data, o.prompts_per_step, self.classes) if from_pictures else None
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=o.dtype == "bfloat16")
         spec = {name: reward.parse(getattr(o, name), o.world) for name in ("reward", "heldout_reward")}
         # Diversity is seen with the eyes of a model that is not trained on, where there is one.
@@ -84,7 +97,8 @@ class World:
             raise UserError("reward or heldout_reward must name one of " + ", ".join(REWARD_FILES)
                             + ": diversity is measured in its image features")
         learned = sorted(set(seeing))
-        names = self.model_files(o) + self.text_files(o)
+        names = self.model_files(o) + self.text_files(o) * (not self.classes)
+        names += [data.VGG_FILE, data.HEADS_FILE] * from_pictures
         names += [f for n in learned for f in REWARD_FILES[n].values()]
         # One process downloads and encodes, then one of each other machine (if their disks are the same, all
         # is there), then the rest.
@@ -92,18 +106,20 @@ class World:
         for _ in range(turn):
             parallel.wait()
         files = weights.find(list(dict.fromkeys(names)), o.weights)
-        captions = list(dict.fromkeys(prompts.read(locate(o.prompts))))
-        if len(captions) <= o.eval_prompts:
-            raise UserError(f"{o.prompts} has {len(captions)} captions, and eval_prompts = {o.eval_prompts} "
-                            f"of them would be kept from training: none would be left")
-        random.Random(1234).shuffle(captions)
-        self.held_back, self.pool = captions[:o.eval_prompts], captions[o.eval_prompts:]
-        self.text = self.captions_of(o, files, device)
-        self.text.prepare(captions)
+        self.held_back, self.pool = self.split_captions(o)
+        if not self.classes:
+            self.text = self.captions_of(o, files, device)
+            self.text.prepare(self.held_back + self.pool)
         for _ in range(2 - turn):
             parallel.wait()
 
         self.policy, self.vqgan = self.load_models(o, files, device)
+        if self.classes != (self.policy.config.model_type == "c2i"):
+            raise UserError(f"{o.gpt_ckpt} is of model_type {self.policy.config.model_type}: c2i_ must begin "
+                            f"the names of policies that read classes, and no others")
+        if self.classes and max(self.data.label_of.values()) >= self.policy.config.num_classes:
+            raise UserError(f"{o.data} has a class {max(self.data.label_of.values())}, and {o.gpt_ckpt} "
+                            f"knows those from 0 to {self.policy.config.num_classes - 1}")
         self.reference = self.policy if o.lora_rank else copy.deepcopy(self.policy)
         checkpoint.freeze(self.reference, o.dtype)
         if o.lora_rank:
@@ -116,14 +132,54 @@ class World:
                                 o.antialias or n != "hps") for n in learned}
         self.rewards = {name: reward.build(s, reward.REWARDS | models) for name, s in spec.items()}
         self.embed = models[seeing[0]].embed_images
+        others = [self.vqgan, *(m.model for m in models.values())]
+        if from_pictures:
+            self.columns = ["reconstruction"]
+            # a token is a square of so many pixels: 16 in VQ-16
+            self.side = self.policy.side * 2 ** (len(self.vqgan.config.ch_mult) - 1)
+            self.lpips = data.LPIPS(files[data.VGG_FILE], files[data.HEADS_FILE]).to(device)
+            checkpoint.freeze(self.lpips, "float64" if o.dtype == "float64" else "float32")
+            others.append(self.lpips)
         if parallel.RANK == 0:
-            others = [self.vqgan, *(m.model for m in models.values())]
             print(memory_plan(o, self.policy, others, parallel.SIZE))
+
+    def split_captions(self, o):
+        """-> (captions of evaluations, each once; those to train on). UserError if there are too few."""
+        if self.data:
+            seen = list(dict.fromkeys(caption for caption, *_ in self.data.held_back))
+            if len(seen) < o.eval_prompts:
+                raise UserError(f"{o.data}: the {len(self.data.held_back)} pictures that are kept from "
+                                f"training have {len(seen)} captions: eval_prompts must be no more")
+            return seen, [caption for caption, *_ in self.data.training]
+        found = list(dict.fromkeys(prompts.read(locate(o.prompts))))
+        if len(found) <= o.eval_prompts:
+            raise UserError(f"{o.prompts} has {len(found)} captions, and eval_prompts = {o.eval_prompts} "
+                            f"of them would be kept from training: none would be left")
+        random.Random(1234).shuffle(found)
+        return found[:o.eval_prompts], found[o.eval_prompts:]
 
     def draw(self, n):
         return [random.choice(self.pool) for _ in range(n)]
 
+    def draw_pictures(self, n):
+        return [(caption, file) for caption, file, _ in random.sample(self.data.training, n)]
+
+    def load(self, files):
+        pictures = torch.stack([data.load(file, self.side) for file in files])
+        return pictures.to(self.device, self.policy.norm.weight.dtype)
+
+    def held_back_pictures(self):
+        captions, files, _ = zip(*self.data.held_back)
+        return list(captions), self.load(files)
+
+    def perceptual(self, images, others):
+        pairs = zip(images.split(DECODED), others.split(DECODED))
+        return torch.cat([self.lpips(*pair) for pair in pairs])
+
     def encode(self, captions):
+        if self.classes:
+            labels = torch.tensor([self.data.label_of[caption] for caption in captions], device=self.device)
+            return labels, torch.ones(len(captions), 1, device=self.device)                      # [P], [P,1]
         features, mask = self.text.encode(captions, self.device)
         return features.to(self.policy.norm.weight.dtype), mask
 
@@ -136,8 +192,8 @@ class World:
                             f"kept from training, not {n}")
         return self.held_back[:n]
 
-    def extra(self, *args, **sampling):
-        return {}
+    def extra(self, policy, *args, **sampling):
+        return {"reconstruction": vapi.reconstruction(self.options, self, policy)} if self.data else {}
 
     def picture(self, path, prompts, columns, shown=4):
         """A grid: a row for each of the first eight prompts, side by side the pictures of each (heading,
@@ -163,7 +219,9 @@ def parts_of_memory(o, policy, others, size=1):
     low = 2 if o.dtype == "bfloat16" else 4                        # bytes of a number in a matrix product
     B = o.prompts_per_step * o.group_size // size
     b, drawn, rows = min(B, o.micro_batch), min(B, o.sample_batch or B), 2 if o.cfg_scale > 1 else 1
-    t = min(o.chunk or c.block_size, c.block_size)
+    t, passes = min(o.chunk or c.block_size, c.block_size), 1
+    if o.algorithm == "vapi":          # a pass serves all samples of a picture, and needs no cache
+        b, drawn, passes = -(-b // o.group_size), 0, 1 + o.prior_dropout
     inside = KEPT_INSIDE[low] * c.dim                                      # bytes a token and layer
     kept = 4 * c.dim if o.recompute else inside
     layers = c.n_layer * kept + (inside if o.recompute else 0)
@@ -174,13 +232,15 @@ def parts_of_memory(o, policy, others, size=1):
         "tokenizer and rewards": sum(p.numel() * p.element_size() for m in others for p in m.parameters()),
         "sampling: keys and values": 2 * c.n_layer * rows * drawn * c.block_size * c.dim * low,
         "sampling: weights gathered from all processes": 4 * P if cut > 1 else 0,
-        "update: activations": rows * b * c.block_size * layers,
-        # logits and log-probabilities of two models, and the gradients of two of these four
-        "update: logits": 6 * rows * b * t * c.vocab_size * 4}
+        "update: activations": passes * rows * b * c.block_size * layers,
+        "update: logits": LOGITS[o.algorithm] * rows * b * t * c.vocab_size * 4}
 
 
 # Bytes that autograd keeps inside a layer, for a token and a channel of width: measured by that test.
 KEPT_INSIDE = {2: 55, 4: 90}
+# Tensors as large as the logits that are there at once. grpo: logits and log-probabilities of two models, and
+# the gradients of two of these. vapi: these four, two at the temperature, three in the statistics (measured).
+LOGITS = {"grpo": 6, "vapi": 9}
 
 
 def memory_plan(o, policy, others, size=1):

@@ -14,21 +14,27 @@ import os
 from config import UserError, locate
 
 
-def _caption(record):
-    """The caption of a record; ValueError says why there is none."""
+def field(record, *names):
+    """The key of a record that is the first of `names` that is there, or None. ValueError for no record."""
     if not isinstance(record, dict) or None in record:                     # None: cells beyond the last field
         raise ValueError("neither a text nor a record (in a table, a caption with a comma wants quotes)")
-    field = next((k for f in ("prompt", "caption", "text") for k in record if k.strip().lower() == f), None)
-    if field is None:
+    return next((k for f in names for k in record if k.strip().lower() == f), None)
+
+
+def caption_of(record):
+    """The caption of a record; ValueError says why there is none."""
+    key = field(record, "prompt", "caption", "text")
+    if key is None:
         raise ValueError("no field prompt, caption or text; there are: " + ", ".join(map(repr, record)))
-    caption = record[field]                             # d800 to dfff: where bytes end up that are no UTF-8
+    caption = record[key]                               # d800 to dfff: where bytes end up that are no UTF-8
     if not isinstance(caption, str) or not caption.strip() or any(0xd800 <= ord(c) < 0xe000 for c in caption):
-        raise ValueError(f"{field!r} must be a text in UTF-8, and not a blank one, but is {caption!a:.60}")
+        raise ValueError(f"{key!r} must be a text in UTF-8, and not a blank one, but is {caption!a:.60}")
     return caption.strip()
 
 
-def records(path):
-    """File -> [(caption, its record)]; that of a bare text is {"prompt": text}. Raises UserError."""
+def records(path, read=caption_of, tables=(".csv", ".tsv")):
+    """File -> [(what `read` makes of a record, the record)]; that of a bare text is {"prompt": text}. Raises
+    UserError. tables: kinds of files whose first line names the fields (data.py has a .tsv without)."""
     path, kind, out, entries, n = locate(path), os.path.splitext(path)[1].lower(), [], (), 0
     if kind not in (".txt", ".jsonl", ".json", ".csv", ".tsv"):
         raise UserError(f"{path}: captions are read from .txt, .jsonl, .json, .csv and .tsv files")
@@ -37,7 +43,7 @@ def records(path):
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             entries = (csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",", strict=True)
-                       if kind in (".csv", ".tsv") else json.load(file) if kind == ".json" else file)
+                       if kind in tables else json.load(file) if kind == ".json" else file)
             if kind == ".json" and not isinstance(entries, list):
                 raise ValueError("the file must be a list")
             for n, entry in enumerate(entries, 1):
@@ -45,7 +51,7 @@ def records(path):
                     continue
                 entry = json.loads(entry) if kind == ".jsonl" else entry
                 record = {"prompt": entry.strip()} if isinstance(entry, str) else entry
-                out.append((_caption(record), record))
+                out.append((read(record), record))
     except (ValueError, csv.Error, RecursionError) as error:
         n = entries.reader.line_num if isinstance(entries, csv.DictReader) else n
         place = f", {'entry' if kind == '.json' else 'line'} {n}" if n else ""

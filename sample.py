@@ -7,6 +7,7 @@
     python sample.py --world=janus --gpt_ckpt=Janus-Pro-1B --prompt="a red fox in the snow"
     python sample.py --ckpt=out/llamagen_js --prompt="a red fox in the snow"
     python sample.py --ckpt=out/llamagen_js --prompts=evaluation_metadata.jsonl --save=out/geneval --n=4
+    python sample.py --ckpt=out/llamagen_c2i_vapi --npz=out/samples.npz --n=50000 --cfg_scale=1 --top_k=0
 
 Here, unlike in training, the distribution may be cut (top_k, top_p), cooled, or guided: nothing is learned
 from it. In the tiny world a frame is green where the exact reader finds what the caption says, red where not;
@@ -17,6 +18,11 @@ of ImageNet, 0 to 999, for prompts. Released files are looked for in `weights`, 
 2310.11513) wants: out/geneval/00000/metadata.jsonl, the prompt's own line of the file, and beside it
 samples/0000.png, 0001.png ...
 
+--npz draws n pictures in all, of uniformly random classes, for the evaluator of ADM (FID, Inception score,
+precision and recall; github.com/openai/guided-diffusion): one array of bytes, arr_0 [n,256,256,3]. Larger
+pictures are resized as LlamaGen's scripts do it, bicubic without antialias. 50,000 of them are 9.8 GB, which
+go to the disk as they are drawn.
+
 Also printed: how many different codes were used, and a hash of them. Two runs that print the same hash drew
 the same tokens; on another machine or a GPU the last bit of a sum may differ, and then they do not.
 """
@@ -24,11 +30,14 @@ import hashlib
 import importlib
 import json
 import os
+import zipfile
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
@@ -52,9 +61,10 @@ class Config:
     ckpt: str = "assets/tiny_base.pt"  # a run's folder, a checkpoint, or a base of the tiny world
     prompt: str = "a red circle left of a blue square"  # captions, with ; between them; or class numbers
     out: str = "out/sample.png"        # where the picture goes
-    n: int = 8                         # pictures a caption
+    n: int = 8                         # pictures a caption; with npz, in all
     prompts: str = ""                  # a file of prompts (as in train.py), in place of prompt
     save: str = ""                     # with prompts: the folder for their pictures, in place of out
+    npz: str = ""                      # a .npz file for pictures of random classes, in place of out; c2i only
     seed: int = 0                      # of the samples
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
     no_verify: bool = False            # do not read files of weights once more to compare their checksums
@@ -103,7 +113,9 @@ def load(cfg, device):
 
         def encode(texts):
             return captions.encode(texts, device)
-    return policy, SimpleNamespace(encode=encode, decode=vqgan.decode, autocast=autocast,
+    def decode(tokens):
+        return torch.cat([vqgan.decode(some) for some in tokens.split(8)])
+    return policy, SimpleNamespace(encode=encode, decode=decode, autocast=autocast,
                                    kind=policy.config.model_type, prepare=prepare)
 
 
@@ -115,6 +127,12 @@ def check(cfg):
     if bool(cfg.save) != bool(cfg.prompts):
         raise UserError("--prompts=FILE and --save=FOLDER go together: every prompt of the file is drawn "
                         "into the folder")
+    if cfg.npz:
+        config.named(cfg, npz=".npz")
+        if cfg.save:
+            raise UserError("--npz and --save are two tasks: one at a time")
+        if os.path.exists(cfg.npz):
+            raise UserError(f"{cfg.npz} is there already: choose another file by --npz=...")
     if cfg.save and os.path.isdir(cfg.save) and os.listdir(cfg.save):
         raise UserError(f"{cfg.save} is not empty: choose another folder by --save=...")
     if not 0 < cfg.top_p <= 1:
@@ -142,6 +160,39 @@ def save_pictures(records, told, draw, cfg):
     print(f"{len(records)} x {cfg.n} pictures in {cfg.save}")
 
 
+def to_bytes(images):
+    """images [b,3,H,W] in about [-1,1] -> uint8 [b,256,256,3], numpy, rounded to the nearest."""
+    if images.shape[2:] != (256, 256):
+        images = F.interpolate(images, (256, 256), mode="bicubic")
+    return (127.5 * images + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_npz(draw, config, cfg):
+    """cfg.n pictures of classes drawn uniformly, by a policy of this config, as cfg.npz: whole or not at
+    all."""
+    at_once = evaluate.CHUNK // config.block_size or 1
+    generator = torch.Generator().manual_seed(cfg.seed)
+    told = torch.randint(config.num_classes, (cfg.n,), generator=generator).split(at_once)
+    seeds = torch.randint(2 ** 62, (len(told),), generator=generator).tolist()
+    os.makedirs(os.path.dirname(cfg.npz) or ".", exist_ok=True)
+    # An .npz is a zip of .npy, and an .npy a header before the bytes, so both can be written piece by piece.
+    # The date is fixed, for the same pictures to make the same file.
+    try:
+        with zipfile.ZipFile(f"{cfg.npz}.tmp", "w") as file, file.open(
+                zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as part, tqdm(
+                total=cfg.n, desc="drawing", unit="picture", ncols=110) as bar:
+            np.lib.format.write_array_header_1_0(part, {"descr": "|u1", "fortran_order": False,
+                                                        "shape": (cfg.n, 256, 256, 3)})
+            for some, seed in zip(told, seeds):
+                part.write(to_bytes(draw(some.tolist(), seed, 1)[1]).tobytes())
+                bar.update(len(some))
+        os.replace(f"{cfg.npz}.tmp", cfg.npz)
+    finally:
+        if os.path.exists(f"{cfg.npz}.tmp"):
+            os.remove(f"{cfg.npz}.tmp")
+    print(f"{cfg.n} pictures in {cfg.npz}")
+
+
 def main(argv):
     cfg, _ = config.load(Config, argv)
     check(cfg)
@@ -150,18 +201,24 @@ def main(argv):
     records = prompt_files.records(cfg.prompts) if cfg.save else [
         (c.strip(), None) for c in cfg.prompt.split(";")]
     policy, world = load(cfg, device)
+    if cfg.npz and world.kind != "c2i":
+        raise UserError("--npz draws random classes, and this model reads captions: see --prompts and --save")
     checkpoint.freeze(policy, cfg.dtype)
     captions = [caption for caption, _ in records]
-    told = classes_of(captions, policy, cfg) if world.kind == "c2i" else captions
+    told = captions
+    if world.kind == "c2i":
+        told = [] if cfg.npz else classes_of(captions, policy, cfg)
     world.prepare(told)
     scale, top_k = USUAL[world.kind]
 
-    def draw(told, seed):
-        return evaluate.draw(world, policy, told, cfg.n, seed=seed, temperature=cfg.temperature,
+    def draw(told, seed, n=cfg.n):
+        return evaluate.draw(world, policy, told, n, seed=seed, temperature=cfg.temperature,
                              cfg_scale=cfg.cfg_scale or scale,
                              top_k=top_k if cfg.top_k < 0 else cfg.top_k, top_p=cfg.top_p)
     if cfg.save:
         return save_pictures(records, told, draw, cfg)
+    if cfg.npz:
+        return save_npz(draw, policy.config, cfg)
     tokens, images = draw(told, cfg.seed)
     rows = [(c, [group], [reward.reader(group, [c] * cfg.n)]
              if world.kind == "tiny" and c in shapes.CAPTIONS else None)

@@ -50,7 +50,8 @@ def _gpt(preset, pixels, **more):
 # gated MLP 3 D 5120, norms D; 2 x 24 layers; 2 x 32 x 32 distances, 2 D of norms, 2 x 32128 words D.
 # The aesthetic score: an MLP 768-1024-128-64-16-1, sum of (in + 1) out. Janus-Pro: as transformers counts it.
 CLIP_L, CLIP_H, T5_XL, AESTHETIC = 427_616_513, 986_109_441, 2_849_757_184, 927_969
-JANUS_1B, JANUS_7B = 2_076_636_811, 7_407_773_323
+# VGG16: 13 convolutions, three matrices (arXiv 1409.1556 table 2). LPIPS: a number a channel of five layers.
+JANUS_1B, JANUS_7B, VGG16 = 2_076_636_811, 7_407_773_323, 138_357_544
 T2I, C2I = "peizesun/llamagen_t2i", "FoundationVision/LlamaGen"
 RELEASED = {  # name (.pt, .pth, or a folder): (config of ours or bytes, repository, licence, use)
     "t2i_XL_stage1_256.pt": (_gpt("XL", 256), T2I, "MIT", "policy, captions to 256 pixels"),
@@ -68,7 +69,11 @@ RELEASED = {  # name (.pt, .pth, or a folder): (config of ours or bytes, reposit
     "PickScore_v1": (4 * CLIP_H, "yuvalkirstain/PickScore_v1", "see page", "reward PickScore"),
     "sac+logos+ava1-l14-linearMSE.pth": (
         4 * AESTHETIC, "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
-        "sac%2Blogos%2Bava1-l14-linearMSE.pth", "see page", "reward: head of the aesthetic score")}
+        "sac%2Blogos%2Bava1-l14-linearMSE.pth", "see page", "reward: head of the aesthetic score"),
+    "vgg16-397923af.pth": (4 * VGG16, "https://download.pytorch.org/models/vgg16-397923af.pth", "BSD-3",
+                           "layers of LPIPS (vapi.py)"),
+    "lpips_v0.1_vgg.pth": (4 * 1472, "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/"
+                           "weights/v0.1/vgg.pth", "BSD-2", "their weights in LPIPS")}
 FILES, FOLDER_FILES = (".pt", ".pth"), ["*.json", "*.txt", "spiece.model", "*.safetensors"]
 
 

@@ -8,8 +8,10 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
+from PIL import Image
 
 import checkpoint
+import data
 import weights
 
 WORDS = "a red blue cat dog on the photo of and small green".split()
@@ -60,13 +62,45 @@ def make(folder, gpt, vq, gpt_name, width=1280, heads=16):
 
 
 def make_rewards(folder, width=1280, heads=16):
-    """Small HPS and CLIP; width, heads: of HPS's image tower, which clip.HEADS must know."""
+    """Small HPS, CLIP and aesthetic head; width, heads: of HPS's image tower, which clip.HEADS must know."""
     from test_clip import to_open_clip
     checkpoint.save({"state_dict": to_open_clip(small_clip(width, heads), layers=1)},
                     os.path.join(folder, "HPS_v2.1_compressed.pt"))
     clip = os.path.join(folder, "clip-vit-large-patch14")
     small_clip(32, 2).save_pretrained(clip)
     save_tokenizer(clip, ["<unk>", *WORDS, "<start>", "<end>"], "<start>", "<end>", "<unk>")
+    head = {}
+    for i, a, b in zip((0, 2, 4, 6, 7), (32, 8, 6, 4, 2), (8, 6, 4, 2, 1)):
+        head |= {f"layers.{i}.weight": torch.randn(b, a), f"layers.{i}.bias": torch.randn(b)}
+    checkpoint.save(head, os.path.join(folder, "sac+logos+ava1-l14-linearMSE.pth"))
+
+
+def make_lpips(folder):
+    """VGG16 in torchvision's layout, with a bit of the classifier, and the heads, which are positive."""
+    torch.manual_seed(0)
+    state, i, width = {"classifier.6.bias": torch.zeros(1000)}, 0, 3
+    for n, count in data.BLOCKS:
+        for _ in range(count):
+            state[f"features.{i}.weight"] = torch.randn(n, width, 3, 3) * (2 / 9 / width) ** .5
+            state[f"features.{i}.bias"] = torch.randn(n) * .1
+            i, width = i + 2, n
+        i += 1                                             # a pool
+    checkpoint.save(state, os.path.join(folder, data.VGG_FILE))
+    heads = {f"lin{k}.model.1.weight": torch.rand(1, n, 1, 1) for k, (n, _) in enumerate(data.BLOCKS)}
+    checkpoint.save(heads, os.path.join(folder, data.HEADS_FILE))
+
+
+def make_pictures(folder, classes=4, of_each=8, size=(90, 70), seed=0):
+    """A folder for each class, with pictures of two colours: a gradient, and a square that says the class."""
+    generator = torch.Generator().manual_seed(seed)
+    for label in range(classes):
+        os.makedirs(os.path.join(folder, f"class {label}"))
+        for i in range(of_each):
+            a, b = torch.randint(256, (2, 3), generator=generator).float()
+            x = torch.linspace(0, 1, size[0])[None, :, None].expand(size[1], -1, -1)             # [H,W,1]
+            pixels = a + (b - a) * x
+            pixels[:20 + 10 * label, :20 + 10 * label] = b
+            Image.fromarray(pixels.byte().numpy()).save(os.path.join(folder, f"class {label}", f"{i}.png"))
 
 
 if __name__ == "__main__":

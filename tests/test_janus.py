@@ -318,6 +318,16 @@ def plain(released, tmp_path_factory):
     return out, go(released, out, "--recompute=False", "--chunk=0", "--micro_batch=8", "--sample_batch=0")
 
 
+def test_it_learns_from_pictures_too(released, tmp_path):
+    """vapi.py: captions of a Janus are the names of the folders."""
+    full_size.make_lpips(str(released))
+    full_size.make_pictures(str(tmp_path / "pictures"), of_each=5)
+    lines = go(released, tmp_path / "run", "--algorithm=vapi", f"--data={tmp_path / 'pictures'}", "--chunk=0",
+               "--cfg_scale=1.0", "--sample_batch=0", "--beta=0.0", "--divergence=none")
+    assert lines[0]["kl_reverse"] == 0 < lines[1]["kl_reverse"] and lines[0]["max_ratio_error"] < 1e-4
+    assert lines[0]["reward"] < 0 < lines[0]["prior"]
+
+
 def test_a_run_from_released_files_to_pictures(released, plain, tmp_path, capsys):
     """Guided at 5 in the rollout and in the loss; and how a step is cut changes nothing."""
     out, lines = plain

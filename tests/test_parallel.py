@@ -58,6 +58,20 @@ def test_two_processes_make_the_run_of_one(one, mini_base, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_learn_from_the_pictures_of_one(mini_base, tmp_path):
+    """vapi.py: each process holds the pictures that its own samples need; one of the three is in both."""
+    quick = [o for o in QUICK if "cfg_scale" not in o] + ["--algorithm=vapi", "--prior_weight=0.3"]
+    folders = [str(tmp_path / name) for name in ("one", "two")]
+    for size, folder in enumerate(folders, 1):
+        codes, outputs = go(folder, mini_base, size, *quick)
+        assert codes == [0] * size, outputs
+    assert close(*folders) < 1e-9
+    for a, b in zip(*map(metrics, folders), strict=True):
+        assert a == pytest.approx(b, rel=1e-6, abs=1e-9)
+    assert metrics(folders[0])[0]["prior"] > 0
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(one, mini_base, tmp_path):
     folder = str(tmp_path / "changed")
     assert go(folder, mini_base, 2, *QUICK, "--stop_after=1")[0] == [0, 0]
