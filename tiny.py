@@ -98,7 +98,7 @@ class World:
         self.rewards = {name: reward.build(reward.parse(getattr(options, name)), functions)
                         for name in ("reward", "heldout_reward")}
         self.pools = [shapes.captions(category) for category in shapes.CATEGORIES]
-        self.options = options
+        self.options, self.wrong_captions = options, options.wrong_captions
         if options.algorithm == "vapi":
             self.columns = self.columns + self.from_pictures
 
@@ -107,7 +107,7 @@ class World:
 
     def draw_pictures(self, n):
         drawn = shapes.random_scenes(n, random)
-        return [(self.draw(1)[0] if random.random() < self.options.wrong_captions else caption.text, scene)
+        return [(self.draw(1)[0] if random.random() < self.wrong_captions else caption.text, scene)
                 for caption, scene in drawn]
 
     def load(self, scenes):

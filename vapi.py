@@ -3,8 +3,8 @@ picture is how near it comes to a real one. What it samples, how it scores and w
 train.py's, the same that runs GRPO.
 
     python train.py configs/tiny_vapi.py              the tiny world, under 2 minutes on 2 CPU cores
-    python train.py configs/llamagen_c2i_vapi.py      class-conditional LlamaGen on a folder of pictures
-    python train.py configs/llamagen_t2i_vapi.py      the same with captions
+    python train.py configs/llamagen_c2i_vapi.py --data=imagenet/train      classes: a folder of folders
+    python train.py configs/llamagen_t2i_vapi.py --data=pictures.tsv        captions: a list (data.py)
 
 Source: VA-pi, arXiv 2512.19680. The objective is that of its public code, as its text could not be read
 where this was written; the derivation is ours. x picture, c condition, z = E(x) its tokens, D the decoder,
@@ -95,8 +95,8 @@ def lpips_of(layers, images, originals):
 
     In the tiny world the layers are the judge's three convolutions. They were trained to tell captions apart,
     so they see shape, colour and number, at the precision of a few pixels, and hardly the noise within a
-    plain area, which squared error counts. At full size the `lpips` package has layers of VGG and weights
-    that people's eyes chose."""
+    plain area, which squared error counts. At full size it is LPIPS proper: layers of VGG, and weights that
+    people's eyes chose (data.py)."""
     pairs = zip(layers(images), layers(originals))
     return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean((1, 2)) for a, b in pairs)
 
@@ -160,14 +160,17 @@ def score(cfg, world, batch, images):
 def loss_of(cfg, world, batch, rows, adv, selected, beta):
     """Phase 4: the loss of some rows of mine, as their share of the step's, and its statistics."""
     N, (used, own) = grpo.n_tokens(cfg, batch), batch.prompt[rows].unique(return_inverse=True)
+
+    def cool(logits):                                            # (a division by 1 would be a copy)
+        return logits if cfg.temperature == 1 else logits / cfg.temperature
     with world.autocast:
         logits = logits_of(world.policy, batch, used)                                            # [U,T,V]
         with torch.no_grad():
             ref_logits = logits_of(world.reference, batch, used)
         loss, stats = grpo.grpo_loss(
-            logits / cfg.temperature, ref_logits / cfg.temperature, batch.tokens[rows], batch.logp_old[rows],
-            adv[batch.mine][rows], N, selected[rows], own=own, beta=beta, divergence=cfg.divergence,
-            estimator=cfg.estimator, clip_eps=cfg.clip_eps)
+            cool(logits), cool(ref_logits), batch.tokens[rows], batch.logp_old[rows], adv[batch.mine][rows],
+            N, selected[rows], own=own, beta=beta, divergence=cfg.divergence, estimator=cfg.estimator,
+            clip_eps=cfg.clip_eps)
         if cfg.prior_dropout:
             world.policy.train()
             logits = logits_of(world.policy, batch, used)

@@ -64,7 +64,7 @@ def test_config_files_are_checked_and_never_run(tmp_path, text, parts):
 @pytest.mark.parametrize("argv, part", [
     (["--top_k=100"], "belongs to sample.py|sample.py"), (["--top_p=.9"], "sample.py"),
     (["--beta=-1"], "beta must be at least 0"), (["--group_size=1"], "group_size must be at least 2"),
-    (["--temperature=0"], "temperature"), (["--beta=1e999"], "beta"), (["--warmup=2"], "shares"),
+    (["--temperature=0"], "temperature"), (["--beta=1e999"], "beta"), (["--warmup=2"], "warmup is a share"),
     (["--reward=judje"], "tiny world has no reward 'judje'"), (["--reward=judge:x"], "must be a number"),
     (["--heldout_reward=judge"], "must not be trained on"),
 ])

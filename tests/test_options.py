@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import ablation
 import bench
 import config
 import evaluate
@@ -30,7 +31,8 @@ import train
 import weights
 from config import UserError
 
-MODULES = {m.__name__: m for m in (train, sample, evaluate, pretrain, frontier, pictures, bench, weights)}
+MODULES = {m.__name__: m for m in (
+    train, sample, evaluate, pretrain, frontier, ablation, pictures, bench, weights)}
 RANDOM = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 POSITIONAL = {"evaluate": "runs", "pictures": "runs"}
 NASTY = ["", " ", "=", "True", "true", "None", "nan", "inf", "-inf", "1e999", "-1e999", "-1", "0", "1",
@@ -217,7 +219,8 @@ def read_of(path, names):
 
 
 # Where a script's config goes besides its own file.
-USERS = {"train": ["options", "evaluate", "runs", "tiny", "llamagen"], "sample": ["llamagen"]}
+USERS = {"train": ["options", "evaluate", "runs", "grpo", "vapi", "tiny", "llamagen"], "sample": ["llamagen"],
+         "frontier": ["sweep"], "ablation": ["sweep"]}
 
 
 @pytest.mark.parametrize("name", MODULES)
