@@ -47,11 +47,13 @@ ARMS = {"reward only": ("--prior_weight=0",),
         "all, noise .5": ("--context_noise=0.5",),
         "calibrated": ("--temperature=1.0",)}
 BROAD = 1.4                                    # the temperature of configs/tiny_vapi.py
+# Both together as well: a base that is too broad wants to be cooled *and* guided.
 SETTINGS = [(t, 1.0) for t in (BROAD, 1.2, 1.0, .9, .8, .7, .6)] + [(1.0, s) for s in (1.25, 1.5, 2.0, 3.0)]
+SETTINGS += [(t, s) for t in (1.2, .8, .6) for s in (1.25, 1.5, 2.0)]
 MEASURES = ("reward", "heldout_reward", "frechet", "precision", "recall", "entropy_kept", "unreadable",
             "reconstruction", "token_entropy", "kl_reverse")
 FIELDS = ("arm", "seed", *MEASURES, *(f"base_{m}" for m in MEASURES), *sweep.STAMP)
-SETTING_FIELDS = ("seed", "temperature", "cfg_scale", *MEASURES)
+SETTING_FIELDS = ("seed", "temperature", "cfg_scale", *(m for m in MEASURES if m != "reconstruction"))
 NUMBERS = FIELDS[2:-len(sweep.STAMP)]
 
 
@@ -73,9 +75,9 @@ def command(key, folder, device):
             f"--device={device}", f"--out_dir={folder}", "--eval_interval=150"]
 
 
-def measures(results):
+def measures(results, names=MEASURES):
     """The figures of an evaluation that are kept; JSON and csv know no NaN but as nothing or as text."""
-    return [round(float("nan") if results[m] is None else results[m], 5) for m in MEASURES]
+    return [round(float("nan") if results[m] is None else results[m], 5) for m in names]
 
 
 def row_of(key, folder):
@@ -106,11 +108,15 @@ def under_settings(cfg, path):
             checkpoint.load_weights(policy, evaluate.options_of(run)[1], run)
         found, _, _ = evaluate.evaluate(world, policy, base, temperature=temperature, cfg_scale=scale)
         with open(path, "a", encoding="utf-8") as file:
-            file.write(",".join(map(str, (seed, temperature, scale, *measures(found)))) + "\n")
+            file.write(",".join(map(str, (
+                seed, temperature, scale, *measures(found, SETTING_FIELDS[3:])))) + "\n")
 
 
 # ---- the verdicts ------------------------------------------------------------------------------------------
 BETTER = {"heldout_reward": 1, "frechet": -1, "precision": 1}    # +1: more is better
+NAMES = {"heldout_reward": "reader", "reward": "judge", "frechet": "Frechet distance",
+         "entropy_kept": "entropy kept", "token_entropy": "token entropy", "kl_reverse": "KL to the base"}
+CLAIMS = ["(i)", "(ii)", "(iii)", "(iii) at 1", "(iv)", "(v)"]
 
 
 def best(rows, seed, measure):
@@ -121,11 +127,14 @@ def best(rows, seed, measure):
 
 
 def verdicts(rows, settings):
-    """Lines (claim, comparison, measure, difference, what is shown)."""
+    """Lines (claim, comparison, measure, difference, what it shows), by claim."""
     by_arm, out = {arm: {r["seed"]: r for r in rows if r["arm"] == arm} for arm in ARMS}, []
 
     def compare(claim, what, measure, differences):
-        out.append((claim, what, measure, *sweep.say(differences)))
+        text, shown = sweep.say(differences)
+        words = {"more": "better", "less": "worse"} if BETTER[measure] > 0 else {
+            "more": "worse", "less": "better"}
+        out.append((claim, what, NAMES.get(measure, measure), text, words.get(shown, shown)))
     for measure in BETTER:
         for claim, arm in (("(i)", "reward only"), ("(i)", "perceptual only"), ("(ii)", "prior only"),
                            ("(iii)", "all"), ("(iii) at 1", "calibrated")):
@@ -138,7 +147,7 @@ def verdicts(rows, settings):
         compare("(v)", "all - base, each under its best setting", measure,
                 [best(settings, s, measure)[0] - of_base
                  for s in sorted({r["seed"] for r in settings if r["seed"] >= 0})])
-    return out
+    return sorted(out, key=lambda line: CLAIMS.index(line[0]))
 
 
 def figure(rows, settings, path):
@@ -155,14 +164,15 @@ def figure(rows, settings, path):
             axes[0].plot(x, r["heldout_reward"], "o", color="tab:blue", ms=4, alpha=.7)
             axes[0].plot(x, r["base_heldout_reward"], "_", color="black", ms=16)
     axes[0].set_xticks(range(len(ARMS)), ARMS, rotation=30, ha="right")
-    axes[0].set(ylabel="reader's score", title="each dot a seed; black: the base at the same temperature")
+    axes[0].set(ylabel="reader's score", title="dots: seeds; black: the base at their temperature")
     for axis, measure, title in ((axes[1], "heldout_reward", "reader's score"),
                                  (axes[2], "frechet", "Frechet distance, judge's features")):
         for name, seeds, colour in (("base", [-1], "black"),
                                     ("VA-pi", sorted({r["seed"] for r in settings} - {-1}), "tab:blue")):
             for style, marker, chosen, what in (
                     ("-", "o", [s for s in SETTINGS if s[1] == 1], "temperature 1.4 to .6"),
-                    ("--", "^", [(1.0, 1.0), *(s for s in SETTINGS if s[1] > 1)], "guidance 1 to 3")):
+                    ("--", "^", [s for s in SETTINGS if s[0] == 1 and s[1] in (1, 1.25, 1.5, 2, 3)],
+                     "guidance 1 to 3"), (":", "s", [s for s in SETTINGS if s[0] == .8], "both")):
                 xs, ys = (np.array([[at[s, *c][k] for c in chosen] for s in seeds])
                           for k in ("recall", measure))
                 axis.errorbar(xs.mean(0), ys.mean(0), ys.std(0), xs.std(0), fmt=marker + style, color=colour,
@@ -178,7 +188,7 @@ def report(rows, settings, path):
     def arm(name, prefix="", only="all"):
         of = [r for r in rows if r["arm"] == only]
         return [name, *(sweep.spread([r[prefix + m] for r in (of[:1] if prefix else of)]) for m in MEASURES)]
-    head = [m.replace("heldout_reward", "reader").replace("reward", "judge") for m in MEASURES]
+    head = [NAMES.get(m, m) for m in MEASURES]
     lines = [arm(f"base at {BROAD}", "base_"), *(arm(a, "", a) for a in ARMS if a != "calibrated"),
              arm("base at 1", "base_", "calibrated"), arm("all at 1", "", "calibrated")]
 
@@ -198,7 +208,7 @@ def report(rows, settings, path):
                           [list(v) for v in verdicts(rows, settings)])
             + "\n\nThe base and the arm `all` under other temperatures and guidance:\n\n"
             + sweep.table(["temperature", "guidance", *(f"{m}, {who}" for m in (
-                "reader", "frechet", "precision", "recall") for who in ("base", "VA-pi"))],
+                "reader", "Frechet", "precision", "recall") for who in ("base", "VA-pi"))],
                 [setting(*s) for s in SETTINGS]) + "\n")
 
 

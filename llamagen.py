@@ -192,8 +192,8 @@ class World:
                             f"kept from training, not {n}")
         return self.held_back[:n]
 
-    def extra(self, policy, *args, **sampling):
-        return {"reconstruction": vapi.reconstruction(self.options, self, policy)} if self.data else {}
+    def extra(self, policy, *args, temperature, **sampling):
+        return {"reconstruction": vapi.reconstruction(self, policy, temperature)} if self.data else {}
 
     def picture(self, path, prompts, columns, shown=4):
         """A grid: a row for each of the first eight prompts, side by side the pictures of each (heading,

@@ -113,6 +113,9 @@ def say(differences):
 
 
 def spread(values):
+    """'mean ± standard deviation'; '-' where a value is not a number."""
+    if not np.isfinite(values).all():
+        return "-"
     return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 

@@ -158,7 +158,7 @@ class World:
             real = self.embed(self.load([shapes.sample_scene(shapes.parse(p), rng) for p in prompts
                                          for _ in range(draws)]))
             drawn = self.embed(images)
-            out["reconstruction"] = vapi.reconstruction(self.options, self, policy)
+            out["reconstruction"] = vapi.reconstruction(self, policy, sampling["temperature"])
             out["frechet"] = evaluate.frechet(real, drawn)
             out["precision"], out["recall"] = evaluate.precision_recall(real, drawn)
         return out

@@ -181,17 +181,17 @@ def loss_of(cfg, world, batch, rows, adv, selected, beta):
 
 # ---- evaluation --------------------------------------------------------------------------------------------
 @torch.no_grad()
-def reconstruction(cfg, world, policy):
+def reconstruction(world, policy, temperature):
     """Minus the mean distance (both weights 1) of samples to the world's held-back pictures, in a clean
-    context and always with the same random numbers. 0 would be the picture itself, but the tokenizer loses
-    something."""
+    context, without guidance, and always with the same random numbers. 0 would be the picture itself, but the
+    tokenizer loses something."""
     captions, originals = world.held_back_pictures()
     generator, scores = torch.Generator(originals.device).manual_seed(0), []
     for i in range(0, len(captions), 16):
         shown, (cond, mask) = originals[i:i + 16], world.encode(captions[i:i + 16])
         z = world.vqgan.encode(shown)
         with world.autocast:
-            p = policy(z, cond, mask, temperature=cfg.temperature).softmax(-1)
+            p = policy(z, cond, mask, temperature=temperature).softmax(-1)
         for one, original in zip(p, shown):
             tokens = draw(one, torch.rand(MEASURED, z.shape[1], generator=generator, device=z.device))
             scores.append(-distance(world.decode(tokens), original.expand(MEASURED, -1, -1, -1),

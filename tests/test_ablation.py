@@ -45,12 +45,12 @@ def test_verdicts_say_what_was_put_in(finished, capsys):
     assert report in capsys.readouterr().out and (finished / "ablation.png").stat().st_size > 10_000
     said = {(line.split(" | ")[0][2:], line.split(" | ")[1], line.split(" | ")[2]): line.split(" | ")[3:]
             for line in report.splitlines() if line.startswith("| (")}
-    assert said["(i)", "reward only - base", "heldout_reward"][1] == "less |"
-    assert said["(ii)", "prior only - base", "heldout_reward"][1] == "not shown |"
-    assert said["(iii)", "all - base", "heldout_reward"] == ["+0.200 [+0.190, +0.210]", "more |"]
-    assert said["(iv)", "all, noise .1 - all", "heldout_reward"][1] == "not shown |"
-    assert said["(iv)", "all, noise .5 - all", "heldout_reward"][1] == "less |"
-    assert said["(v)", "all - base, each under its best setting", "heldout_reward"][1] == "not shown |"
+    assert said["(i)", "reward only - base", "reader"][1] == "worse |"
+    assert said["(ii)", "prior only - base", "reader"][1] == "not shown |"
+    assert said["(iii)", "all - base", "reader"] == ["+0.200 [+0.190, +0.210]", "better |"]
+    assert said["(iv)", "all, noise .1 - all", "reader"][1] == "not shown |"
+    assert said["(iv)", "all, noise .5 - all", "reader"][1] == "worse |"
+    assert said["(v)", "all - base, each under its best setting", "reader"][1] == "not shown |"
     assert "| base at 1.4 | 0.500 | 0.300 |" in report
     assert "| prior only | 0.500 ± 0.000 | 0.300 ± 0.010 |" in report
 
