@@ -172,7 +172,8 @@ def figure(rows, settings, path):
             for style, marker, chosen, what in (
                     ("-", "o", [s for s in SETTINGS if s[1] == 1], "temperature 1.4 to .6"),
                     ("--", "^", [s for s in SETTINGS if s[0] == 1 and s[1] in (1, 1.25, 1.5, 2, 3)],
-                     "guidance 1 to 3"), (":", "s", [s for s in SETTINGS if s[0] == .8], "both")):
+                     "guidance 1 to 3"), (":", "s", [s for s in SETTINGS if s[0] == .6],
+                                         "guidance 1 to 2 at .6")):
                 xs, ys = (np.array([[at[s, *c][k] for c in chosen] for s in seeds])
                           for k in ("recall", measure))
                 axis.errorbar(xs.mean(0), ys.mean(0), ys.std(0), xs.std(0), fmt=marker + style, color=colour,

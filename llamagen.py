@@ -82,7 +82,7 @@ class World:
 
     def __init__(self, options, device):
         """options: those of train.py. Raises UserError naming every file that is missing."""
-        o, self.options, self.device = options, options, device
+        o, self.device = options, device
         from_pictures = o.algorithm == "vapi"
         self.classes = os.path.basename(o.gpt_ckpt).startswith("c2i_")
         if self.classes and not from_pictures:

@@ -116,7 +116,9 @@ def test_a_run_goes_on_where_it_stopped(run, folder, tmp_path):
 def world(folder):
     options, _ = config.load(train.Config, [
         *C2I, *QUICK, f"--weights={folder}", f"--data={folder / 'pictures'}", "--dtype=float32"])
-    return llamagen.World(options, torch.device("cpu"))
+    world = llamagen.World(options, torch.device("cpu"))
+    world.options = options                        # for the tests
+    return world
 
 
 def test_what_the_world_shows(world, folder):
