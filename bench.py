@@ -1,6 +1,6 @@
 """How fast is it, against the usual way of doing the same and against what the hardware allows?
 
-    python bench.py                     about 8 minutes on 2 CPU cores; writes results/bench.md and bench.png
+    python bench.py                     about 10 minutes on 2 CPU cores; writes results/bench.md and bench.png
     python bench.py --only=sampling     or update, vapi, growth: that part alone, printed, nothing written
     python bench.py --device=cuda       the full grid on a GPU
 
@@ -351,7 +351,8 @@ def main(argv):
         report.append("## Sampling\n\n" + markdown(
             ["model", "dtype", "images", "CFG", "tokens", "plain, tokens/s", "ours, tokens/s", "ratio",
              "share of ceiling"],
-            [(*row[:5], f"{row[5]:.3g}", f"{row[6]:.3g}", f"{row[7]:.2f}", f"{row[8]:.0%}")
+            [(*row[:5], *(f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in row[5:7]), f"{row[7]:.2f}",
+              f"{row[8]:.0%}")
              for row in sampling(device, cfg.repeats, limits)]))
         print(report[-1])
     if cfg.only in ("all", "update"):
@@ -366,7 +367,7 @@ def main(argv):
     if cfg.only in ("all", "vapi"):
         report.append("## The update of VA-pi\n\n" + markdown(
             ["model", "dtype", "pictures x G", "tokens", "a forward for each sample, s",
-             "for each picture, s", "ratio", "peak MiB", "peak MiB"],
+             "for each picture, s", "ratio", "peak MiB: for each sample", "for each picture"],
             [(*row, f"{t[0]:.3f}", f"{t[1]:.3f}", f"{t[0] / t[1]:.2f}", *(f"{p:.0f}" for p in peaks))
              for *row, t, peaks in shared_pictures(device, cfg.repeats)]))
         print(report[-1])
