@@ -75,8 +75,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         # x / sqrt(mean(x^2) + eps), in fp32 and cast back *before* the weight, as released
-        y = at_least_fp32(x)
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        return F.rms_norm(at_least_fp32(x), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
 
 
 def rope_table(side, head_dim, base):

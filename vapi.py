@@ -2,7 +2,7 @@
 picture is how near it comes to a real one. What it samples, how it scores and what it descends; the loop is
 train.py's, the same that runs GRPO.
 
-    python train.py configs/tiny_vapi.py              the tiny world, under 2 minutes on 2 CPU cores
+    python train.py configs/tiny_vapi.py              the tiny world, 75 seconds on 2 CPU cores
     python train.py configs/llamagen_c2i_vapi.py --data=imagenet/train      classes: a folder of folders
     python train.py configs/llamagen_t2i_vapi.py --data=pictures.tsv        captions: a list (data.py)
 

@@ -1,4 +1,4 @@
-# VA-pi in the tiny world: learn from pictures, by how near samples come to them. Under 3 minutes on 2 cores.
+# VA-pi in the tiny world: learn from pictures, by how near samples come to them. 75 s on 2 cores.
 #   16 pictures x 8 samples x 64 tokens = 8,192 tokens a step, but 16 x 64 that the policy has to read
 algorithm = "vapi"
 out_dir = "out/tiny_vapi"
