@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import checkpoint
+import grpo
 import reward
 import runs
 import train
@@ -91,17 +92,17 @@ def handlers():
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_asked_to_stop_it_finishes_the_step_and_saves(name, whole, mini_base, tmp_path, monkeypatch, capsys):
-    folder, real = str(tmp_path / "run"), train.advantages
+    folder, real = str(tmp_path / "run"), grpo.advantages
 
     def ask(*args):                                             # in the middle of every step
         os.kill(os.getpid(), getattr(signal, name))
         return real(*args)
-    monkeypatch.setattr(train, "advantages", ask)
+    monkeypatch.setattr(grpo, "advantages", ask)
     with pytest.raises(Fault, match=f"stopped by {name}"):
         go(folder, mini_base)
     assert "ckpt.pt after step 1 of 4; go on with --resume" in capsys.readouterr().out
     assert checkpoint.load(os.path.join(folder, "ckpt.pt"))["step"] == 1 == len(metrics(folder))
-    monkeypatch.setattr(train, "advantages", real)
+    monkeypatch.setattr(grpo, "advantages", real)
     train.main([f"--out_dir={folder}", "--resume"])
     same_runs(whole, folder)
 
@@ -110,7 +111,7 @@ def test_asked_twice_it_leaves_at_once(mini_base, tmp_path, monkeypatch):
     def ask(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-    monkeypatch.setattr(train, "advantages", ask)
+    monkeypatch.setattr(grpo, "advantages", ask)
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run", mini_base)
     assert checkpoint.load(str(tmp_path / "run" / "ckpt.pt"))["step"] == 0
@@ -182,13 +183,13 @@ def test_ten_such_steps_in_a_row_stop_the_run_with_a_saved_state(mini_base, tmp_
 
 
 def test_a_gradient_that_is_not_finite_is_skipped(mini_base, tmp_path, monkeypatch):
-    real, calls = train.chunked_loss, []
+    real, calls = grpo.chunked_loss, []
 
     def sometimes(*args, **options):
         loss, stats = real(*args, **options)
         calls.append(1)
         return loss * (float("nan") if len(calls) == 2 else 1), stats
-    monkeypatch.setattr(train, "chunked_loss", sometimes)
+    monkeypatch.setattr(grpo, "chunked_loss", sometimes)
     go(tmp_path / "run", mini_base, "--max_steps=3", "--eval_interval=9")
     assert [line.get("skipped") for line in metrics(tmp_path / "run")] == [None, "gradient", None]
 
