@@ -51,6 +51,7 @@ def start(device):
 
 def stop():
     if dist.is_initialized():
+        dist.barrier()                  # or one that is done hangs up on another, which then aborts (gloo)
         dist.destroy_process_group()
 
 
