@@ -203,17 +203,21 @@ def trace(axis, found, x, y, style="-", legend=True):
                 for (name, *_), rs in found if name == d]
         if cell:
             xs, ys = ([np.nanmean(v[i]) for v in cell] for i in (0, 1))
-            errors = [[np.nanstd(v[i], ddof=1) if len(v[i]) > 1 else 0 for v in cell] for i in (0, 1)]
+            errors = [[np.nanstd(v[i], ddof=1) if np.isfinite(v[i]).sum() > 1 else 0 for v in cell]
+                      for i in (0, 1)]
             axis.errorbar(xs, ys, errors[1], errors[0], fmt="o" + style, ms=3, lw=1, elinewidth=.6,
                           color=colour, label=d if legend else None)
 
 
 def figures(rows, folder):
-    """frontier.png: the main result. frontier_more.png: the other views. From the csv's lines alone."""
+    """frontier.png: the main result. frontier_more.png: the other views. From the csv's lines alone, those
+    of the block that `complete` finds."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    found = list(groups(rows).items())
+    betas, seeds = complete(rows)
+    known = {(cell, seed) for cell in cells(betas) for seed in seeds}
+    found = list(groups([r for r in rows if key(r) in known]).items())
 
     def pick(estimator=None, betas=None, js=4):
         return [(cell, rs) for cell, rs in found if cell[0] == "none" or cell[3] == "constant"
@@ -231,7 +235,6 @@ def figures(rows, folder):
 
     kept, judged = "open-attribute entropy kept", "judge reward gained"
     same = set(BETAS) & {4 * b for b in BETAS}
-    same |= {b / 4 for b in same} | {4 * b for b in same}
     figure, axes = plt.subplots(2, 3, figsize=(14, 8.4), layout="constrained")
     for axis, js, title in ((axes[0, 0], 1, "one beta for all"),
                             (axes[0, 1], 4, "matched strength (js x 4)")):
@@ -239,13 +242,13 @@ def figures(rows, folder):
         axis.set(title=f"sampled, {title}", xlabel=kept, ylabel=judged)
     trace(axes[0, 2], pick("sampled"), lambda r: r["kl_reverse"], gain)
     trace(axes[0, 2], pick("exact")[:-1], lambda r: r["kl_reverse"], gain, "--", legend=False)
-    axes[0, 2].set(title="reward and exact KL(policy || base); dashed: exact", xlabel="nat per picture",
+    axes[0, 2].set(title="reward and KL(policy || base); dashed: exact", xlabel="nat per picture",
                    ylabel=judged, xscale="log")
     trace(axes[1, 0], pick(), gain, lambda r: gain(r, "heldout_reward"), "")
     axes[1, 0].set(title="what is trained and what is only watched", xlabel=judged,
                    ylabel="reader's score gained")
     trace(axes[1, 1], pick("sampled"), lambda r: r["beta"] / (4 if r["divergence"] == "js" else 1), steps_to)
-    axes[1, 1].set(title=f"steps to a training reward of {TARGET}, sampled", xlabel="beta (js / 4)",
+    axes[1, 1].set(title=f"steps to a training reward of {TARGET}, of runs that reach it", xlabel="beta (js / 4)",
                    ylabel="steps")
     trace(axes[1, 2], [c for c in found if c[0][3] == "linear"], entropy_kept, gain, "")
     trace(axes[1, 2], pick("sampled"), entropy_kept, gain, ":", legend=False)
