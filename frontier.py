@@ -248,8 +248,8 @@ def figures(rows, folder):
     axes[1, 0].set(title="what is trained and what is only watched", xlabel=judged,
                    ylabel="reader's score gained")
     trace(axes[1, 1], pick("sampled"), lambda r: r["beta"] / (4 if r["divergence"] == "js" else 1), steps_to)
-    axes[1, 1].set(title=f"steps to a training reward of {TARGET}, of runs that reach it", xlabel="beta (js / 4)",
-                   ylabel="steps")
+    axes[1, 1].set(title=f"steps to a training reward of {TARGET}, of runs that reach it",
+                   xlabel="beta (js / 4)", ylabel="steps")
     trace(axes[1, 2], [c for c in found if c[0][3] == "linear"], entropy_kept, gain, "")
     trace(axes[1, 2], pick("sampled"), entropy_kept, gain, ":", legend=False)
     axes[1, 2].set(title="a falling beta (dots) and constant ones (dotted)", xlabel=kept, ylabel=judged)
