@@ -36,7 +36,9 @@ import checkpoint
 import config
 import evaluate
 import sweep
+import train
 from config import UserError, locate
+from sweep import check
 
 NO_REWARD = ("--mse_weight=0", "--perceptual_weight=0")
 ARMS = {"reward only": ("--prior_weight=0",),
@@ -94,7 +96,7 @@ def under_settings(cfg, path):
     todo = [key for key in todo if key not in done]
     if not todo:
         return
-    options, _ = evaluate.options_of(os.path.join(cfg.out, "all_0"))
+    options, _ = config.load(train.Config, ["configs/tiny_vapi.py"])
     world = evaluate.open_world(options, torch.device(cfg.device))
     base = evaluate.evaluate(world, world.reference, temperature=BROAD)
     if not rows:
@@ -211,11 +213,6 @@ def report(rows, settings, path):
             + sweep.table(["temperature", "guidance", *(f"{m}, {who}" for m in (
                 "reader", "Frechet", "precision", "recall") for who in ("base", "VA-pi"))],
                 [setting(*s) for s in SETTINGS]) + "\n")
-
-
-def check(cfg):
-    config.at_least(cfg, seeds=1, jobs=1, minutes=0)
-    config.named(cfg, csv=".csv", out="")
 
 
 def main(argv):

@@ -311,10 +311,6 @@ def processor():
         return platform.processor() or platform.machine()
 
 
-def markdown(head, rows):
-    return table(head, [list(map(str, row)) for row in rows])
-
-
 def draw(panels, path):
     import matplotlib
     matplotlib.use("Agg")
@@ -348,7 +344,7 @@ def main(argv):
     report = [describe(limits, device)]
     print(report[0])
     if cfg.only in ("all", "sampling"):
-        report.append("## Sampling\n\n" + markdown(
+        report.append("## Sampling\n\n" + table(
             ["model", "dtype", "images", "CFG", "tokens", "plain, tokens/s", "ours, tokens/s", "ratio",
              "share of ceiling"],
             [(*row[:5], *(f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in row[5:7]), f"{row[7]:.2f}",
@@ -356,7 +352,7 @@ def main(argv):
              for row in sampling(device, cfg.repeats, limits)]))
         print(report[-1])
     if cfg.only in ("all", "update"):
-        report.append("## Update\n\n" + markdown(
+        report.append("## Update\n\n" + table(
             ["model", "dtype", "prompts x G", "tokens", "plain, s", "ours, s", "ratio", "share of ceiling",
              "all logits at once, s", "recomputing, s",
              "peak MiB: plain", "ours", "all logits at once", "recomputing"],
@@ -365,7 +361,7 @@ def main(argv):
              for name, dtype, n, G, T, t, peaks, share in update(device, cfg.repeats, limits)]))
         print(report[-1])
     if cfg.only in ("all", "vapi"):
-        report.append("## The update of VA-pi\n\n" + markdown(
+        report.append("## The update of VA-pi\n\n" + table(
             ["model", "dtype", "pictures x G", "tokens", "a forward for each sample, s",
              "for each picture, s", "ratio", "peak MiB: for each sample", "for each picture"],
             [(*row, f"{t[0]:.3f}", f"{t[1]:.3f}", f"{t[0] / t[1]:.2f}", *(f"{p:.0f}" for p in peaks))

@@ -167,7 +167,8 @@ SHIFT, SCALE = (-.030, -.088, -.188), (.458, .448, .450)   # ImageNet's mean and
 
 
 class LPIPS(nn.Module):
-    """LPIPS 0.1 on VGG16, arXiv 1801.03924 eq. 1. Calling it: two of [b,3,H,W] in about [-1,1] -> [b].
+    """LPIPS 0.1 on VGG16, arXiv 1801.03924 eq. 1. Calling it: two of [b,3,H,W] in about [-1,1] -> [b]; the
+    second may be one picture [1,3,H,W], to which all are compared.
 
     What five layers see of the two, as unit vectors at every place; the squares of their difference, weighted
     by what people found different, one weight a channel; the mean over places; the sum over layers.
@@ -206,12 +207,12 @@ class LPIPS(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, others):
-        x = torch.cat([images, others]).to(self.shift.dtype)                                     # [2b,3,H,W]
+        x = torch.cat([images, others]).to(self.shift.dtype)                                 # [2b or b+1,...]
         x = (x - self.shift) / self.scale
         total, heads = 0, dict(zip(self.ends, self.heads))
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in heads:
-                a, b = F.normalize(x, dim=1).chunk(2)                                            # [b,C,h,w]
+                a, b = F.normalize(x, dim=1).split([len(images), len(others)])                   # [..,C,h,w]
                 total = total + heads[i]((a - b).square()).mean((1, 2, 3))
         return total.to(images.dtype)

@@ -34,8 +34,8 @@ from config import UserError
 from options import BEST_OF
 
 WORLD_IS = ("world", "init_from", "weights", "gpt_ckpt", "vq_ckpt", "t5", "n_head", "block_size", "prompts",
-            "dtype", "lora_rank", "antialias", "reward", "heldout_reward", "algorithm", "data", "mse_weight",
-            "perceptual_weight")               # runs that share a world agree
+            "dtype", "lora_rank", "antialias", "reward", "heldout_reward", "algorithm", "data")
+                                # runs that share a world agree in these
 VENDI_OF = 64                   # pictures a prompt, at most, that enter pairwise and vendi
 KL_DRAWS = 16                   # draws a prompt, at most, that enter the KLs and the token entropy
 CHUNK = 2 ** 14                 # tokens of the sequences that are sampled at once

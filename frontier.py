@@ -1,6 +1,6 @@
 """The experiment: which divergence, in which estimator, gives the most reward for the diversity it costs?
 
-    python frontier.py                  go on where results/frontier.csv ends (a run: 3 minutes of a core)
+    python frontier.py                  go on where results/frontier.csv ends (a run: 2 minutes of a core)
     python frontier.py --minutes=60     the same, but start no run after an hour
     python frontier.py --only=figures   figures and verdicts from the csv alone
 
@@ -36,6 +36,7 @@ import numpy as np
 import config
 import sweep
 from config import UserError, locate
+from sweep import check
 
 DIVERGENCES, ESTIMATORS = ("reverse_kl", "forward_kl", "js"), ("sampled", "unbiased", "exact")
 BETAS = (.125, .03125, .5, .0625, .25)         # of a KL, the first three first; times 4 for JS
@@ -274,13 +275,6 @@ def report(rows, path):
                   [[d, e, f"{b:g}", how, str(len(rs))] + [sweep.spread([r[m] for r in rs]) for m in (
                       "reward", "heldout_reward", "entropy_kept", "vendi", "kl_reverse")]
                    for (d, e, b, how), rs in groups(rows).items()]) + "\n")
-
-
-def check(cfg):
-    config.at_least(cfg, seeds=1, jobs=1, minutes=0)
-    config.named(cfg, csv="", out="")
-    if cfg.seeds > 1000:
-        raise UserError(f"seeds must be at most 1000, not {cfg.seeds}: a seed takes two hours of a core")
 
 
 def main(argv):

@@ -127,6 +127,15 @@ class Batch:
     logp_old: torch.Tensor = None   # [b,T], under the distribution that the loss is about
     mismatch: torch.Tensor = None   # largest abs(that / what really sampled - 1); 0 where they are one
 
+    @classmethod
+    def of(cls, cfg, captions, cond, mask):
+        """The share of this process, before anything is drawn."""
+        b, device = share(cfg), cond.device
+        prompt = torch.arange(len(captions), device=device).repeat_interleave(cfg.group_size)        # [B]
+        first = parallel.RANK * b
+        return cls(captions, cond, mask, prompt[first:first + b], first,
+                   mismatch=torch.zeros((), device=device))
+
     @property
     def mine(self):
         """The rows of these sequences among all B of the step."""
@@ -141,6 +150,11 @@ class Batch:
 def share(cfg):
     """How many sequences of a step this process draws: b = B / processes."""
     return cfg.prompts_per_step * cfg.group_size // parallel.SIZE
+
+
+def at_once(cfg):
+    """How many of these it draws at once: sample_batch, but never more than there are."""
+    return min(cfg.sample_batch or share(cfg), share(cfg))
 
 
 def distributions(cfg):
@@ -167,14 +181,9 @@ def log_probabilities(cfg, world, batch):
 def sample(cfg, world, generator):
     """Phase 1: G pictures for each of some captions, in tokens -> Batch."""
     captions = world.draw(cfg.prompts_per_step)
-    cond, mask = world.encode(captions)                                                # [P,L,C], [P,L]
-    b, device = share(cfg), cond.device
-    prompt = torch.arange(len(captions), device=device).repeat_interleave(cfg.group_size)            # [B]
-    batch = Batch(captions, cond, mask, prompt[parallel.RANK * b:][:b], parallel.RANK * b,
-                  mismatch=torch.zeros((), device=device))
-    sampling, scoring = distributions(cfg)
-    everything, drawn, noise = torch.arange(b, device=device), [], generator.get_state()
-    parts = everything.split(min(cfg.sample_batch or b, b))
+    batch = Batch.of(cfg, captions, *world.encode(captions))                           # [P,L,C], [P,L]
+    (sampling, scoring), drawn, noise = distributions(cfg), [], generator.get_state()
+    parts = torch.arange(share(cfg), device=batch.prompt.device).split(at_once(cfg))
     with world.autocast, parallel.gathered(world.policy):
         for i, rows in enumerate(parts):
             generator.set_state(noise)              # each piece takes its own rows of the same noise

@@ -40,7 +40,7 @@ import vapi
 import weights
 from config import UserError, locate
 from model import GPT
-from vqgan import VQGAN
+from vqgan import VQGAN, batched
 
 CLIP_L = "clip-vit-large-patch14"
 REWARD_FILES = {                    # of each reward; HPS and PickScore share the tokenizer of OpenAI's CLIP
@@ -48,7 +48,7 @@ REWARD_FILES = {                    # of each reward; HPS and PickScore share th
     "pickscore": {"model": "PickScore_v1", "tokenizer": CLIP_L},
     "clipscore": {"model": CLIP_L, "tokenizer": CLIP_L},
     "aesthetic": {"model": CLIP_L, "tokenizer": CLIP_L, "head": "sac+logos+ava1-l14-linearMSE.pth"}}
-DECODED = 8                         # pictures decoded at once
+COMPARED = 8                        # pictures compared at once, by LPIPS
 
 
 class World:
@@ -172,9 +172,10 @@ class World:
         captions, files, _ = zip(*self.data.held_back)
         return list(captions), self.load(files)
 
-    def perceptual(self, images, others):
-        pairs = zip(images.split(DECODED), others.split(DECODED))
-        return torch.cat([self.lpips(*pair) for pair in pairs])
+    def perceptual(self, images, originals):
+        pieces = images.split(COMPARED)
+        others = [originals] * len(pieces) if len(originals) == 1 else originals.split(COMPARED)
+        return torch.cat([self.lpips(*pair) for pair in zip(pieces, others)])
 
     def encode(self, captions):
         if self.classes:
@@ -184,7 +185,7 @@ class World:
         return features.to(self.policy.norm.weight.dtype), mask
 
     def decode(self, tokens):
-        return torch.cat([self.vqgan.decode(some) for some in tokens.split(DECODED)])
+        return batched(self.vqgan.decode, tokens)
 
     def fixed_prompts(self, n):
         if n > len(self.held_back):

@@ -29,7 +29,7 @@ import reward
 import shapes
 import text
 from model import GPT, GPTConfig
-from vqgan import VQGAN, VQConfig
+from vqgan import VQGAN, VQConfig, batched
 
 VQ = VQConfig(codebook_size=256, codebook_embed_dim=8, ch=24, ch_mult=(1, 2, 2), num_res_blocks=1,
               z_channels=48, num_groups=8, l1_weight=1.0, commit_weight=1.0, collage_weight=.03,
@@ -80,11 +80,6 @@ def train(name, optimizers, steps, loss_of):
 
 def adamw(params, lr):
     return torch.optim.AdamW(params, lr, betas=(.9, .98), weight_decay=.01)
-
-
-@torch.no_grad()
-def batched(f, items, size=250):
-    return torch.cat([f(items[i:i + size]) for i in range(0, len(items), size)])
 
 
 @torch.no_grad()
@@ -183,8 +178,8 @@ def main(argv):
     images, captions = shapes.render(scenes), [c.text for c in told]
 
     vq = pretrain_tokenizer(cfg, every)
-    tokens = batched(vq.encode, images)
-    painted = batched(vq.decode, tokens)
+    tokens = batched(vq.encode, images, 250)
+    painted = batched(vq.decode, tokens, 250)
     print("read right after the tokenizer's round trip:",
           {k: round(v, 3) for k, v in shapes.reader_accuracy(scenes[:2000], painted[:2000]).items()})
     gpt = pretrain_policy(cfg, tokens, captions, rng)

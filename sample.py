@@ -51,6 +51,7 @@ import shapes
 import text
 import weights
 from config import UserError
+from vqgan import batched
 
 # (cfg_scale, top_k) of LlamaGen's and Janus's own samplers
 USUAL = {"tiny": (1.0, 0), "t2i": (7.5, 1000), "c2i": (4.0, 2000), "janus": (5.0, 0)}
@@ -113,10 +114,8 @@ def load(cfg, device):
 
         def encode(texts):
             return captions.encode(texts, device)
-    def decode(tokens):
-        return torch.cat([vqgan.decode(some) for some in tokens.split(8)])
-    return policy, SimpleNamespace(encode=encode, decode=decode, autocast=autocast,
-                                   kind=policy.config.model_type, prepare=prepare)
+    return policy, SimpleNamespace(encode=encode, decode=lambda tokens: batched(vqgan.decode, tokens),
+                                   autocast=autocast, kind=policy.config.model_type, prepare=prepare)
 
 
 def check(cfg):

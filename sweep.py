@@ -17,8 +17,10 @@ import time
 import numpy as np
 from tqdm import tqdm
 
+import config
 from config import Fault, UserError, locate
 
+MOST_SEEDS = 1000
 STAMP = ("minutes", "device", "torch", "base", "date")         # the last columns of every csv
 
 
@@ -42,6 +44,15 @@ def load(path, fields, numbers):
     return rows
 
 
+def check(cfg):
+    """UserError for options of a sweep that make no sense."""
+    config.at_least(cfg, seeds=1, jobs=1, minutes=0)
+    config.named(cfg, csv=".csv", out="")
+    if cfg.seeds > MOST_SEEDS:
+        raise UserError(f"seeds must be at most {MOST_SEEDS}, not {cfg.seeds}: each takes more than an hour "
+                        f"of a core")
+
+
 def fingerprint():
     """The first digits of the base's hash."""
     with open(locate("assets/tiny_base.pt"), "rb") as file:
@@ -57,8 +68,9 @@ def evaluations(folder):
 def make(cfg, rows, plan, fields, command, row_of, keep=lambda key: False):
     """Makes what is missing, `cfg.jobs` at a time; every finished run is on disk before the next one starts.
 
-    rows: what `load` found; plan {key: tuple of words}: the runs in order; command(key, folder) -> command
-    line; row_of(key, folder) -> values of `fields` up to STAMP; keep(key): leave the folder of that run?
+    rows: what `load` found; plan: the runs in order, each by its key, the first of the `fields`;
+    command(key, folder) -> command line; row_of(key, folder) -> values of `fields` up to STAMP; keep(key):
+    leave the folder of that run?
     Raises UserError for a csv of another device or base, Fault for a run that fails.
     """
     base, done = fingerprint(), {tuple(str(r[f]) for f in fields[:len(next(iter(plan)))]) for r in rows}
@@ -120,5 +132,5 @@ def spread(values):
 
 
 def table(head, lines):
-    """Texts -> a table in Markdown."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+    """Rows of words and numbers -> a table in Markdown."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *lines])

@@ -17,7 +17,7 @@ and, for vapi.py alone,
     draw_pictures(n)             n training pictures (caption, what `load` takes), by Python's random stream
     load(items)                  these -> images [n,3,H,W] in [-1,1]
     held_back_pictures()         captions and images that are never trained on
-    perceptual(images, others)   a distance of two pictures -> [b]
+    perceptual(images, originals)  a distance, of each to its own or of all to one -> [b]
 
 Because every attribute of a tiny picture can be read exactly, this world adds to an evaluation:
   reward/single ...   rewards by category
@@ -98,9 +98,8 @@ class World:
         self.rewards = {name: reward.build(reward.parse(getattr(options, name)), functions)
                         for name in ("reward", "heldout_reward")}
         self.pools = [shapes.captions(category) for category in shapes.CATEGORIES]
-        self.options, self.wrong_captions = options, options.wrong_captions
-        if options.algorithm == "vapi":
-            self.columns = self.columns + self.from_pictures
+        self.vapi, self.wrong_captions = options.algorithm == "vapi", options.wrong_captions
+        self.columns = self.columns + self.from_pictures * self.vapi
 
     def draw(self, n):
         return [random.choice(random.choice(self.pools)) for _ in range(n)]
@@ -153,7 +152,7 @@ class World:
                 if h is not None and b is not None]
         out["entropy_kept"] = sum(h for h, _ in both) / sum(b for _, b in both) if both else float("nan")
         out["unreadable"] = sum(n for _, n in measured) / len(scenes)
-        if self.options.algorithm == "vapi":
+        if self.vapi:
             rng = random.Random(1234)
             real = self.embed(self.load([shapes.sample_scene(shapes.parse(p), rng) for p in prompts
                                          for _ in range(draws)]))

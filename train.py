@@ -6,18 +6,18 @@
     python train.py configs/tiny_js.py --resume       go on where the run in its out_dir stopped
     python train.py configs/llamagen_js.py            the 775M LlamaGen with real captions, on one GPU
     torchrun --nproc_per_node=8 train.py configs/llamagen_js.py             the same on eight (parallel.py)
+    python train.py configs/tiny_vapi.py              another algorithm in the same loop (vapi.py)
 
 Each step: sample G pictures for each of some captions, score them, turn scores into advantages within each
 group, and take one gradient step on the GRPO loss (grpo.py) with a divergence to the frozen base
 (divergences.py). Method: "Balancing Performance and Diversity in GRPO Autoregressive Text-to-Image
-Post-Training", arXiv 2606.21498.
+Post-Training", arXiv 2606.21498. What each phase does is in grpo.py, for VA-pi in vapi.py; when, is here.
 
 The distribution that samples *is* the one that is trained: same temperature and same CFG scale in the
 rollout, in the loss, and for the reference (but see --score_cfg). `max_ratio_error` in the log checks that at
-every step. In the
-run folder you find metrics.jsonl (a line a step), evaluations.jsonl, samples_*.png, ckpt.pt, and at the end
-before_after.png, curves.png and table.md. Models, captions and rewards are the business of the *world*:
-tiny.py says what that is, llamagen.py is the one with released weights.
+every step. In the run folder you find metrics.jsonl (a line a step), evaluations.jsonl, samples_*.png,
+ckpt.pt, and at the end before_after.png, curves.png and table.md. Models, captions and rewards are the
+business of the *world*: tiny.py says what that is, llamagen.py is the one with released weights.
 
 Options are in options.py, their defaults those of the tiny world; configs/llamagen_js.py has the paper's
 recipe. Departures:
@@ -68,9 +68,7 @@ def main(argv):
     cfg, saved = runs.open_run(Config, check, argv)
     rank, size = parallel.RANK, parallel.SIZE
     device = parallel.start(config.pick_device(cfg.device))
-    share, left = divmod(cfg.prompts_per_step * cfg.group_size, size)      # pictures of this process: b
-    at_once = min(cfg.sample_batch or share, share)
-    if left or share % at_once:
+    if cfg.prompts_per_step * cfg.group_size % size or grpo.share(cfg) % grpo.at_once(cfg):
         raise UserError(f"{cfg.prompts_per_step} prompts x {cfg.group_size} pictures cannot be shared out "
                         f"evenly to {size} processes, each drawing sample_batch = {cfg.sample_batch} at once")
     if rank == 0:

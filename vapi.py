@@ -60,6 +60,7 @@ import torch.nn.functional as F
 import grpo
 import parallel
 from grpo import weigh                                      # phase 3 is GRPO's
+from vqgan import batched
 
 MEASURED = 4                    # samples of each held-back picture that `reconstruction` looks at
 
@@ -83,8 +84,9 @@ def draw(probabilities, uniform):
 
 
 def distance(images, originals, features, mse_weight=1.0, perceptual_weight=1.0):
-    """d of two [b,3,H,W] -> [b]: mean squared error on [-1,1], and a perceptual distance by `features`, a
-    function (images, originals) -> [b]. images as decoded, not clipped to that range."""
+    """d of images [b,3,H,W] to as many originals, or all to one [1,3,H,W] -> [b]: mean squared error on
+    [-1,1], and a perceptual distance by `features`, a function of the two. images are as decoded, not clipped
+    to that range."""
     mse = (images - originals).square().mean((1, 2, 3))
     return mse_weight * mse + (perceptual_weight * features(images, originals) if perceptual_weight else 0)
 
@@ -124,16 +126,13 @@ def logits_of(model, batch, used, temperature=1.0):
 def sample(cfg, world, generator):
     """Phase 1: G samples, by teacher forcing, of each of some pictures -> Batch."""
     captions, items = zip(*world.draw_pictures(cfg.prompts_per_step))
-    cond, mask = world.encode(captions)
-    P, b, device, T = len(captions), grpo.share(cfg), cond.device, world.policy.config.block_size
-    prompt = torch.arange(P, device=device).repeat_interleave(cfg.group_size)                    # [B]
-    batch = Batch(list(captions), cond, mask, prompt[parallel.RANK * b:][:b], parallel.RANK * b,
-                  mismatch=torch.zeros((), device=device))
+    batch = Batch.of(cfg, list(captions), *world.encode(captions))
+    P, device, T = len(captions), batch.prompt.device, world.policy.config.block_size
     needed = batch.prompt.unique()
     shown = world.load([items[i] for i in needed.tolist()])                                      # [..,3,H,W]
     batch.originals = shown.new_zeros(P, *shown.shape[1:]).index_copy_(0, needed, shown)
     batch.targets = torch.zeros(P, T, dtype=torch.long, device=device).index_copy_(
-        0, needed, torch.cat([world.vqgan.encode(some) for some in shown.split(8)]))
+        0, needed, batched(world.vqgan.encode, shown))
     # Noise is drawn for the whole step by every process, so that a run does not depend on their number.
     batch.context = corrupt(batch.targets, cfg.context_noise, world.policy.config.vocab_size, generator)
     uniform = torch.rand(P * cfg.group_size, T, generator=generator, device=device)[batch.mine]  # [b,T]
@@ -151,8 +150,8 @@ def sample(cfg, world, generator):
 
 def score(cfg, world, batch, images):
     """Phase 2: minus the distance of each sample to its original, and the held-out reward -> two [B]."""
-    trained = -distance(images, batch.originals[batch.prompt], world.perceptual, cfg.mse_weight,
-                        cfg.perceptual_weight)
+    trained = torch.cat([-distance(images[batch.prompt == u], batch.originals[u:u + 1], world.perceptual,
+                                   cfg.mse_weight, cfg.perceptual_weight) for u in batch.prompt.unique()])
     captions = [batch.captions[i] for i in batch.prompt.tolist()]
     return parallel.gather(trained), parallel.gather(world.rewards["heldout_reward"](images, captions))
 
@@ -194,6 +193,5 @@ def reconstruction(world, policy, temperature):
             p = policy(z, cond, mask, temperature=temperature).softmax(-1)
         for one, original in zip(p, shown):
             tokens = draw(one, torch.rand(MEASURED, z.shape[1], generator=generator, device=z.device))
-            scores.append(-distance(world.decode(tokens), original.expand(MEASURED, -1, -1, -1),
-                                    world.perceptual))
+            scores.append(-distance(world.decode(tokens), original[None], world.perceptual))
     return torch.cat(scores).mean().item()

@@ -138,6 +138,7 @@ def test_what_the_world_shows(world, folder):
     assert set(world.fixed_prompts(2)) <= set(captions)
     a, b = torch.rand(2, 11, 3, 16, 16)
     assert torch.allclose(world.perceptual(a, b), world.lpips(a, b), atol=1e-5)      # 11 is 8 + 3
+    assert torch.allclose(world.perceptual(a, b[:1]), world.lpips(a, b[:1].expand_as(a)), atol=1e-5)
     # the samples of a step are of the pictures that it names
     batch = vapi.sample(world.options, world, torch.Generator().manual_seed(0))
     assert torch.equal(batch.targets, world.vqgan.encode(batch.originals))

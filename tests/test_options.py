@@ -239,7 +239,7 @@ def test_an_option_that_nothing_reads_is_noticed(tmp_path):
 # ---- real processes ------------------------------------------------------------------------------------
 PROCESSES = [                                  # (words, a part of the one line)
     ("frontier.py --seeds=0", "seeds must be"),
-    ("frontier.py --csv=README.md --only=figures", "not a csv of this"),
+    ("frontier.py --csv=results/ablation.csv --only=figures", "not a csv of this"),
     ("frontier.py --device=auto", "cuda, mps, cpu"),
     ("frontier.py --minutes=nan", "minutes must be a number"),
     ("train.py --out_dir=DIR --beta=1e999", "beta must be a number"),
