@@ -207,8 +207,7 @@ def report(rows, settings, path):
             f"ablation.csv and ablation_settings.csv: {len(rows)} runs, device {rows[0]['device']}, base "
             f"{rows[0]['base']}. Mean ± standard deviation over seeds; ablation.py says what is claimed.\n\n"
             + sweep.table(["arm", *head], lines) + "\n\n"
-            + sweep.table(["claim", "difference of", "in", "mean [95 % interval]", "shown"],
-                          [list(v) for v in verdicts(rows, settings)])
+            + sweep.judged(verdicts(rows, settings), len({r["seed"] for r in rows}))
             + "\n\nThe base and the arm `all` under other temperatures and guidance:\n\n"
             + sweep.table(["temperature", "guidance", *(f"{m}, {who}" for m in (
                 "reader", "Frechet", "precision", "recall") for who in ("base", "VA-pi"))],

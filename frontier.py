@@ -23,7 +23,8 @@ Claims, each stated before it was tested, with its verdict in results/frontier.m
   (iii) the exact estimator gains more than the sampled one at equal diversity
   (iv)  the unbiased estimator gains more than the sampled one at equal diversity
   (v)   a beta that falls from strong to weak gains more than a constant one at equal diversity
-Differences are paired by seed; intervals are 95 % bootstrap intervals over the seeds (10,000 resamples).
+Differences are paired by seed; intervals are 95 % bootstrap intervals over the seeds (10,000 resamples). The
+report says how far five seeds can be trusted.
 """
 import json
 import os
@@ -268,8 +269,7 @@ def report(rows, path):
             f"# Performance against diversity\n\nBy `python frontier.py --only=figures` from frontier.csv: "
             f"{len(rows)} runs, device {rows[0]['device']}, base {rows[0]['base']}. Verdicts use the betas "
             f"of a KL {sorted(betas)} (js x 4) and the seeds {seeds}; frontier.py says what they mean.\n\n"
-            + sweep.table(["claim", "difference of", "in", "mean [95 % interval]", "shown"],
-                    [list(v) for v in verdicts(rows)]) + "\n\n" +
+            + sweep.judged(verdicts(rows), len(seeds)) + "\n\n" +
             sweep.table(["divergence", "estimator", "beta", "schedule", "seeds", "judge", "reader",
                          "entropy kept", "Vendi score", "KL to the base, nat a picture"],
                   [[d, e, f"{b:g}", how, str(len(rs))] + [sweep.spread([r[m] for r in rs]) for m in (

@@ -14,7 +14,7 @@ import frontier
 import sweep
 from config import UserError
 from frontier import area, cells, complete, key, load, plan, reachable, steps_to
-from sweep import say
+from sweep import coverage, judged, say
 
 
 def line(cell, seed, reward=.2, kept=.9, **more):
@@ -49,8 +49,19 @@ def test_reachable_gain_by_hand():
 
 def test_intervals():
     text, shown = say([.1, .1, .1])
-    assert text == "+0.100 [+0.100, +0.100]" and shown == "more"
+    assert text == "+0.100 [+0.100, +0.100], 3 of 3" and shown == "more"
     assert say([-.2, -.1, -.15, -.1])[1] == "less" and say([-.2, .1, .15, -.1])[1] == "not shown"
+    assert say([.3, .1, .2, -.1])[0].endswith("3 of 4") and say([-.3, .1])[0].endswith("1 of 2")
+
+
+def test_how_far_to_trust_them():
+    # Three seeds by hand: 1 in 27 resamples is three times the smallest, more than 2.5 %. So the interval goes
+    # from the smallest to the largest, and misses 0 exactly where all signs agree, 1 in 4 times.
+    assert coverage(3) == pytest.approx(.75, abs=.05)
+    assert coverage(3) < coverage(5) < coverage(30) and coverage(30) == pytest.approx(.94, abs=.02)
+    lines = [("(i)", "a - b", "reward", *say([.1, .2, .3]))] * 20
+    text = judged(lines, 3)
+    assert text.count("3 of 3") == 20 and f"about {20 * (1 - coverage(3)):.0f} of these 20 lines" in text
 
 
 def test_steps_to_a_reward():
