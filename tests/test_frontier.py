@@ -55,8 +55,8 @@ def test_intervals():
 
 
 def test_how_far_to_trust_them():
-    # Three seeds by hand: 1 in 27 resamples is three times the smallest, more than 2.5 %. So the interval goes
-    # from the smallest to the largest, and misses 0 exactly where all signs agree, 1 in 4 times.
+    # Three seeds by hand: 1 in 27 resamples is three times the smallest, more than 2.5 %. So the interval
+    # goes from the smallest to the largest, and misses 0 exactly where all signs agree, 1 in 4 times.
     assert coverage(3) == pytest.approx(.75, abs=.05)
     assert coverage(3) < coverage(5) < coverage(30) and coverage(30) == pytest.approx(.94, abs=.02)
     lines = [("(i)", "a - b", "reward", *say([.1, .2, .3]))] * 20
