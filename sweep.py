@@ -137,12 +137,14 @@ def coverage(n, trials=1000):
 
 def judged(lines, n):
     """Lines (claim, comparison, measure, *say) over n seeds -> a table, and how far to trust it."""
-    kept, head = coverage(n), ["claim", "difference of", "in", "mean [95 % interval], seeds that agree", "shown"]
-    return (f"{table(head, lines)}\n\n**How far to trust an interval.** Resampling {n} seeds cannot show what a "
-            f"further seed would do, so it is too narrow: for normal differences it holds the truth "
-            f"{100 * kept:.0f} times in 100, not 95 (sweep.coverage). Were there nothing to find, about "
-            f"{(1 - kept) * len(lines):.0f} of these {len(lines)} lines would still be \"shown\". A line alone is "
-            f"a hint; believe the large ones, in which all seeds agree, and those that several lines repeat.")
+    kept = coverage(n)
+    head = ["claim", "difference of", "in", "mean [95 % interval], seeds that agree", "shown"]
+    return (f"{table(head, lines)}\n\n"
+            f"**How far to trust an interval.** Resampling {n} seeds cannot show what a further seed would do, "
+            f"so it is too narrow: for normal differences it holds the truth {100 * kept:.0f} times in 100, not "
+            f"95 (sweep.coverage). Were there nothing to find, about {(1 - kept) * len(lines):.0f} of these "
+            f"{len(lines)} lines would still be \"shown\". A line alone is a hint; believe the large ones, in "
+            f"which all seeds agree, and those that several lines repeat.")
 
 
 def spread(values):
