@@ -143,8 +143,8 @@ def judged(lines, n):
             f"**How far to trust an interval.** Resampling {n} seeds cannot show what a further seed would "
             f"do, so it is too narrow: for normal differences it holds the truth {100 * kept:.0f} times in "
             f"100, not 95 (sweep.coverage). Were there nothing to find, about {(1 - kept) * len(lines):.0f} "
-            f"of these {len(lines)} lines would still be \"shown\". A line alone is a hint; believe the large "
-            f"ones, in which all seeds agree, and those that several lines repeat.")
+            f"of these {len(lines)} lines would still be \"shown\". A line alone is a hint; believe the "
+            f"large ones, in which all seeds agree, and those that several lines repeat.")
 
 
 def spread(values):
