@@ -90,7 +90,7 @@ def row_of(key, folder):
 def under_settings(cfg, path):
     """The base (seed -1) and the policies of the arm `all` under SETTINGS -> lines of the csv at `path`.
     Every evaluation draws with the same random numbers, so that only policies and settings differ."""
-    rows = sweep.load(path, SETTING_FIELDS, SETTING_FIELDS)
+    rows = sweep.load(path, SETTING_FIELDS, SETTING_FIELDS, 3)
     done = {(r["seed"], r["temperature"], r["cfg_scale"]) for r in rows}
     todo = [(seed, *setting) for seed in range(-1, cfg.seeds) for setting in SETTINGS]
     todo = [key for key in todo if key not in done]
@@ -220,13 +220,13 @@ def main(argv):
     plan = [(arm, seed) for seed in range(cfg.seeds) for arm in ARMS]
     stem = cfg.csv.removesuffix(".csv")
     if cfg.only != "figures":
-        sweep.make(cfg, sweep.load(cfg.csv, FIELDS, NUMBERS), plan, FIELDS,
+        sweep.make(cfg, sweep.load(cfg.csv, FIELDS, NUMBERS, 2), plan, FIELDS,
                    lambda key, folder: command(key, folder, cfg.device), row_of,
                    keep=lambda key: key[0] == "all")
         under_settings(cfg, stem + "_settings.csv")
     if cfg.only != "runs":
-        rows = sweep.load(cfg.csv, FIELDS, NUMBERS)
-        settings = sweep.load(stem + "_settings.csv", SETTING_FIELDS, SETTING_FIELDS)
+        rows = sweep.load(cfg.csv, FIELDS, NUMBERS, 2)
+        settings = sweep.load(stem + "_settings.csv", SETTING_FIELDS, SETTING_FIELDS, 3)
         if len(rows) < len(plan) or len(settings) < (cfg.seeds + 1) * len(SETTINGS):
             raise UserError(f"{cfg.csv} has not all runs and settings yet; go on with python ablation.py")
         figure(rows, settings, stem + ".png")

@@ -34,27 +34,29 @@ constant 1 by reverse_kl, the others let go.
 [test_weight_equals_autograd_of_sampled, test_weight_in_the_table_of_the_facts]
 
 --- 2. What the sampled forms descend: not the divergence they are named after
-A score has mean zero, so constants in c drop out. In expectation over a ~ pi, with w pi = rho and
-grad x = -s:
-    E_pi[c(w) s] = -E_rho[U'(x) s] = grad E_rho[U(x)],     U' = -c/w with the constant of c left out,
-the force on a token *of the reference*:
-    reverse_kl   c = 1 - w           U' = 1                    E_rho[x] = KL(rho || pi): the FORWARD KL
+In expectation over a ~ pi, with w pi = rho and grad x = -s:
+    E_pi[c(w) s] = -E_rho[U'(x) s] = grad E_rho[U(x)],     U' = -c/w,
+the force on a token *of the reference*, and what the sampled form descends is E_rho[U]:
+    reverse_kl   c = 1 - w           U' = 1 - e^-x             U = x + e^-x - 1: KL(rho || pi), the FORWARD KL
     forward_kl   c = -w x            U' = x                    1/2 E_rho[x^2]: neither KL
     js           c = -1/2 w log(..)  U' = 1/2 log(2/(1+e^-x))  saturates at 1/2 log 2 for lost tokens (x > 0),
                                                                grows like x/2 for overdone ones (x < 0)
-For reverse_kl every token of the reference is pulled up alike, also where pi = rho, and only the mean over
-tokens cancels it (what is left in the logits is pi_v - rho_v): so we read the paper's "uniform bias". U' of
-js is 0 there. Without its w - 1, reverse_kl would be f = -log w with c = 1: a sampled form with no force.
-c is a force per drawn token, U' one per unit of rho; the mean push on a logit is pi c = -rho U', less the
-mean. A lost token is drawn rarely, with a large c: the product stays. An overdone one of small rho is hardly
-pushed by js.   [test_sampled_forms_descend_what_section_2_says]
+[test_sampled_forms_descend_what_section_2_says, test_the_script_checks_itself]
+A score has mean zero, so a constant added to c is no force; in U it is a multiple of e^-x, as E_rho[e^-x] =
+sum pi = 1. So reverse_kl may be told as U = x, U' = 1: every token of the reference is pulled up alike, also
+where pi = rho, and the softmax takes the mean away again (what is left in the logits is pi_v - rho_v). So we
+read the paper's "uniform bias". And without its w - 1 it would be f = -log w with c = 1: no force at all.
+[test_k1_as_a_loss_has_no_gradient_and_k2_is_exact_reverse_kl]
+c is per drawn token, U' per unit of rho: the loss's gradient in a logit is pi c = -rho U', less the mean, and
+descent goes the other way, so c > 0 pushes a token down and U' > 0 pulls it up. A lost token is drawn rarely,
+with a large c: the product stays. An overdone one of small rho is hardly pushed by js.
 
 --- 3. unbiased: the gradient of the divergence itself
 The sample depends on pi as well, which section 1 leaves out. By the product rule, with grad pi_v = pi_v s_v,
     grad sum_v pi_v f(w_v) = sum_v pi_v [f(w_v) s_v + c(w_v) s_v] = E_pi[g(w) s],      g = f + c = f - w f',
 and pi / stop_grad(pi), which is 1 but has the gradient s, in front of f(w) makes autograd say the same:
     reverse_kl   g = -log w       forward_kl   g = 1 - w        js   g = -1/2 log((1+w)/2)
-[test_unbiased_averages_to_the_gradient_of_exact]
+[test_unbiased_averages_to_the_gradient_of_exact, test_g_in_closed_form]
 (forward_kl's g is the c of sampled reverse_kl: the same mean gradient, hence the same fixed point.)
 So far a ~ pi. In later inner epochs a ~ pi_old, and E_old[(pi/pi_old) f] = E_pi[f]: use pi / pi_old instead
 (pass logp_old). `sampled` has no such weight: section 2 holds for it only while pi is near pi_old.
@@ -65,13 +67,16 @@ The logits of both are there, so this costs no further forward pass, and the tok
 z, dlog pi_a/dz_v = 1[a=v] - pi_v; put into E_pi[g s] this is
     dD/dz_v = pi_v (g_v - sum_u pi_u g_u).   [test_the_script_checks_itself]
 
-"Exact" and "unbiased" speak of the divergence per token with its prefix held fixed. How a token changes the
-prefixes of later ones, a term E[sum_t s_t (D_{t+1} + .. + D_T)] in the gradient of a whole sequence's
-divergence, is left out, as GRPO implementations do.
+"Exact" and "unbiased" speak of the divergence per token with its prefix held fixed. But pi draws prefixes,
+too: the gradient of the sum along its own samples, E_pi[D_1 + .. + D_T], has one more term,
+    E_pi[sum_t s_t (D_{t+1} + .. + D_T)],
+which is left out here, as in GRPO implementations. For reverse_kl that sum is the divergence of whole
+sequences; for the other two it is not.   [test_what_per_token_leaves_out]
 
 --- Strength. Near pi = rho, D is about f''(1)/2 E_pi[(w-1)^2], and f''(1) = 1 for both KLs and 1/4 for js: so
 js needs 4 beta to pull as hard as a KL at beta. Further out it is only a rule of thumb: 4 U' of sampled js is
-x - x^2/4 + .., 10 % from x at |x| = .4 and 24 % at 1.   [test_strength_at_the_reference]
+x - x^2/4 + .., 10 % from x at |x| = .4 and 24 % at 1.   [test_strength_at_the_reference,
+test_strength_further_out]
 
 Departure from the paper's code: none in section 1 (x is clamped to +-20 as there, which ends the gradient);
 sections 3 and 4 are ours to compare with.
@@ -82,6 +87,7 @@ import torch
 import torch.nn.functional as F
 
 LOG2 = torch.tensor(2.0, dtype=torch.float64).log().item()
+STRENGTH = {"reverse_kl": 1, "forward_kl": 1, "js": 4}     # times beta, for one pull at pi = rho
 CLAMP = 20.0                 # |log w| past which f no longer varies: no gradient in `sampled`
 
 
@@ -172,12 +178,11 @@ def plot(path):
     x = torch.linspace(-6, 2.5, 400, dtype=torch.float64)
     figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
     for name, d in DIVERGENCES.items():
-        strength = 4 if name == "js" else 1                                # matched curvature at pi = rho
-        label = name + (" x 4" if name == "js" else "")
+        strength = STRENGTH[name]
+        label = name + (f" x {strength}" if strength > 1 else "")
         axes[0].plot(x, strength * d.weight(x), label=label)
-        force = -(d.weight(x) - float(name == "reverse_kl")) / x.exp()       # the constant of c has mean zero
         axes[1].plot(x, strength * (d.f(x) + d.c(x)), label=label)
-        axes[2].plot(x, strength * force, label=label)
+        axes[2].plot(x, -strength * d.weight(x) / x.exp(), label=label)
     axes[0].set(title="taken off the advantage: c(w), sampled", ylabel="c(w)", ylim=(-8, 6))
     axes[1].set(title="g(w), unbiased and exact", ylabel="g(w)", ylim=(-8, 6))
     axes[2].set(title="force on a token of the reference, $U'(x)$, sampled", ylabel="U'(x)", ylim=(-6.5, 3))
@@ -219,15 +224,15 @@ def fixed_point(name, estimator, beta, steps=5000, rate=.1):
     return z.softmax(0)
 
 
-def demo(path, steps=600, frames=60, batch=16, rate=.5, strength=.25, seed=0):
-    """A GIF of nine policies that learn from the same seeds, `batch` sampled tokens a step; beta = strength,
-    4 times that for js. Bars: the policy; black lines: the reference; red marks: the fixed points."""
+def demo(path, steps=1500, frames=60, batch=16, rate=.5, strength=.25, seed=0):
+    """A GIF of nine policies that learn from the same seeds, `batch` sampled tokens a step; beta = strength
+    times STRENGTH. Bars: the policy; black lines: the reference; red marks: the fixed points."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.animation import FuncAnimation, PillowWriter
     cells = [(name, estimator) for estimator in ("sampled", "unbiased", "exact") for name in DIVERGENCES]
-    beta = {name: strength * (4 if name == "js" else 1) for name in DIVERGENCES}
+    beta = {name: strength * STRENGTH[name] for name in DIVERGENCES}
     logq = RHO.log()
     z = {cell: logq.clone() for cell in cells}
     g = {cell: torch.Generator().manual_seed(seed) for cell in cells}

@@ -7,15 +7,15 @@
 One answer for one strength says little: a weaker divergence always gets more reward and less diversity. So
 every divergence and estimator is run over a grid of strengths, and what is compared is the *frontier* of
 (diversity kept, reward gained) that it traces. JS takes four times the beta of a KL, because its curvature at
-the reference is a quarter of theirs (divergences.py). Everything else is configs/tiny_js.py: 120 GRPO steps
-on the tiny world, and per seed the same prompts in the same order.
+the reference is a quarter of theirs (STRENGTH in divergences.py). Everything else is configs/tiny_js.py: 120
+GRPO steps on the tiny world, and per seed the same prompts in the same order.
 
     cells = none  +  {reverse_kl, forward_kl, js} x {sampled, unbiased, exact} x 5 betas
                   +  {reverse_kl, forward_kl, js} with a sampled beta that falls from 2b to 0 (mean b)
 
 Runs are made in an order in which stopping early leaves a smaller but balanced experiment: three betas and
 three seeds of every cell first. Each appends one line to results/frontier.csv and is never made again. A line
-carries the device and the base it was made with; figures use the lines of one pair of them only.
+carries the device and the base it was made with, and a csv with two of either is refused.
 
 Claims, each stated before it was tested, with its verdict in results/frontier.md:
   (i)   at one beta, JS beats both KLs
@@ -24,7 +24,9 @@ Claims, each stated before it was tested, with its verdict in results/frontier.m
   (iv)  the unbiased estimator gains more than the sampled one at equal diversity
   (v)   a beta that falls from strong to weak gains more than a constant one at equal diversity
 Differences are paired by seed; intervals are 95 % bootstrap intervals over the seeds (10,000 resamples). The
-report says how far five seeds can be trusted.
+report says how far five seeds can be trusted, and which verdicts another range than LEVELS would change. (v)
+compares two frontiers of one run each, with `none` and the base: a single run held against the constant
+betas' frontier is favoured, as straight lines between the points of a bent curve lie below it.
 """
 import json
 import os
@@ -37,13 +39,14 @@ import numpy as np
 import config
 import sweep
 from config import UserError, locate
+from divergences import STRENGTH
 from sweep import check
 
 DIVERGENCES, ESTIMATORS = ("reverse_kl", "forward_kl", "js"), ("sampled", "unbiased", "exact")
-BETAS = (.125, .03125, .5, .0625, .25)         # of a KL, the first three first; times 4 for JS
+BETAS = (.125, .03125, .5, .0625, .25)         # of a KL, the first three first; times STRENGTH
 SCHEDULED = .125                               # mean beta of the falling schedule, likewise
 TARGET = .2                                    # reward of training pictures whose first step is reported
-LEVELS = (.7, .95)                             # of diversity kept: the range in which frontiers are compared
+LEVELS, OTHER_LEVELS = (.7, .95), (.8, .98)    # of diversity kept: where frontiers are compared; a check
 MEASURES = ("reward", "heldout_reward", "unseen", "open_entropy", "entropy_kept", "pairwise", "vendi",
             "token_entropy", "kl_reverse", "kl_forward", "unreadable")
 FIELDS = ("divergence", "estimator", "beta", "schedule", "seed", *MEASURES, "base_reward",
@@ -68,23 +71,23 @@ def cells(betas):
     for b in betas:
         for estimator in ESTIMATORS:
             for d in DIVERGENCES:
-                yield d, estimator, b * (4 if d == "js" else 1), "constant"
+                yield d, estimator, b * STRENGTH[d], "constant"
     if SCHEDULED in betas:
         for d in DIVERGENCES:
-            yield d, "sampled", SCHEDULED * (4 if d == "js" else 1), "linear"
+            yield d, "sampled", SCHEDULED * STRENGTH[d], "linear"
         yield "none", "sampled", 0.0, "constant"
 
 
 def plan(seeds):
-    """All (cell, seed), in the order of the docstring: 3 betas x 3 seeds, 3 betas x all, all x all."""
+    """All (cell, seed): first 3 betas x 3 seeds, then all betas x 3 seeds, then all betas x all seeds."""
     stages = [(BETAS[:3], range(min(3, seeds))), (BETAS, range(min(3, seeds))), (BETAS, range(seeds))]
     return list(dict.fromkeys((cell, seed) for betas, some in stages for seed in some
                               for cell in cells(betas)))
 
 
 def load(path):
-    """Lines of the csv as dicts, numbers as floats. UserError for other columns or half a line."""
-    return sweep.load(path, FIELDS, (*MEASURES, "beta", "base_reward", "base_heldout_reward"))
+    """Lines of the csv as dicts, numbers as floats; errors as sweep.load's."""
+    return sweep.load(path, FIELDS, (*MEASURES, "beta", "base_reward", "base_heldout_reward"), key=5)
 
 
 def key(row):
@@ -126,13 +129,13 @@ def complete(rows):
     return max(blocks, key=lambda block: (len(block[0]) >= 3, len(block[0]) * len(block[1])))
 
 
-def frontier(rows, seed, divergence, estimator, betas, measure="reward"):
+def frontier(rows, seed, divergence, estimator, betas, measure="reward", schedule="constant"):
     """Points (diversity kept, gain) of one seed: these betas, the run without a divergence, and the base."""
-    strengths = [b * (4 if divergence == "js" else 1) for b in betas]
+    strengths = [b * STRENGTH[divergence] for b in betas]
     return [(1.0, 0.0)] + [
         (r["entropy_kept"], gain(r, measure)) for r in rows if r["seed"] == seed and (
             r["divergence"] == "none" or (r["divergence"], r["estimator"], r["schedule"]) ==
-            (divergence, estimator, "constant") and r["beta"] in strengths)]
+            (divergence, estimator, schedule) and r["beta"] in strengths)]
 
 
 def reachable(points, level):
@@ -143,12 +146,12 @@ def reachable(points, level):
     return max([best, *mixed])
 
 
-def area(points):
-    """Mean of the reachable gain over the range of LEVELS: one number for a frontier."""
-    return float(np.mean([reachable(points, level) for level in np.linspace(*LEVELS, 51)]))
+def area(points, levels=LEVELS):
+    """Mean of the reachable gain over a range of diversity kept: one number for a frontier."""
+    return float(np.mean([reachable(points, level) for level in np.linspace(*levels, 51)]))
 
 
-def verdicts(rows):
+def verdicts(rows, levels=LEVELS):
     """The claims and what the runs say: lines (claim, comparison, measure, difference, what is shown)."""
     betas, seeds = complete(rows)
     at = {key(r): r for r in rows}
@@ -157,14 +160,14 @@ def verdicts(rows):
     def compare(claim, what, measure, difference):
         out.append((claim, what, measure, *sweep.say([difference(s) for s in seeds])))
     # (i): the same number as beta for all three. "Beats" asks for more of one and no less of the other.
-    for b in sorted(set(betas) & {4 * b for b in betas}):
+    for b in sorted(set(betas) & {STRENGTH["js"] * b for b in betas}):
         for kl in DIVERGENCES[:2]:
             for name, value in (("reward gained", gain), ("diversity kept", entropy_kept)):
                 compare("(i)", f"js - {kl}, sampled, both beta {b:g}", name, lambda s: value(
                     at[("js", "sampled", b, "constant"), s]) - value(at[(kl, "sampled", b, "constant"), s]))
     for measure, name in (("reward", "mean reachable reward"), ("heldout_reward", "the same for the reader")):
-        def reach(s, d, e):
-            return area(frontier(rows, s, d, e, betas, measure))
+        def reach(s, d, e, betas=betas, schedule="constant"):
+            return area(frontier(rows, s, d, e, betas, measure, schedule), levels)
         for estimator in ESTIMATORS:
             for kl in DIVERGENCES[:2]:
                 compare("(ii)", f"js - {kl}, {estimator}", name,
@@ -174,11 +177,8 @@ def verdicts(rows):
                 compare(claim, f"{estimator} - sampled, {d}", name,
                         lambda s: reach(s, d, estimator) - reach(s, d, "sampled"))
         for d in DIVERGENCES:
-            def above(s):                # the falling run against the constant frontier at its diversity
-                run = at[(d, "sampled", SCHEDULED * (4 if d == "js" else 1), "linear"), s]
-                return gain(run, measure) - reachable(
-                    frontier(rows, s, d, "sampled", betas, measure), run["entropy_kept"])
-            compare("(v)", f"falling - constant, {d}", name.replace("mean reachable ", ""), above)
+            compare("(v)", f"falling - constant, {d}", name, lambda s: reach(
+                s, d, "sampled", [SCHEDULED], "linear") - reach(s, d, "sampled", [SCHEDULED]))
     return out
 
 
@@ -193,9 +193,11 @@ def groups(rows):
 
 
 def steps_to(row):
-    """The first step by which ten steps' mean reward was TARGET or more; NaN if that did not come."""
-    reached = np.array(row["curve"].split(), float) >= TARGET
-    return 10.0 * (reached.argmax() + 1) if reached.any() else np.nan
+    """The step by which the mean reward was TARGET or more for twice ten steps (once may be luck). If it
+    never was, that is all steps: too few, so a mean over such runs is a lower bound."""
+    over = np.array(row["curve"].split(), float) >= TARGET
+    twice = over[1:] & over[:-1]
+    return 10.0 * (twice.argmax() + 2 if twice.any() else len(over))
 
 
 def trace(axis, found, x, y, style="-", legend=True):
@@ -221,25 +223,27 @@ def figures(rows, folder):
     known = {(cell, seed) for cell in cells(betas) for seed in seeds}
     found = list(groups([r for r in rows if key(r) in known]).items())
 
-    def pick(estimator=None, betas=None, js=4):
+    def pick(estimator=None, betas=None, js=STRENGTH["js"]):
         return [(cell, rs) for cell, rs in found if cell[0] == "none" or cell[3] == "constant"
                 and estimator in (None, cell[1])
                 and (betas is None or cell[2] / (js if cell[0] == "js" else 1) in betas)]
+    title = f"beta grid (js x {STRENGTH['js']})"
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), sharey=True, sharex=True, layout="constrained")
     for axis, estimator in zip(axes, ESTIMATORS):
         trace(axis, pick(estimator), entropy_kept, gain)
         axis.plot(1, 0, "s", color="grey", label="base")
-        axis.set(title=f"{estimator}, beta grid (js x 4)", xlabel="open-attribute entropy kept")
+        axis.axvspan(*LEVELS, color=".94", zorder=0, label="compared here")
+        axis.set(title=f"{estimator}, {title}", xlabel="open-attribute entropy kept")
     axes[0].set_ylabel("judge reward gained")
     axes[0].legend(frameon=False)
     figure.savefig(os.path.join(folder, "frontier.png"), dpi=110)
     plt.close(figure)
 
     kept, judged = "open-attribute entropy kept", "judge reward gained"
-    same = set(BETAS) & {4 * b for b in BETAS}
+    same = set(BETAS) & {STRENGTH["js"] * b for b in BETAS}
     figure, axes = plt.subplots(2, 3, figsize=(14, 8.4), layout="constrained")
     for axis, js, title in ((axes[0, 0], 1, "one beta for all"),
-                            (axes[0, 1], 4, "matched strength (js x 4)")):
+                            (axes[0, 1], STRENGTH["js"], f"matched strength (js x {STRENGTH['js']})")):
         trace(axis, pick("sampled", same, js), entropy_kept, gain)
         axis.set(title=f"sampled, {title}", xlabel=kept, ylabel=judged)
     trace(axes[0, 2], pick("sampled"), lambda r: r["kl_reverse"], gain)
@@ -249,9 +253,9 @@ def figures(rows, folder):
     trace(axes[1, 0], pick(), gain, lambda r: gain(r, "heldout_reward"), "")
     axes[1, 0].set(title="what is trained and what is only watched", xlabel=judged,
                    ylabel="reader's score gained")
-    trace(axes[1, 1], pick("sampled"), lambda r: r["beta"] / (4 if r["divergence"] == "js" else 1), steps_to)
-    axes[1, 1].set(title=f"steps to a training reward of {TARGET}, of runs that reach it",
-                   xlabel="beta (js / 4)", ylabel="steps")
+    trace(axes[1, 1], pick("sampled"), lambda r: r["beta"] / STRENGTH.get(r["divergence"], 1), steps_to)
+    axes[1, 1].set(title=f"steps to a training reward of {TARGET}; 120: never",
+                   xlabel=f"beta (js / {STRENGTH['js']})", ylabel="steps")
     trace(axes[1, 2], [c for c in found if c[0][3] == "linear"], entropy_kept, gain, "")
     trace(axes[1, 2], pick("sampled"), entropy_kept, gain, ":", legend=False)
     axes[1, 2].set(title="a falling beta (dots) and constant ones (dotted)", xlabel=kept, ylabel=judged)
@@ -262,14 +266,20 @@ def figures(rows, folder):
 
 
 def report(rows, path):
-    """frontier.md: the verdicts, then every cell."""
+    """frontier.md: the verdicts, the figures, then every cell."""
     betas, seeds = complete(rows)
+    lines, others = verdicts(rows), verdicts(rows, OTHER_LEVELS)
+    changed = [f"{a[0]} {a[1]}, {a[2]}: {a[4]} -> {b[4]}" for a, b in zip(lines, others) if a[4] != b[4]]
     with open(path, "w", encoding="utf-8") as file:
         file.write(
             f"# Performance against diversity\n\nBy `python frontier.py --only=figures` from frontier.csv: "
             f"{len(rows)} runs, device {rows[0]['device']}, base {rows[0]['base']}. Verdicts use the betas "
-            f"of a KL {sorted(betas)} (js x 4) and the seeds {seeds}; frontier.py says what they mean.\n\n"
-            + sweep.judged(verdicts(rows), len(seeds)) + "\n\n" +
+            f"of a KL {sorted(betas)} (js x {STRENGTH['js']}) and the seeds {seeds}; frontier.py says what "
+            f"they mean.\n\n![reward against diversity](frontier.png)\n\n"
+            f"{sweep.judged(lines, len(seeds))}\n\n"
+            f"**Another range.** Frontiers are compared where {LEVELS[0]} to {LEVELS[1]} of the diversity is "
+            f"kept. From {OTHER_LEVELS[0]} to {OTHER_LEVELS[1]} the verdicts are the same"
+            f"{' but for: ' * bool(changed)}{'; '.join(changed)}.\n\n![more views](frontier_more.png)\n\n" +
             sweep.table(["divergence", "estimator", "beta", "schedule", "seeds", "judge", "reader",
                          "entropy kept", "Vendi score", "KL to the base, nat a picture"],
                   [[d, e, f"{b:g}", how, str(len(rs))] + [sweep.spread([r[m] for r in rs]) for m in (

@@ -63,14 +63,14 @@ def open_run(cls, check, argv):
     return cfg, saved if cfg.resume else None
 
 
-def claim(folder):
-    """Makes the folder and locks it -> the open lock, which must be kept as long as the run. UserError if
-    another process has it, or if nothing can be written there."""
+def claim(folder, name="lock", option="--out_dir"):
+    """Makes the folder and locks its file `name` -> the open file, which must be kept as long as the work
+    goes on. UserError, naming the option, if another process has it or nothing can be written there."""
     try:
         os.makedirs(folder, exist_ok=True)
-        lock = open(os.path.join(folder, "lock"), "a")
+        lock = open(os.path.join(folder, name), "a")
     except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out_dir") from None
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another {option}") from None
     try:
         import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,7 +78,7 @@ def claim(folder):
         pass                                        # Windows has no flock: there, take care yourself
     except OSError:
         raise UserError(f"another process is at work in {folder}: wait for it, or choose another "
-                        f"--out_dir") from None
+                        f"{option}") from None
     return lock
 
 

@@ -7,10 +7,13 @@ are rounded otherwise lead to other runs, and the differences that matter here a
 """
 import contextlib
 import csv
+import functools
 import hashlib
 import json
+import math
 import os
 import shutil
+import signal
 import subprocess
 import time
 
@@ -24,8 +27,9 @@ MOST_SEEDS = 1000
 STAMP = ("minutes", "device", "torch", "base", "date")         # the last columns of every csv
 
 
-def load(path, fields, numbers):
-    """Lines of the csv as dicts, those of `numbers` as floats. UserError for other columns or half a line."""
+def load(path, fields, numbers, key):
+    """Lines of the csv as dicts, those of `numbers` as floats; the first `key` fields say which run it is.
+    UserError for other columns, half a line, a run that is there twice, two devices or two bases."""
     if not os.path.exists(path):
         return []
     found, rows = None, []
@@ -41,6 +45,13 @@ def load(path, fields, numbers):
                 raise ValueError
     except (ValueError, TypeError):                        # killed while it wrote this
         raise UserError(f"{path}: run {n + 1} is not whole: remove its line, and it is made again") from None
+    keys = [tuple(row[name] for name in fields[:key]) for row in rows]
+    for twice in {k for k in keys if keys.count(k) > 1}:
+        raise UserError(f"{path} has two lines of the run {' '.join(map(str, twice))}: remove one of them")
+    for name in ("device", "base"):
+        if len(found := {row[name] for row in rows if name in row}) > 1:
+            raise UserError(f"{path} mixes runs of {name} {' and '.join(sorted(found))}, which cannot be "
+                            f"compared: keep those of one")
     return rows
 
 
@@ -78,40 +89,49 @@ def make(cfg, rows, plan, fields, command, row_of, keep=lambda key: False):
         raise UserError(f"{cfg.csv} has runs of another device or another base than {cfg.device}, {base}; "
                         f"a comparison must not mix them: move it away, or choose another --csv")
     import torch
+    import runs
+    signal.signal(signal.SIGTERM, signal.default_int_handler)              # as Ctrl-C: on to `finally`
     todo, begin, running = [k for k in plan if tuple(map(str, k)) not in done], time.time(), {}
-    os.makedirs(os.path.dirname(cfg.csv) or ".", exist_ok=True)
     os.makedirs(cfg.out, exist_ok=True)
+    lock = runs.claim(os.path.dirname(cfg.csv) or ".", os.path.basename(cfg.csv), "--csv")
     if not rows:
         with open(cfg.csv, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(fields)
     bar = tqdm(total=len(plan), initial=len(plan) - len(todo), unit="run", ncols=110,
                desc=os.path.basename(cfg.csv))
-    while todo or running:
-        late = cfg.minutes and time.time() - begin > 60 * cfg.minutes
-        while todo and len(running) < cfg.jobs and not late:
-            key = todo.pop(0)
-            folder = os.path.join(cfg.out, "_".join(map(str, key)))
-            shutil.rmtree(folder, ignore_errors=True)                      # half of a run that was killed
-            log = open(folder + ".log", "w", encoding="utf-8")
-            process = subprocess.Popen(command(key, folder), stdout=log, stderr=log,
-                                       env=os.environ | {"OMP_NUM_THREADS": "1"})
-            running[process] = key, folder, time.time()
-        if late and not running:
-            break
-        time.sleep(1)
-        for process in [p for p in running if p.poll() is not None]:
-            key, folder, started = running.pop(process)
-            if process.returncode:
-                raise Fault(f"the run {folder} failed; {folder}.log says why")
-            row = dict(zip(fields, (*row_of(key, folder), round((time.time() - started) / 60, 2), cfg.device,
-                                    torch.__version__, base, time.strftime("%Y-%m-%d")), strict=True))
-            with open(cfg.csv, "a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, fields).writerow(row)
-            if not keep(key):
-                shutil.rmtree(folder)
-            os.remove(folder + ".log")
-            bar.update()
-            bar.set_postfix_str(f"{'/'.join(map(str, key))}: reward {row['reward']:.3f}")
+    try:
+        while todo or running:
+            late = cfg.minutes and time.time() - begin > 60 * cfg.minutes
+            while todo and len(running) < cfg.jobs and not late:
+                key = todo.pop(0)
+                folder = os.path.join(cfg.out, "_".join(map(str, key)))
+                shutil.rmtree(folder, ignore_errors=True)                      # half of a run that was killed
+                log = open(folder + ".log", "w", encoding="utf-8")
+                process = subprocess.Popen(command(key, folder), stdout=log, stderr=log,
+                                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+                running[process] = key, folder, time.time()
+            if late and not running:
+                break
+            time.sleep(1)
+            for process in [p for p in running if p.poll() is not None]:
+                key, folder, started = running.pop(process)
+                if process.returncode:
+                    raise Fault(f"the run {folder} failed; {folder}.log says why")
+                stamp = (round((time.time() - started) / 60, 2), cfg.device, torch.__version__, base,
+                         time.strftime("%Y-%m-%d"))
+                row = dict(zip(fields, (*row_of(key, folder), *stamp), strict=True))
+                with open(cfg.csv, "a", newline="", encoding="utf-8") as file:
+                    csv.DictWriter(file, fields).writerow(row)
+                if not keep(key):
+                    shutil.rmtree(folder)
+                os.remove(folder + ".log")
+                bar.update()
+                bar.set_postfix_str(f"{'/'.join(map(str, key))}: reward {row['reward']:.3f}")
+    finally:
+        for stop in (subprocess.Popen.terminate, subprocess.Popen.wait):   # no run goes on without its sweep
+            for process in running:
+                stop(process)
+        lock.close()
 
 
 # ---- the statistics ----------------------------------------------------------------------------------------
@@ -121,30 +141,52 @@ def interval(d, resamples=10000):
     return np.percentile(means, [2.5, 97.5])
 
 
+@functools.cache
+def student(n):
+    """Half the width of Student's 95 % interval of the mean of n values, in standard errors."""
+    k, step = n - 1, 1e-4                                                  # degrees of freedom; of the sum
+    t = np.arange(step / 2, 20, step)
+    # density gamma((k+1)/2) / (gamma(k/2) sqrt(k pi)) (1 + t^2/k)^(-(k+1)/2); .475 of it lies in [0, half]
+    height = math.exp(math.lgamma((k + 1) / 2) - math.lgamma(k / 2)) / math.sqrt(k * math.pi)
+    return t[np.searchsorted(np.cumsum(height * step * (1 + t * t / k) ** (-(k + 1) / 2)), .475)]
+
+
+def shows(d):
+    """Differences d [n] -> (low, high) of `interval`, and what is shown: more, less, or nothing, where that
+    interval or Student's holds 0. Both are asked, as the bootstrap of few seeds is too sure of itself."""
+    low, high = interval(d)
+    error = student(len(d)) * d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else np.inf
+    side = np.sign(d.mean()) * (abs(d.mean()) > error) * (low > 0 or high < 0)
+    return low, high, {0: "not shown", 1: "more", -1: "less"}[int(side)]
+
+
 def say(differences):
     """Paired differences -> 'mean [95 % interval], seeds that agree with the mean', and what it shows."""
     d = np.asarray(differences, float)
-    low, high = interval(d)
-    shown = "more" if low > 0 else "less" if high < 0 else "not shown"
+    low, high, shown = shows(d)
     return f"{d.mean():+.3f} [{low:+.3f}, {high:+.3f}], {(d * d.mean() > 0).sum()} of {len(d)}", shown
 
 
-def coverage(n, trials=1000):
-    """How often such an interval holds the truth: n normal differences of mean 0, drawn `trials` times."""
-    drawn = np.random.RandomState(1).randn(trials, n)
-    return np.mean([low <= 0 <= high for low, high in (interval(d, 1000) for d in drawn)])
+def false_alarms(n, trials=1000):
+    """How often a bootstrap interval, and how often `shows`, finds something in n normal differences of mean
+    0, drawn `trials` times."""
+    found = [shows(d) for d in np.random.RandomState(1).randn(trials, n)]
+    return (np.mean([low > 0 or high < 0 for low, high, _ in found]),
+            np.mean([what != "not shown" for *_, what in found]))
 
 
 def judged(lines, n):
     """Lines (claim, comparison, measure, *say) over n seeds -> a table, and how far to trust it."""
-    kept = coverage(n)
-    head = ["claim", "difference of", "in", "mean [95 % interval], seeds that agree", "shown"]
+    alone, both = false_alarms(n)
+    head = ["claim", "difference of", "in", "mean [95 % bootstrap interval], seeds that agree", "shown"]
     return (f"{table(head, lines)}\n\n"
-            f"**How far to trust an interval.** Resampling {n} seeds cannot show what a further seed would "
-            f"do, so it is too narrow: for normal differences it holds the truth {100 * kept:.0f} times in "
-            f"100, not 95 (sweep.coverage). Were there nothing to find, about {(1 - kept) * len(lines):.0f} "
-            f"of these {len(lines)} lines would still be \"shown\". A line alone is a hint; believe the "
-            f"large ones, in which all seeds agree, and those that several lines repeat.")
+            f"**How far to trust a line.** Resampling {n} seeds cannot show what a further seed would do: "
+            f"where there is nothing, such an interval excludes 0 in {100 * alone:.0f} of 100 cases, not "
+            f"in 5 (sweep.false_alarms). So \"shown\" asks for Student's interval as well, which leaves "
+            f"{100 * both:.0f}: about {both * len(lines):.0f} of these {len(lines)} lines would still be "
+            f"\"shown\" if there were nothing at all. And all runs share one base, one judge, one set of "
+            f"hyperparameters, the prompts and the draws of the evaluations: a seed changes which captions "
+            f"are trained on and what is sampled there, and the intervals speak of that alone.")
 
 
 def spread(values):

@@ -2,8 +2,8 @@
 
 Check yourself:   python -m pytest exercises/test_e09_same_strength.py
 
-Read the paragraph "Strength" of divergences.py first, and configs/: why is beta .5 for js and .125 for the
-KLs? To compare divergences at one beta is to compare strong with weak ones; near pi = rho, where training
+Read the paragraph "Strength" of divergences.py first, and configs/: why is beta .4 for js and .1 for the KLs?
+To compare divergences at one beta is to compare strong with weak ones; near pi = rho, where training
 starts, they differ by a factor only. Take it from measurement, without any formula for f: move pi away from
 rho by a little,
     log pi_eps = log_softmax(log rho + eps u),        u a random direction of the logits,

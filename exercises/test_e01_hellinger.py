@@ -25,6 +25,9 @@ def test_values(exercise):
         f"exact and E_pi[f(w)] are the same number twice, but exact gives {value:.6f} and the mean of your f "
         f"{mean:.6f}. (A factor of 2 means that one of them has the 1/2 of the other convention.)")
     assert value.item() == pytest.approx(exercise.exact(logq, logp).item(), rel=1e-10), "it is symmetric"
+    many = torch.stack([logp, logq]), torch.stack([logq, logq])
+    assert exercise.exact(*many).tolist() == pytest.approx([value.item(), 0], abs=1e-9), (
+        "exact sums over the last axis alone: [2,V] -> [2], one value for each token of a batch")
     apart = exercise.exact(torch.tensor([0., -80.]).log_softmax(0), torch.tensor([-80., 0.]).log_softmax(0))
     assert apart.item() == pytest.approx(2, rel=1e-5), (
         f"policies that share no code are 2 apart, not {apart:.4f}")

@@ -33,6 +33,9 @@ def test_members_that_have_a_name(exercise):
             f"a = {a}: D is {name} = {value:.6f}; your exact gives {yours:.6f}")
     for a in VALUES:
         mean, yours = (p * exercise.f(logq - logp, a)).sum(), exercise.exact(logp, logq, a)
+        many = exercise.exact(torch.stack([logp, logq]), torch.stack([logq, logq]), a)
+        assert many.tolist() == pytest.approx([yours.item(), 0], abs=1e-9), (
+            "exact sums over the last axis alone: [2,V] -> [2], one value for each token of a batch")
         assert yours.item() == pytest.approx(mean.item(), rel=1e-9), (
             f"a = {a}: your exact is {yours:.6f}, but the mean of your f under pi is {mean:.6f}")
         mirror = exercise.exact(logq, logp, 1 - a)

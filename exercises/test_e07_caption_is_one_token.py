@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def batch(t, n, B=3, hd=8, seed=0):
@@ -46,6 +47,28 @@ def test_equals_plain_attention(exercise, t, n):
     assert torch.allclose(yours, right, atol=1e-10), (
         f"{n} caption tokens, {t} image tokens: off by up to {(yours - right).abs().max():.3f}. "
         + diagnosis(yours, *inputs))
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the sizes of all that is computed inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= set(out.shape) if isinstance(out, torch.Tensor) else set()
+        return out
+
+
+def test_a_softmax_over_1_plus_t(exercise):
+    with Sizes() as sizes:
+        exercise.collapsed(*batch(50, 23))
+    assert 50 + 23 not in sizes.seen, (
+        "right, but with a tensor of n + t = 73 places: that is the plain form. Make one token of the "
+        "caption, so that nothing is longer than 1 + t = 51.")
+    assert 51 in sizes.seen, "where is the softmax over 1 + t = 51 scores?"
 
 
 def test_before_the_first_image_token(exercise):

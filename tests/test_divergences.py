@@ -101,6 +101,39 @@ def test_sampled_forms_descend_what_section_2_says():
     assert (k3 - forward).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("name, u", [("reverse_kl", lambda x: 1 - math.exp(-x)), ("forward_kl", lambda x: x),
+                                     ("js", lambda x: math.log(2 / (1 + math.exp(-x))) / 2)])
+def test_force_on_a_token_of_the_reference(name, u):
+    for x in (-3., -.5, 0., .5, 3.):
+        c = DIVERGENCES[name].weight(torch.tensor(x, dtype=torch.float64)).item()
+        assert -c / math.exp(x) == pytest.approx(u(x), abs=1e-12)
+
+
+@pytest.mark.parametrize("name, g", [("reverse_kl", lambda w: -math.log(w)), ("forward_kl", lambda w: 1 - w),
+                                     ("js", lambda w: -math.log((1 + w) / 2) / 2)])
+def test_g_in_closed_form(name, g):
+    d = DIVERGENCES[name]
+    for w in (.01, .3, 1., 2., 50.):
+        x = torch.tensor(math.log(w), dtype=torch.float64)
+        assert (d.f(x) + d.c(x)).item() == pytest.approx(g(w), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_per_token_leaves_out(name):
+    """Two tokens of three codes, all nine sequences listed: the gradient of E_pi[D_1 + D_2] is that with the
+    prefix fixed plus the further term, and the sum is the divergence of sequences for reverse_kl alone."""
+    z, logq = (x.view(4, 3) for x in (policies(12, seed=7)[0], policies(12, seed=8)[0].detach()))
+    logp, logq, d = z.log_softmax(-1), logq.log_softmax(-1), DIVERGENCES[name]
+    first, later = d.exact(logp[0], logq[0]), d.exact(logp[1:], logq[1:])           # later [3], by prefix
+    total = grad(first + (logp[0].exp() * later).sum(), z)
+    fixed = grad(first + (logp[0].detach().exp() * later).sum(), z)
+    further = grad((logp[0].detach().exp() * logp[0] * later.detach()).sum(), z)    # E_pi[s_1 D_2]
+    assert (total - fixed - further).abs().max() < 1e-12 and further.abs().max() > 1e-3
+    joint = d.exact((logp[0][:, None] + logp[1:]).flatten(), (logq[0][:, None] + logq[1:]).flatten())
+    gap = (first + (logp[0].exp() * later).sum() - joint).abs().item()
+    assert gap < 1e-12 if name == "reverse_kl" else gap > 1e-3
+
+
 def test_k1_as_a_loss_has_no_gradient_and_k2_is_exact_reverse_kl():
     z, logq = policies(seed=3)
     logp = z.log_softmax(0)
@@ -118,6 +151,16 @@ def test_strength_at_the_reference(name, curvature):
     logp = (logq + step).log_softmax(0)
     chi2 = ((logp.exp() - logq.exp()) ** 2 / logq.exp()).sum()
     assert (DIVERGENCES[name].exact(logp, logq) / chi2 * 2).item() == pytest.approx(curvature, rel=1e-3)
+
+
+def test_strength_further_out():
+    """4 U' of sampled js is x - x^2/4 + ..: how far "times 4" holds."""
+    def force(x):
+        return -4 * DIVERGENCES["js"].weight(torch.tensor(x, dtype=torch.float64)).item() / math.exp(x)
+    for x in (.1, -.1):
+        assert force(x) == pytest.approx(x - x * x / 4, abs=1e-4)
+    assert 1 - force(.4) / .4 == pytest.approx(.10, abs=.005)
+    assert 1 - force(1.) == pytest.approx(.24, abs=.005)
 
 
 def test_js_is_bounded_and_finite_far_out():

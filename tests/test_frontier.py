@@ -3,6 +3,7 @@
 The statistics on points that can be checked by hand, and the bookkeeping: nothing made twice, nothing mixed.
 """
 import csv
+import fcntl
 import itertools
 import json
 import os
@@ -12,9 +13,9 @@ import pytest
 
 import frontier
 import sweep
-from config import UserError
+from config import Fault, UserError
 from frontier import area, cells, complete, key, load, plan, reachable, steps_to
-from sweep import coverage, judged, say
+from sweep import false_alarms, judged, say, student
 
 
 def line(cell, seed, reward=.2, kept=.9, **more):
@@ -52,21 +53,36 @@ def test_intervals():
     assert text == "+0.100 [+0.100, +0.100], 3 of 3" and shown == "more"
     assert say([-.2, -.1, -.15, -.1])[1] == "less" and say([-.2, .1, .15, -.1])[1] == "not shown"
     assert say([.3, .1, .2, -.1])[0].endswith("3 of 4") and say([-.3, .1])[0].endswith("1 of 2")
+    # three that agree are enough for the bootstrap, but Student's interval of (.1, .2, .4) holds 0
+    text, shown = say([.1, .2, .4])
+    assert text == "+0.233 [+0.100, +0.400], 3 of 3" and shown == "not shown"
+    assert say([.1])[1] == "not shown"                                    # one seed shows nothing
+
+
+@pytest.mark.parametrize("n, half", [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (101, 1.984)])
+def test_student(n, half):
+    """Against the printed tables."""
+    assert student(n) == pytest.approx(half, abs=2e-3)
 
 
 def test_how_far_to_trust_them():
     # Three seeds by hand: 1 in 27 resamples is three times the smallest, more than 2.5 %. So the interval
     # goes from the smallest to the largest, and misses 0 exactly where all signs agree, 1 in 4 times.
-    assert coverage(3) == pytest.approx(.75, abs=.05)
-    assert coverage(3) < coverage(5) < coverage(30) and coverage(30) == pytest.approx(.94, abs=.02)
+    assert false_alarms(3)[0] == pytest.approx(.25, abs=.04)
+    assert false_alarms(3)[0] > false_alarms(5)[0] > false_alarms(30)[0]
+    for n in (3, 5, 30):
+        assert false_alarms(n)[1] == pytest.approx(.05, abs=.02)
     lines = [("(i)", "a - b", "reward", *say([.1, .2, .3]))] * 20
     text = judged(lines, 3)
-    assert text.count("3 of 3") == 20 and f"about {20 * (1 - coverage(3)):.0f} of these 20 lines" in text
+    assert text.count("3 of 3") == 20 and "about 1 of these 20 lines" in text
 
 
 def test_steps_to_a_reward():
-    assert steps_to(line(("js", "sampled", .5, "constant"), 0)) == 70
-    assert steps_to(line(("js", "sampled", .5, "constant"), 0, curve="0.1 0.1")) != 70
+    def steps(curve):
+        return steps_to(line(("js", "sampled", .5, "constant"), 0, curve=curve))
+    assert steps(" ".join(["0.1"] * 6 + ["0.3"] * 6)) == 80                # the second ten above .2 end there
+    assert steps("0.1 0.3 0.1 0.3 0.3") == 50 and steps("0.3 0.3 0.1") == 20
+    assert steps("0.1 0.3 0.1 0.1") == 40                                 # never twice: all of it
 
 
 def test_only_a_complete_block_is_compared():
@@ -96,7 +112,8 @@ def test_verdicts_say_what_was_put_in(finished):
             in frontier.verdicts(load(finished))}
     assert said["(ii)", "js - reverse_kl, exact", "mean reachable reward"][1] == "more"
     assert said["(iii)", "exact - sampled, js", "mean reachable reward"][1] == "not shown"
-    assert said["(v)", "falling - constant, forward_kl", "reward"][1] == "more"
+    assert said["(v)", "falling - constant, forward_kl", "mean reachable reward"][1] == "more"
+    assert said["(v)", "falling - constant, js", "mean reachable reward"][0].startswith("+0.0")
     # at one beta JS is weaker here: more reward and less diversity, which beats nobody
     assert said["(i)", "js - forward_kl, sampled, both beta 0.5", "reward gained"][1] == "more"
     assert said["(i)", "js - forward_kl, sampled, both beta 0.5", "diversity kept"][1] == "less"
@@ -143,9 +160,36 @@ def test_runs_are_made_once_and_never_mixed(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "out") == []
     with pytest.raises(UserError, match="another device or another base"):
         frontier.main([*options, "--device=cuda"])
+    # a sweep that is at work already, and lines that cannot be compared
+    with open(path, "a") as busy:
+        fcntl.flock(busy, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process"):
+            frontier.main([*options, "--seeds=5"])
+    whole = path.read_text()
+    again = whole.splitlines()[1]
+    other = again.replace(",cpu,", ",cuda,").replace(",constant,0,", ",constant,9,")
+    for more, said in ((again, "two lines of the run"), (other, "mixes runs of device")):
+        path.write_text(whole + more + "\n")
+        with pytest.raises(UserError, match=said):
+            frontier.main([f"--csv={path}", "--only=figures"])
     path.write_text("divergence,beta\njs,1\n")
     with pytest.raises(UserError, match="other|not a csv of this version"):
         frontier.main(options)
+
+
+def test_no_run_goes_on_without_its_sweep(tmp_path, monkeypatch):
+    """One run fails, the other would take a minute: it is ended, and its line is not written."""
+    slow = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+    fails = "import os, sys, time\nwhile not os.path.exists(sys.argv[1]) or not open(sys.argv[1]).read():\n" \
+            "    time.sleep(.01)\nsys.exit(3)"
+    commands = iter([slow, fails])
+    monkeypatch.setattr(frontier, "command", lambda *_: [sys.executable, "-c", next(commands),
+                                                         str(tmp_path / "pid")])
+    with pytest.raises(Fault, match="failed"):
+        frontier.main([f"--csv={tmp_path / 'f.csv'}", f"--out={tmp_path / 'out'}", "--only=runs"])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert len((tmp_path / "f.csv").read_text().splitlines()) == 1
 
 
 def test_commands_are_runs_that_train_understands():
