@@ -130,8 +130,10 @@ def load(path, device="cpu", lazy=False):
 
 
 def rng_state(generator):
-    """The state of all random streams, as tensors and plain values: Python's, torch's and one generator's."""
-    return {"python": random.getstate(), "torch": torch.get_rng_state(), "generator": generator.get_state()}
+    """The state of all random streams, as tensors and plain values: Python's, torch's, that of the GPU (from
+    which dropout draws there), and one generator's."""
+    state = {"python": random.getstate(), "torch": torch.get_rng_state(), "generator": generator.get_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if generator.device.type == "cuda" else {})
 
 
 def set_rng_state(state, generator):
@@ -140,6 +142,8 @@ def set_rng_state(state, generator):
     random.setstate((version, tuple(values), gauss))
     torch.set_rng_state(state["torch"].cpu())
     generator.set_state(state["generator"].cpu())
+    if generator.device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 def pack(module, config, dtype=None):

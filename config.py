@@ -184,9 +184,21 @@ def show(config):
     return "\n".join(f"{f.name} = {getattr(config, f.name)!r}" for f in dataclasses.fields(config))
 
 
+def quota(path="/sys/fs/cgroup/cpu.max"):
+    """How many cores a container may use, rounded up; infinity where nothing limits it."""
+    try:
+        with open(path, encoding="ascii") as file:
+            most, period = file.read().split()             # microseconds, of each so many
+        return math.ceil(int(most) / int(period))
+    except (OSError, ValueError):                          # no such file, or "max"
+        return math.inf
+
+
 def pick_device(name):
-    """'auto', 'cuda', 'mps' or 'cpu' -> torch.device; auto: the first of cuda, mps, cpu that is there."""
+    """'auto', 'cuda', 'mps' or 'cpu' -> torch.device; auto: the first of cuda, mps, cpu that is there. Also
+    sets the number of threads: torch starts one for each core, even in a container that may use only two."""
     import torch                                   # here, so that --help and errors need not wait for it
+    torch.set_num_threads(min(torch.get_num_threads(), quota()))
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name != "auto" and not there.get(name):
         raise UserError(f"device {name!r} is not there; "

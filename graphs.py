@@ -7,15 +7,20 @@ its own. The price is that everything in it is frozen: the same memory, the same
 depends on a number. So what changes from step to step (the last token, its position, the random stream) has
 to live in tensors that the step itself updates, and shapes that grow grow in few, large strides: `places`.
 
-On other devices, and if recording fails, a step is simply called. Source: "CUDA Graphs" in PyTorch's notes.
-Not yet tried on a GPU: there was none where this was written. tests/test_model.py runs the step in strides on
-the CPU and finds the same tokens.
+On other devices, and with the environment variable CUDA_GRAPHS=0, a step is simply called. A recording that
+fails ends the program: torch cannot take a half-made one back from its random streams and its memory, so no
+draw behind it could be trusted. Source: "CUDA Graphs" in PyTorch's notes. Not yet tried on a GPU: there was
+none where this was written. tests/test_model.py runs the step in strides on the CPU: same tokens.
 """
-import warnings
+import os
 
 import torch
 
-STRIDE = {"cuda": 64}              # attention looks at 64, 128, 192, 256 places: four recordings a picture
+from config import Fault
+
+# Attention looks at 256 places, filled or not: one recording for a picture of 256 tokens. A recording waits
+# for the GPU and tidies its memory, which we take to cost more than looking at empty places does.
+STRIDE = {"cuda": 256}
 
 
 def places(filled, most, device):
@@ -31,19 +36,20 @@ class Replay:
 
     def __init__(self, step, device, generator=None, record=True):
         """generator: the random stream that the step draws from, None for torch's own."""
-        self.step, self.generator, self.record = step, generator, record and device.type == "cuda"
+        self.step, self.generator = step, generator
+        self.record = record and device.type == "cuda" and os.environ.get("CUDA_GRAPHS") != "0"
         self.seen, self.graphs, self.pool = set(), {}, None
 
     def __call__(self, key):
         if not self.record or key not in self.seen:
             self.seen.add(key)
             return self.step(key)
-        if key not in self.graphs and not self._record(key):
-            return self.step(key)
+        if key not in self.graphs:
+            self._record(key)
         self.graphs[key].replay()
 
     def _record(self, key):
-        """Recording runs nothing. False, and no further attempt, if it fails."""
+        """Recording runs nothing. Raises Fault if it fails."""
         try:
             graph = torch.cuda.CUDAGraph()
             if self.generator is not None:
@@ -52,9 +58,7 @@ class Replay:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.step(key)
         except RuntimeError as error:
-            warnings.warn(f"no CUDA graph of the sampler ({str(error).splitlines()[0]:.99}): "
-                          "it runs without, and slower")
-            self.record = False
-            return False
+            raise Fault(f"the sampler's step could not be recorded as a CUDA graph "
+                        f"({str(error).splitlines()[0]:.99}): set CUDA_GRAPHS=0 in the environment, and it "
+                        f"runs without, and slower") from error
         self.graphs[key], self.pool = graph, graph.pool()       # they never run at once, so they share memory
-        return True

@@ -100,7 +100,8 @@ def chunked_loss(policy, reference, tokens, logp_old, adv, n_tokens, selected=No
     for i in range(0, T, chunk or T):
         columns = [x if x is None else x[:, i:i + (chunk or T)]
                    for x in (policy[0], reference[0], tokens, logp_old, selected)]
-        loss, part = checkpoint(piece, *columns, use_reentrant=False) if chunk else piece(*columns)
+        loss, part = piece(*columns) if not chunk else checkpoint(
+            piece, *columns, use_reentrant=False, preserve_rng_state=False)        # nothing random is inside
         total = total + loss
         accumulate(stats, part)
     return total, stats

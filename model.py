@@ -367,9 +367,10 @@ class GPT(nn.Module):
 
         def step(length):                                                  # ... and what comes after it
             x = self.tok_embeddings(choose()).repeat(len(hidden) // B, 1, 1)
-            seen = bias[..., :length].masked_fill(place[:length] > n + t, -torch.inf)
+            at, turn = n + t, table[t]                                     # once, not once a layer
+            seen = bias[..., :length].masked_fill(place[:length] > at, -torch.inf).type_as(caches[0][0])
             for layer, cache in zip(self.layers, caches):
-                x = layer(x, table[t], seen, None, (*cache, n + t))
+                x = layer(x, turn, seen, None, (*cache, at))
             hidden.copy_(x)
             t.add_(1)
         advance = graphs.Replay(step, device, generator, record=not hasattr(self, "shards"))

@@ -4,11 +4,26 @@ Built as LlamaGen's released sampler and most GRPO trainers are. The prefix is r
 and values of all positions, filled or not, are attended to through a mask with the math kernel; CFG doubles
 the batch. Read it beside `GPT.generate` in model.py: what is missing there is what is saved.
 """
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import rotate, truncated_logp
+
+
+@contextlib.contextmanager
+def math_kernel():
+    """Attention by the math kernel, as the released sampler asks for it, and as that was when it was written:
+    torch 2.5 and later send half precision through fp32 there unless told not to."""
+    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)               # on a CPU as well
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
 
 
 class Plain:
@@ -40,12 +55,12 @@ class Plain:
                 for store, new in zip(caches[i], (k, v)):
                     store[:, :, start:start + x.shape[1]] = new
                 k, v = caches[i]
-            with sdpa_kernel(SDPBackend.MATH):
-                y = F.scaled_dot_product_attention(q, k, v, mask)
+            y = F.scaled_dot_product_attention(q, k, v, mask)
             x = x + layer.attention.wo(y.transpose(1, 2).flatten(2))
             x = x + layer.feed_forward(layer.ffn_norm(x))
         return x
 
+    @math_kernel()
     def forward(self, tokens, cond, cond_mask, prompt, cfg_scale=1.0):
         x, mask, table = self.prefix(cond, cond_mask, prompt, cfg_scale)
         inputs = self.gpt.tok_embeddings(tokens[:, :-1]).repeat(len(x) // len(tokens), 1, 1)
@@ -53,6 +68,7 @@ class Plain:
         return self.gpt.logits(x[:, self.c.cls_token_num - 1:], cfg_scale)
 
     @torch.no_grad()
+    @math_kernel()
     def generate(self, cond, cond_mask, prompt, *, cfg_scale=1.0, generator=None):
         x, mask, table = self.prefix(cond, cond_mask, prompt, cfg_scale)
         shape = (len(x), self.c.n_head, mask.shape[3], self.c.dim // self.c.n_head)

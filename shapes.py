@@ -203,17 +203,16 @@ def read(images):
     while not torch.equal(labels, new := F.max_pool2d(labels, 3, 1, 1) * mask):
         labels = new
 
-    scenes, regions = [[] for _ in range(B)], []
-    for b in range(B):
-        for label in labels[b].unique()[1:] if mask[b].any() else []:
-            region = labels[b, 0] == label
-            if region.sum() >= 6:                                                                # else: dirt
-                regions.append((b, region))
+    # Labels are 1 .. H*W, 0 outside; with the picture's number before them, all are found at once.
+    size = SIDE * SIDE + 1
+    ids, pixels = (labels.flatten(1).long() + size * torch.arange(B)[:, None]).unique(return_counts=True)
+    ids = ids[(pixels >= 6) & (ids % size > 0)]                                              # less is dirt
     stray = (offset.square().sum(1) > 60 ** 2) & (F.max_pool2d(mask, 3, 1, 1)[:, 0] == 0)       # neither nor
     readable = (stray.float().mean((1, 2)) < .1).tolist()
-    if regions:
-        which = torch.tensor([b for b, _ in regions])
-        region = torch.stack([r for _, r in regions])[:, None].float()                           # [N,1,H,W]
+    scenes = [[] for _ in range(B)]
+    if len(ids):
+        which = ids // size                                                                      # [N]
+        region = (labels[which] == (ids % size).view(-1, 1, 1, 1)).float()                       # [N,1,H,W]
         colour = (residual[which] * region).sum((2, 3)).argmin(1)                                # [N]
         ys, xs = torch.arange(SIDE).view(-1, 1), torch.arange(SIDE).view(1, -1)
         inside = region[:, 0] > 0

@@ -85,21 +85,26 @@ def tokenize(caption):
     return [parts[0] for parts in ids]
 
 
+@functools.cache
+def said_once(caption):
+    """A caption of n words -> [n,C]."""
+    token, before, position = _tables()
+    ids = tokenize(caption)
+    return torch.cat([token[ids], before[[len(before) - 1] + ids[:-1]], position[:len(ids)]], 1)
+
+
 def encode(captions, device="cpu", times=TIMES):
     """B captions -> features [B,L,C] (zero in the padding) and mask [B,L], True at the caption's tokens.
 
     Said `times` over, so that L = times * WORDS. Raises UserError for captions outside the vocabulary or
     longer than WORDS.
     """
-    token, before, position = _tables()
     features = torch.zeros(len(captions), times * WORDS, DIM)
     mask = torch.zeros(len(captions), times * WORDS, dtype=torch.bool)
     for b, caption in enumerate(captions):
-        ids = tokenize(caption)
-        n, previous = len(ids), [len(before) - 1] + ids[:-1]
-        once = torch.cat([token[ids], before[previous], position[:n]], 1)                    # [n,C]
-        features[b, -times * n:] = once.repeat(times, 1)
-        mask[b, -times * n:] = True
+        once = said_once(caption)
+        features[b, -times * len(once):] = once.repeat(times, 1)
+        mask[b, -times * len(once):] = True
     return features.to(device), mask.to(device)
 
 

@@ -1,7 +1,10 @@
 """A folder of weight files in the released layouts with random numbers, at any size: what the tests of the
 full-size run work on, as the released files cannot be had where this is tested.
 
-    python tests/full_size.py /tmp/weights      LlamaGen-XL, VQ-16 at full size (3.4 GB), small T5 and CLIPs
+    python tests/full_size.py /tmp/weights              LlamaGen-XL and VQ-16 at full size (3.4 GB)
+    python tests/full_size.py /tmp/weights --rewards    ... and the rewards' CLIPs (9.1 GB), for times of phases
+
+All else is small.
 """
 import os
 import sys
@@ -40,37 +43,48 @@ def save_t5(folder, d_model):
     save_tokenizer(folder, words, None, "</s>", "<unk>")
 
 
-def small_clip(width, heads):
+# A tower of each: (width, heads, layers, width of its MLP); then the size of the image and of the projection.
+FULL = {"hps": ((1280, 16, 32, 5120), (1024, 16, 24, 4096), 224, 1024),
+        "clip": ((1024, 16, 24, 4096), (768, 12, 12, 3072), 224, 768)}
+
+
+def small(width, heads):
+    return (width, heads, 1, 2 * width), (64, 1, 1, 96), 28, 32
+
+
+def make_clip(vision, text, image_size, projection):
     import transformers
-    vision = dict(hidden_size=width, num_attention_heads=heads, num_hidden_layers=1,
-                  intermediate_size=2 * width, patch_size=14, image_size=28, hidden_act="gelu")
-    text = dict(hidden_size=64, num_attention_heads=1, num_hidden_layers=1, intermediate_size=96,
-                vocab_size=len(WORDS) + 3, max_position_embeddings=16, hidden_act="gelu",
-                bos_token_id=len(WORDS) + 1, eos_token_id=len(WORDS) + 2)
+    vision, text = (dict(hidden_size=w, num_attention_heads=h, num_hidden_layers=n, intermediate_size=mlp,
+                         hidden_act="gelu") for w, h, n, mlp in (vision, text))
+    text |= dict(vocab_size=len(WORDS) + 3, max_position_embeddings=16, bos_token_id=len(WORDS) + 1,
+                 eos_token_id=len(WORDS) + 2)
     return transformers.CLIPModel(transformers.CLIPConfig(
-        vision_config=vision, text_config=text, projection_dim=32))
+        vision_config=vision | dict(patch_size=14, image_size=image_size), text_config=text,
+        projection_dim=projection))
 
 
-def make(folder, gpt, vq, gpt_name, width=1280, heads=16):
-    """gpt, vq: GPTConfig and VQConfig; width, heads as in make_rewards."""
+def make(folder, gpt, vq, gpt_name, **sizes):
+    """gpt, vq: GPTConfig and VQConfig; sizes as in make_rewards."""
     os.makedirs(folder, exist_ok=True)
     torch.manual_seed(0)
     weights.make_random(gpt, os.path.join(folder, gpt_name), std=.02)
     weights.make_random(vq, os.path.join(folder, "vq_ds16_t2i.pt"), seed=1, std=.05)
     save_t5(os.path.join(folder, "flan-t5-xl"), gpt.caption_dim)
-    make_rewards(folder, width, heads)
+    make_rewards(folder, **sizes)
 
 
-def make_rewards(folder, width=1280, heads=16):
-    """Small HPS, CLIP and aesthetic head; width, heads: of HPS's image tower, which clip.HEADS must know."""
+def make_rewards(folder, hps=small(1280, 16), clip=small(32, 2)):
+    """HPS, CLIP and aesthetic head; hps and clip as in FULL, the width of HPS's image tower one that
+    clip.HEADS knows."""
     from test_clip import to_open_clip
-    checkpoint.save({"state_dict": to_open_clip(small_clip(width, heads), layers=1)},
+    checkpoint.save({"state_dict": to_open_clip(make_clip(*hps))},
                     os.path.join(folder, "HPS_v2.1_compressed.pt"))
+    width, model = clip[-1], make_clip(*clip)
     clip = os.path.join(folder, "clip-vit-large-patch14")
-    small_clip(32, 2).save_pretrained(clip)
+    model.save_pretrained(clip)
     save_tokenizer(clip, ["<unk>", *WORDS, "<start>", "<end>"], "<start>", "<end>", "<unk>")
     head = {}
-    for i, a, b in zip((0, 2, 4, 6, 7), (32, 8, 6, 4, 2), (8, 6, 4, 2, 1)):
+    for i, a, b in zip((0, 2, 4, 6, 7), (width, 8, 6, 4, 2), (8, 6, 4, 2, 1)):
         head |= {f"layers.{i}.weight": torch.randn(b, a), f"layers.{i}.bias": torch.randn(b)}
     checkpoint.save(head, os.path.join(folder, "sac+logos+ava1-l14-linearMSE.pth"))
 
@@ -105,4 +119,5 @@ def make_pictures(folder, classes=4, of_each=8, size=(90, 70), seed=0):
 
 if __name__ == "__main__":
     name = "t2i_XL_stage1_256.pt"
-    make(sys.argv[1], weights.RELEASED[name][0], weights.RELEASED["vq_ds16_t2i.pt"][0], name)
+    make(sys.argv[1], weights.RELEASED[name][0], weights.RELEASED["vq_ds16_t2i.pt"][0], name,
+         **FULL if sys.argv[2:] == ["--rewards"] else {})

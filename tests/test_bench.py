@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import bench
+import measure
 
 CPU = torch.device("cpu")
 LAYOUT = dict(n_layer=3, n_head=2, dim=128, vocab_size=512, block_size=64)         # the rest is as released
@@ -59,12 +60,12 @@ def test_peak_bytes_counts_what_is_alive_at_once():
         b = a + 1                                                       # 8 MiB
         del a
         return (b * 2).sum()                                            # 8 MiB again
-    assert bench.peak_bytes(f, CPU) == pytest.approx(8 * 2 ** 20, rel=.01)
+    assert measure.peak_bytes(f, CPU) == pytest.approx(8 * 2 ** 20, rel=.01)
 
 
 def test_sampling_memory_is_linear_in_images_with_the_slope_of_the_cache():
     gpt, _, _ = setup()
-    few, many = (bench.peak_bytes(lambda: gpt.generate(*bench.prompts(gpt, 1, CPU, torch.float32, n)), CPU)
+    few, many = (measure.peak_bytes(lambda: gpt.generate(*bench.prompts(gpt, 1, CPU, torch.float32, n)), CPU)
                  for n in (16, 32))                                    # with fewer, reading the caption peaks
     cache = 2 * 4 * 64 * 128 * 3                                        # k and v, fp32, T, D, layers
     assert (many - few) / 16 == pytest.approx(cache, rel=.25)

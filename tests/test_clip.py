@@ -39,7 +39,7 @@ def tiny_clip(**text):
     return model
 
 
-def to_open_clip(model, layers=2):
+def to_open_clip(model):
     """CLIPModel -> weights in open_clip's names and layout, written down from open_clip's modules."""
     m = model.state_dict()
     out = {"logit_scale": m["logit_scale"], "text_projection": m["text_projection.weight"].t().contiguous(),
@@ -54,7 +54,7 @@ def to_open_clip(model, layers=2):
         out[f"visual.ln_post.{part}"] = m[f"vision_model.post_layernorm.{part}"]
         out[f"ln_final.{part}"] = m[f"text_model.final_layer_norm.{part}"]
         for tower, prefix in (("vision", "visual."), ("text", "")):
-            for i in range(layers):
+            for i in range(getattr(model.config, f"{tower}_config").num_hidden_layers):
                 theirs, ours = f"{tower}_model.encoder.layers.{i}", f"{prefix}transformer.resblocks.{i}"
                 out[f"{ours}.attn.in_proj_{part}"] = torch.cat(
                     [m[f"{theirs}.self_attn.{x}_proj.{part}"] for x in ("q", "k", "v")])

@@ -1,5 +1,6 @@
 """python -m pytest tests/test_config.py"""
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -132,3 +133,20 @@ def test_a_config_says_only_in_what_it_differs(tmp_path):
     for path in (circle, late):
         with pytest.raises(UserError, match="`like` must be the first line"):
             config.read_file(train.Config, str(path))
+
+
+def test_no_more_threads_than_cores_that_may_be_used(tmp_path, monkeypatch):
+    import torch
+    for text, cores in (("max 100000", math.inf), ("200000 100000", 2), ("150000 100000", 2), ("", math.inf)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert config.quota(tmp_path / "cpu.max") == cores
+    assert config.quota(tmp_path / "none") == math.inf
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for cores, threads in ((math.inf, 3), (8, 3), (2, 2)):
+            monkeypatch.setattr(config, "quota", lambda: cores)
+            config.pick_device("cpu")
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

@@ -298,7 +298,7 @@ def released(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights")
     janus_files.make(str(path / "Janus-Pro-1B"), janus_files.transformers_model(), "official")
     clip.HEADS[160] = 2
-    full_size.make_rewards(str(path), width=160, heads=2)
+    full_size.make_rewards(str(path), hps=full_size.small(160, 2))
     (path / "prompts.txt").write_text("\n".join(f"a {c} {thing}" for c in ("red", "green", "very small blue")
                                                 for thing in ("cat", "dog")))
     yield path

@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
     """Weights, 40 pictures of four classes, and a list of 30 with captions."""
     path = tmp_path_factory.mktemp("weights")
     clip.HEADS[160] = 2
-    full_size.make(str(path), GPT_SMALL, VQ_SMALL, "t2i_XL_stage1_256.pt", width=160, heads=2)
+    full_size.make(str(path), GPT_SMALL, VQ_SMALL, "t2i_XL_stage1_256.pt", hps=full_size.small(160, 2))
     os.link(path / "vq_ds16_t2i.pt", path / "vq_ds16_c2i.pt")
     weights.make_random(C2I_SMALL, str(path / "c2i_B_256.pt"))
     full_size.make_lpips(str(path))

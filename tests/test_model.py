@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import graphs
 import naive_gpt
+from config import Fault
 from model import GPT, GPTConfig, PRESETS
 from naive_gpt import naive_logits
 
@@ -243,12 +244,12 @@ class Fake:
             Fake.log.append(f"record in {pool}")
 
         def __enter__(self):
-            if Fake.broken:
-                raise RuntimeError("no memory\nfor a graph")
             Fake.recording = self.graph
 
         def __exit__(self, *error):
             Fake.recording = None
+            if Fake.broken:                                   # as torch does: told at the end of a recording
+                raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
 
 def test_a_step_is_run_then_recorded_then_replayed(monkeypatch):
@@ -266,10 +267,15 @@ def test_a_step_is_run_then_recorded_then_replayed(monkeypatch):
     assert Fake.log == ["run 64", "stream", "record in None", "replay 64", "replay 64", "run 128", "stream",
                         "record in pool", "replay 128", "replay 64"]
     replay, Fake.log, Fake.broken = graphs.Replay(step, gpu), [], True
-    with pytest.warns(UserWarning, match="no memory.*without"):
-        for key in (64, 64, 64):
-            replay(key)
-    assert Fake.log == ["run 64", "record in None", "run 64", "run 64"]
+    replay(64)
+    with pytest.raises(Fault, match="operation not permitted.*CUDA_GRAPHS=0"):
+        replay(64)
+    monkeypatch.setenv("CUDA_GRAPHS", "0")
+    replay, Fake.log = graphs.Replay(step, gpu), []
+    for key in (64, 64):
+        replay(key)
+    assert Fake.log == ["run 64"] * 2
+    monkeypatch.delenv("CUDA_GRAPHS")
     Fake.broken, Fake.log = False, []
     for off in (graphs.Replay(step, gpu, record=False), graphs.Replay(step, torch.device("cpu"))):
         for key in (64, 64):
