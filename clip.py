@@ -21,7 +21,6 @@ Departures from the official code:
  5. CLIPScore's paper has 2.5 for our 100, and prepends "A photo depicts" to the caption.
 """
 import contextlib
-import glob
 import math
 import os
 

@@ -2,7 +2,7 @@
 full-size run work on, as the released files cannot be had where this is tested.
 
     python tests/full_size.py /tmp/weights              LlamaGen-XL and VQ-16 at full size (3.4 GB)
-    python tests/full_size.py /tmp/weights --rewards    ... and the rewards' CLIPs (9.1 GB), for times of phases
+    python tests/full_size.py /tmp/weights --rewards    ... and the CLIPs (9.1 GB), for times of phases
 
 All else is small.
 """

@@ -4,7 +4,6 @@ Files that are broken, or made to do harm, against everything that loads one. `r
 Every case is a fault times a loader; a fault is a function that changes the good file at `path`.
 """
 import collections
-import copy
 import io
 import json
 import os

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from typing import Literal, get_args, get_origin
+from typing import get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings

@@ -13,7 +13,7 @@ import torch
 
 import checkpoint
 import train
-from config import Fault, UserError
+from config import UserError
 
 QUICK = ["--eval_interval=3", "--eval_prompts=1", "--prompts_per_step=4", "--group_size=4",
          "--micro_batch=16", "--heldout_reward=reader", "--device=cpu"]
