@@ -6,15 +6,19 @@
 [test_name] behind an equation is the test of tests/test_divergences.py that verifies it.
 
 Notation. pi = the policy, rho = the frozen reference, a = the sampled token, s = grad log pi(a).
-    w = rho(a) / pi(a),  x = log w = log rho(a) - log pi(a).  x > 0: the policy has moved below the reference.
+    w = rho(a) / pi(a),  x = log w = log rho(a) - log pi(a).  x > 0: the policy has moved below the reference
+    (a "lost" token; x < 0: an "overdone" one).
 
 An f-divergence is D = sum_v pi_v f(rho_v / pi_v) = E_pi[f(w)], f convex, f(1) = 0. Adding k (w - 1) to f does
-not change D, because E_pi[w] = 1; k is chosen so that f'(1) = 0. Then f >= 0 at every token, and near
-pi = rho an estimate of D has less noise. (It does change what section 1 descends: see section 2.)
+not change D, because E_pi[w] = sum rho = 1; k is chosen so that f'(1) = 0. Then w = 1 is the minimum of f,
+so f >= 0 at every token, and near pi = rho f is of second order in w - 1: an estimate of D has less noise.
+(Section 1 does see it: it adds -k w to c, and k KL(rho || pi) to what is descended there. Sections 3 and 4
+do not: to their g it adds a constant, which is no force.)
     reverse_kl   f = w - log w - 1             E_pi[-log w] = sum pi log(pi/rho) = KL(pi || rho)
     forward_kl   f = w log w - w + 1           E_pi[w log w] = sum rho log(rho/pi) = KL(rho || pi)
     js           f = 1/2 [-log((1+w)/2) + w log(2w/(1+w))]     with m = (pi + rho)/2:   pi/m = 2/(1+w),
                  rho/m = 2w/(1+w), so E_pi[f] = 1/2 KL(pi || m) + 1/2 KL(rho || m), between 0 and log 2
+                 (pi/m and rho/m are at most 2)
 [test_mean_of_sampled_is_the_divergence, test_exact_equals_torch_distributions,
 test_js_is_bounded_and_finite_far_out]
 
@@ -35,21 +39,25 @@ constant 1 by reverse_kl, the others let go.
 
 --- 2. What the sampled forms descend: not the divergence they are named after
 In expectation over a ~ pi, with w pi = rho and grad x = -s:
-    E_pi[c(w) s] = -E_rho[U'(x) s] = grad E_rho[U(x)],     U' = -c/w,
-the force on a token *of the reference*, and what the sampled form descends is E_rho[U]:
-    reverse_kl   c = 1 - w           U' = 1 - e^-x             U = x + e^-x - 1: KL(rho || pi), the FORWARD KL
-    forward_kl   c = -w x            U' = x                    1/2 E_rho[x^2]: neither KL
-    js           c = -1/2 w log(..)  U' = 1/2 log(2/(1+e^-x))  saturates at 1/2 log 2 for lost tokens (x > 0),
-                                                               grows like x/2 for overdone ones (x < 0)
-[test_sampled_forms_descend_what_section_2_says, test_the_script_checks_itself]
-A score has mean zero, so a constant added to c is no force; in U it is a multiple of e^-x, as E_rho[e^-x] =
-sum pi = 1. So reverse_kl may be told as U = x, U' = 1: every token of the reference is pulled up alike, also
-where pi = rho, and the softmax takes the mean away again (what is left in the logits is pi_v - rho_v). So we
-read the paper's "uniform bias". And without its w - 1 it would be f = -log w with c = 1: no force at all.
-[test_k1_as_a_loss_has_no_gradient_and_k2_is_exact_reverse_kl]
-c is per drawn token, U' per unit of rho: the loss's gradient in a logit is pi c = -rho U', less the mean, and
-descent goes the other way, so c > 0 pushes a token down and U' > 0 pulls it up. A lost token is drawn rarely,
-with a large c: the product stays. An overdone one of small rho is hardly pushed by js.
+    E_pi[c(w) s] = -E_rho[U'(x) s] = grad E_rho[U(x)],     U'(x) = -c/w = f'(w):
+what the sampled form descends is E_rho[U]. Descent adds E_rho[U' s], as if a were drawn from the reference
+with advantage U': the force on a token *of the reference*.
+    reverse_kl   U' = 1 - e^-x             E_rho[U] = E_rho[x + e^-x - 1] = E_rho[x] = KL(rho || pi), the
+                                           FORWARD KL, as E_rho[e^-x] = sum pi = 1
+    forward_kl   U' = x                    E_rho[U] = 1/2 E_rho[x^2]: neither KL
+    js           U' = 1/2 log(2/(1+e^-x))  has no name; U' saturates at 1/2 log 2 for lost tokens (x > 0),
+                                           and grows like x/2 for overdone ones (x < 0)
+[test_sampled_forms_descend_what_section_2_says, test_force_on_a_token_of_the_reference]
+A score has mean zero, so a constant added to c is no force; in U it is a multiple of e^-x. So reverse_kl may
+be told as U = x, U' = 1, c = -w: every token of the reference is pulled up alike, also where pi = rho, and
+the softmax takes off the mean of c, -1, so that the loss's gradient in logit v is pi_v (-w_v + 1) = pi_v -
+rho_v. So we read the paper's "uniform bias". And without its w - 1 it would be f = -log w (k1), c = 1: no
+force at all.   [test_k1_as_a_loss_has_no_gradient_and_k2_is_exact_reverse_kl; k2 is x^2/2]
+c is per drawn token, U' per unit of rho. In logit v the loss has the gradient
+    pi_v (c_v - E_pi[c]) = -rho_v U'_v + pi_v E_rho[U'],   [test_the_gradient_in_a_logit]
+and descent goes the other way: down with a token whose c is above the mean. A lost token is drawn rarely,
+with a large c: the product is -rho U', however small pi is. An overdone one of small rho is hardly pushed by
+js: rho U' is about rho x/2, where reverse_kl has rho - pi, about -pi.
 
 --- 3. unbiased: the gradient of the divergence itself
 The sample depends on pi as well, which section 1 leaves out. By the product rule, with grad pi_v = pi_v s_v,
@@ -59,7 +67,8 @@ and pi / stop_grad(pi), which is 1 but has the gradient s, in front of f(w) make
 [test_unbiased_averages_to_the_gradient_of_exact, test_g_in_closed_form]
 (forward_kl's g is the c of sampled reverse_kl: the same mean gradient, hence the same fixed point.)
 So far a ~ pi. In later inner epochs a ~ pi_old, and E_old[(pi/pi_old) f] = E_pi[f]: use pi / pi_old instead
-(pass logp_old). `sampled` has no such weight: section 2 holds for it only while pi is near pi_old.
+(pass logp_old; no clip). `sampled` has no such weight: its mean gradient is E_old[c s], and section 2 holds
+only while pi is near pi_old. `exact` needs none.
 [test_unbiased_off_policy]
 
 --- 4. exact: the sum over all V codes
@@ -69,14 +78,15 @@ z, dlog pi_a/dz_v = 1[a=v] - pi_v; put into E_pi[g s] this is
 
 "Exact" and "unbiased" speak of the divergence per token with its prefix held fixed. But pi draws prefixes,
 too: the gradient of the sum along its own samples, E_pi[D_1 + .. + D_T], has one more term,
-    E_pi[sum_t s_t (D_{t+1} + .. + D_T)],
+    E_pi[sum_t s_t (D_{t+1} + .. + D_T)],        s_t the score of token t given its prefix,
 which is left out here, as in GRPO implementations. For reverse_kl that sum is the divergence of whole
-sequences; for the other two it is not.   [test_what_per_token_leaves_out]
+sequences: their log w is the sum of the tokens', all under pi. For forward_kl the prefixes would have to be
+drawn from rho, and js has log(1 + w_1 .. w_T), which is no sum.   [test_what_per_token_leaves_out]
 
 --- Strength. Near pi = rho, D is about f''(1)/2 E_pi[(w-1)^2], and f''(1) = 1 for both KLs and 1/4 for js: so
-js needs 4 beta to pull as hard as a KL at beta. Further out it is only a rule of thumb: 4 U' of sampled js is
-x - x^2/4 + .., 10 % from x at |x| = .4 and 24 % at 1.   [test_strength_at_the_reference,
-test_strength_further_out]
+js needs 4 beta to pull as hard as a KL at beta. Further out it is only a rule of thumb: in the sampled forms
+U' is x for forward_kl, x - x^2/2 + .. for reverse_kl, and times 4 x - x^2/4 + .. for js, between them: 10 %
+from x at |x| = .4 and 24 % at 1.   [test_strength_at_the_reference, test_strength_further_out]
 
 Departure from the paper's code: none in section 1 (x is clamped to +-20 as there, which ends the gradient);
 sections 3 and 4 are ours to compare with.
@@ -243,7 +253,7 @@ def demo(path, steps=1500, frames=60, batch=16, rate=.5, strength=.25, seed=0):
             logp = z[cell].log_softmax(0)
             pi, shape = logp.exp(), beta[name] * shaping(name, estimator, logp, logq)
             a = torch.multinomial(pi, batch, replacement=True, generator=g[cell])
-            # the policy gradient from samples, with the mean reward as a baseline; grad log pi(a) = 1[a] - pi
+            # the policy gradient from samples, with their mean as a baseline; grad log pi(a) = 1[a] - pi
             value = (REWARD if estimator == "exact" else REWARD - shape)[a]
             share = torch.zeros(10, dtype=torch.float64).index_add_(0, a, value - value.mean()) / batch
             step = share - pi * share.sum()

@@ -109,6 +109,42 @@ def test_force_on_a_token_of_the_reference(name, u):
         assert -c / math.exp(x) == pytest.approx(u(x), abs=1e-12)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gradient_in_a_logit(name):
+    z, logq = policies(seed=4)
+    logp, d = z.log_softmax(0), DIVERGENCES[name]
+    pi, rho, c = logp.detach().exp(), logq.exp(), d.weight((logq - logp).detach())
+    auto = grad((pi * d.sampled(logp, logq)).sum(), z)
+    force = -c * pi / rho                                                            # U'
+    assert (auto - pi * (c - (pi * c).sum())).abs().max() < 1e-14
+    assert (auto - (pi * (rho * force).sum() - rho * force)).abs().max() < 1e-14
+
+
+def test_how_far_the_sampled_gradient_is_off():
+    """Of reverse KL, relative to the length of the exact gradient, at a given KL in nat."""
+    def off(z, logq):
+        z = z.detach().requires_grad_()
+        logp, d = z.log_softmax(0), DIVERGENCES["reverse_kl"]
+        exact = grad(d.exact(logp, logq), z)
+        return ((grad((logp.detach().exp() * d.sampled(logp, logq)).sum(), z) - exact).norm() / exact.norm())
+
+    def moved(logq, direction, kl):
+        low, high = 0., 20.
+        for _ in range(60):
+            middle = (low + high) / 2
+            near = DIVERGENCES["reverse_kl"].exact((logq + middle * direction).log_softmax(0), logq) < kl
+            low, high = (middle, high) if near else (low, middle)
+        return logq + low * direction
+    pairs = [(policies(seed=2 * s, vocab=64)[1], policies(seed=2 * s + 1, vocab=64, scale=1.)[0].detach())
+             for s in range(20)]
+    for kl, share in ((.1, .25), (.01, .08)):                             # all tokens, in a random direction
+        mean = sum(off(moved(logq, direction, kl), logq) for logq, direction in pairs) / 20
+        assert mean.item() == pytest.approx(share, rel=.15), (kl, mean)
+    rare = torch.full((64,), 1., dtype=torch.float64).index_fill_(0, torch.tensor(0), .064).log_softmax(0)
+    one = torch.zeros(64, dtype=torch.float64).index_fill_(0, torch.tensor(0), 1.)
+    assert off(moved(rare, one, .1), rare) > .6                           # one token of probability .001
+
+
 @pytest.mark.parametrize("name, g", [("reverse_kl", lambda w: -math.log(w)), ("forward_kl", lambda w: 1 - w),
                                      ("js", lambda w: -math.log((1 + w) / 2) / 2)])
 def test_g_in_closed_form(name, g):
