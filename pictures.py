@@ -17,6 +17,7 @@ import config
 from config import UserError
 
 SCALE, PAD, LINE = 3, 4, 15                # pixels: of one image pixel, between images, of a line of text
+WIDEST = 1624                              # pixels: a film, which is shrunk to that
 
 
 def to_pil(image):
@@ -105,7 +106,11 @@ def film(runs, path, milliseconds=700):
             x = sum(other.width for other in grids[:i])
             ImageDraw.Draw(canvas).text((x + PAD, 1), run, "black", ImageFont.load_default())
             canvas.paste(g, (x, LINE))
+        canvas.thumbnail((WIDEST, canvas.height), Image.LANCZOS)
         frames.append(canvas)
+    # One palette for all frames: the file is half as large, and what stands still does not flicker.
+    palette = frames[-1].quantize(64, kmeans=3)
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
                    duration=[milliseconds] * (len(frames) - 1) + [4 * milliseconds])
 

@@ -1,7 +1,8 @@
 """python -m pytest tests/test_lesson.py
 
 Prose goes stale without a sound. What lesson.md and README.md name must be there: files, functions, line
-counts.
+counts. An interval that README quotes must be the one in the report, beside the same claim, and a speed one
+of results/bench.md.
 """
 import ast
 import pathlib
@@ -40,3 +41,27 @@ def test_line_counts_in_the_file_map():
     assert {file for file, _ in rows} == {p.name for p in ROOT.glob("*.py")}
     for file, lines in rows:
         assert int(lines) == len((ROOT / file).read_text(encoding="utf-8").splitlines()), file
+
+
+def test_quoted_intervals_are_those_of_the_report():
+    report = (ROOT / "results/frontier.md").read_text(encoding="utf-8")
+    quoted = 0
+    for row in re.findall(r"^\| \(.*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE):
+        claim = row.split()[1]
+        lines = [line for line in report.splitlines() if line.startswith(f"| {claim} ")]
+        for interval in re.findall(r"[+-]\d\.\d+ \[[^]]*\]", row):
+            assert any(interval in line for line in lines), f"{claim} {interval}"
+            quoted += 1
+    assert quoted >= 10
+
+
+def test_quoted_speeds_are_those_of_the_bench():
+    """Every number of README's table is one of results/bench.md, and a ratio is that of its row."""
+    known = set(re.findall(r"[\d.,]+", (ROOT / "results/bench.md").read_text(encoding="utf-8")))
+    table = re.search(r"\| \| usual \| ours \| ratio \|\n.*\n((?:\|.*\n)+)",
+                      (ROOT / "README.md").read_text(encoding="utf-8"))[1]
+    for row in table.splitlines():
+        usual, ours, ratio = (cell.strip() for cell in row.split("|")[2:5])
+        assert {usual, ours} <= known, row
+        a, b = (float(number.replace(",", "")) for number in (usual, ours))
+        assert float(ratio) == pytest.approx(max(a, b) / min(a, b), rel=.01), row
