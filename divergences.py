@@ -65,7 +65,8 @@ The sample depends on pi as well, which section 1 leaves out. By the product rul
 and pi / stop_grad(pi), which is 1 but has the gradient s, in front of f(w) makes autograd say the same:
     reverse_kl   g = -log w       forward_kl   g = 1 - w        js   g = -1/2 log((1+w)/2)
 [test_unbiased_averages_to_the_gradient_of_exact, test_g_in_closed_form]
-(forward_kl's g is the c of sampled reverse_kl: the same mean gradient, hence the same fixed point.)
+(forward_kl's g is the c of sampled reverse_kl: while pi = pi_old the two are one method, sample by sample.
+[test_unbiased_forward_kl_is_sampled_reverse_kl])
 So far a ~ pi. In later inner epochs a ~ pi_old, and E_old[(pi/pi_old) f] = E_pi[f]: use pi / pi_old instead
 (pass logp_old; no clip). `sampled` has no such weight: its mean gradient is E_old[c s], and section 2 holds
 only while pi is near pi_old. `exact` needs none.

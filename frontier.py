@@ -4,7 +4,7 @@
     python frontier.py --minutes=60     the same, but start no run after an hour
     python frontier.py --only=figures   figures and verdicts from the csv alone
 
-One answer for one strength says little: a weaker divergence always gets more reward and less diversity. So
+One answer for one strength says little: a weaker divergence usually gets more reward and less diversity. So
 every divergence and estimator is run over a grid of strengths, and what is compared is the *frontier* of
 (diversity kept, reward gained) that it traces. JS takes four times the beta of a KL, because its curvature at
 the reference is a quarter of theirs (STRENGTH in divergences.py). Everything else is configs/tiny_js.py: 120
@@ -17,7 +17,7 @@ Runs are made in an order in which stopping early leaves a smaller but balanced 
 three seeds of every cell first. Each appends one line to results/frontier.csv and is never made again. A line
 carries the device and the base it was made with, and a csv with two of either is refused.
 
-Claims, each stated before it was tested, with its verdict in results/frontier.md:
+Claims, each stated before a run of the csv was made, with its verdict in results/frontier.md:
   (i)   at one beta, JS beats both KLs
   (ii)  at matched strength (whole frontiers), JS beats both KLs
   (iii) the exact estimator gains more than the sampled one at equal diversity
@@ -26,7 +26,13 @@ Claims, each stated before it was tested, with its verdict in results/frontier.m
 Differences are paired by seed; intervals are 95 % bootstrap intervals over the seeds (10,000 resamples). The
 report says how far five seeds can be trusted, and which verdicts another range than LEVELS would change. (v)
 compares two frontiers of one run each, with `none` and the base: a single run held against the constant
-betas' frontier is favoured, as straight lines between the points of a bent curve lie below it.
+betas' frontier is favoured, as straight lines between the points of a bent curve lie below it. (Where on the
+curve the single runs lie still matters a little.)
+
+A control that is in the grid without having been planned: unbiased forward KL and sampled reverse KL are one
+method (section 3 of divergences.py), so it was run twice, and what differs between the two is rounding. The
+function `afterwards` uses that to ask of (iii) and (iv) what they mix: how noisy a gradient is, and whose it
+is.
 """
 import json
 import os
@@ -47,6 +53,7 @@ BETAS = (.125, .03125, .5, .0625, .25)         # of a KL, the first three first;
 SCHEDULED = .125                               # mean beta of the falling schedule, likewise
 TARGET = .2                                    # reward of training pictures whose first step is reported
 LEVELS, OTHER_LEVELS = (.7, .95), (.8, .98)    # of diversity kept: where frontiers are compared; a check
+REACHED = {"reward": "mean reachable reward", "heldout_reward": "the same for the reader"}   # gained
 MEASURES = ("reward", "heldout_reward", "unseen", "open_entropy", "entropy_kept", "pairwise", "vendi",
             "token_entropy", "kl_reverse", "kl_forward", "unreadable")
 FIELDS = ("divergence", "estimator", "beta", "schedule", "seed", *MEASURES, "base_reward",
@@ -151,6 +158,11 @@ def area(points, levels=LEVELS):
     return float(np.mean([reachable(points, level) for level in np.linspace(*levels, 51)]))
 
 
+def reach(rows, seed, forms, betas, measure, levels=LEVELS, schedule="constant"):
+    """`area` of one seed, as a mean over some forms (divergence, estimator)."""
+    return np.mean([area(frontier(rows, seed, *form, betas, measure, schedule), levels) for form in forms])
+
+
 def verdicts(rows, levels=LEVELS):
     """The claims and what the runs say: lines (claim, comparison, measure, difference, what is shown)."""
     betas, seeds = complete(rows)
@@ -165,20 +177,46 @@ def verdicts(rows, levels=LEVELS):
             for name, value in (("reward gained", gain), ("diversity kept", entropy_kept)):
                 compare("(i)", f"js - {kl}, sampled, both beta {b:g}", name, lambda s: value(
                     at[("js", "sampled", b, "constant"), s]) - value(at[(kl, "sampled", b, "constant"), s]))
-    for measure, name in (("reward", "mean reachable reward"), ("heldout_reward", "the same for the reader")):
-        def reach(s, d, e, betas=betas, schedule="constant"):
-            return area(frontier(rows, s, d, e, betas, measure, schedule), levels)
+    for measure, name in REACHED.items():
+        def at_best(s, d, e, betas=betas, schedule="constant"):
+            return reach(rows, s, [(d, e)], betas, measure, levels, schedule)
         for estimator in ESTIMATORS:
             for kl in DIVERGENCES[:2]:
                 compare("(ii)", f"js - {kl}, {estimator}", name,
-                        lambda s: reach(s, "js", estimator) - reach(s, kl, estimator))
+                        lambda s: at_best(s, "js", estimator) - at_best(s, kl, estimator))
         for claim, estimator in (("(iii)", "exact"), ("(iv)", "unbiased")):
             for d in DIVERGENCES:
                 compare(claim, f"{estimator} - sampled, {d}", name,
-                        lambda s: reach(s, d, estimator) - reach(s, d, "sampled"))
+                        lambda s: at_best(s, d, estimator) - at_best(s, d, "sampled"))
         for d in DIVERGENCES:
-            compare("(v)", f"falling - constant, {d}", name, lambda s: reach(
-                s, d, "sampled", [SCHEDULED], "linear") - reach(s, d, "sampled", [SCHEDULED]))
+            compare("(v)", f"falling - constant, {d}", name, lambda s: at_best(
+                s, d, "sampled", [SCHEDULED], "linear") - at_best(s, d, "sampled", [SCHEDULED]))
+    return out
+
+
+def afterwards(rows):
+    """Comparisons that nobody had stated before the runs were seen: lines as of `verdicts`."""
+    (betas, seeds), at, out = complete(rows), {key(r): r for r in rows}, []
+    twice = [("forward_kl", "unbiased"), ("reverse_kl", "sampled")]            # one method
+    pairs = [("one method run twice: unbiased forward_kl - sampled reverse_kl", twice[:1], twice[1:]),
+             ("the same function, less noise: exact forward_kl - those two",
+              [("forward_kl", "exact")], twice),
+             ("another function, the same noise: unbiased reverse_kl - those two",
+              [("reverse_kl", "unbiased")], twice)]
+    pairs += [(f"{a} - {b}, mean over divergences", *([(d, e) for d in DIVERGENCES] for e in (a, b)))
+              for a, b in (("exact", "sampled"), ("unbiased", "sampled"), ("exact", "unbiased"))]
+    pairs += [(f"{a} - {b}, mean over estimators", *([(d, e) for e in ESTIMATORS] for d in (a, b)))
+              for a, b in (("reverse_kl", "js"), ("reverse_kl", "forward_kl"), ("js", "forward_kl"))]
+    for measure, name in REACHED.items():
+        for what, one, other in pairs:
+            out.append(("", what, name, *sweep.say([
+                reach(rows, s, one, betas, measure) - reach(rows, s, other, betas, measure) for s in seeds])))
+    weak = [(d, "exact", b * STRENGTH[d], "constant") for d in DIVERGENCES for b in sorted(betas)[:2]]
+    for name, value in (("reward gained", gain), ("the same for the reader",
+                        lambda r: gain(r, "heldout_reward")), ("diversity kept", entropy_kept)):
+        out.append(("", f"none - the {len(weak)} weakest exact cells", name, *sweep.say([
+            value(at[("none", "sampled", 0.0, "constant"), s])
+            - np.mean([value(at[cell, s]) for cell in weak]) for s in seeds])))
     return out
 
 
@@ -269,6 +307,8 @@ def report(rows, path):
     """frontier.md: the verdicts, the figures, then every cell."""
     betas, seeds = complete(rows)
     lines, others = verdicts(rows), verdicts(rows, OTHER_LEVELS)
+    means = [[e] + [" / ".join(f"{np.mean([reach(rows, s, [(d, e)], betas, m) for s in seeds]):.3f}"
+                               for m in REACHED) for d in DIVERGENCES] for e in ESTIMATORS]
     changed = [f"{a[0]} {a[1]}, {a[2]}: {a[4]} -> {b[4]}" for a, b in zip(lines, others) if a[4] != b[4]]
     with open(path, "w", encoding="utf-8") as file:
         file.write(
@@ -279,7 +319,12 @@ def report(rows, path):
             f"{sweep.judged(lines, len(seeds))}\n\n"
             f"**Another range.** Frontiers are compared where {LEVELS[0]} to {LEVELS[1]} of the diversity is "
             f"kept. From {OTHER_LEVELS[0]} to {OTHER_LEVELS[1]} the verdicts are the same"
-            f"{' but for: ' * bool(changed)}{'; '.join(changed)}.\n\n![more views](frontier_more.png)\n\n" +
+            f"{' but for: ' * bool(changed)}{'; '.join(changed)}.\n\n"
+            f"The frontiers themselves, mean reachable reward and the same for the reader:\n\n"
+            f"{sweep.table(['', *DIVERGENCES], means)}\n\n**Looked at afterwards,** so to be read as "
+            f"questions for new runs:\n\n"
+            f"{sweep.table(sweep.HEAD[1:], [line[1:] for line in afterwards(rows)])}\n\n"
+            f"![more views](frontier_more.png)\n\n" +
             sweep.table(["divergence", "estimator", "beta", "schedule", "seeds", "judge", "reader",
                          "entropy kept", "Vendi score", "KL to the base, nat a picture"],
                   [[d, e, f"{b:g}", how, str(len(rs))] + [sweep.spread([r[m] for r in rs]) for m in (

@@ -152,36 +152,41 @@ def student(n):
 
 
 def shows(d):
-    """Differences d [n] -> (low, high) of `interval`, and what is shown: more, less, or nothing, where that
-    interval or Student's holds 0. Both are asked, as the bootstrap of few seeds is too sure of itself."""
-    low, high = interval(d)
+    """Differences d [n] -> (low, high) of `interval`, (low, high) of Student, and what is shown: more, less,
+    or nothing, where one of them holds 0. Both are asked, as the bootstrap of few seeds is too sure of
+    itself."""
     error = student(len(d)) * d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else np.inf
-    side = np.sign(d.mean()) * (abs(d.mean()) > error) * (low > 0 or high < 0)
-    return low, high, {0: "not shown", 1: "more", -1: "less"}[int(side)]
+    both = interval(d), (d.mean() - error, d.mean() + error)
+    side = np.sign(d.mean()) * all(low > 0 or high < 0 for low, high in both)
+    return *both, {0: "not shown", 1: "more", -1: "less"}[int(side)]
 
 
 def say(differences):
-    """Paired differences -> 'mean [95 % interval], seeds that agree with the mean', and what it shows."""
+    """Paired differences -> 'mean [bootstrap] [Student], seeds that agree with the mean', what it shows."""
     d = np.asarray(differences, float)
-    low, high, shown = shows(d)
-    return f"{d.mean():+.3f} [{low:+.3f}, {high:+.3f}], {(d * d.mean() > 0).sum()} of {len(d)}", shown
+    *both, shown = shows(d)
+    intervals = " ".join(f"[{low:+.3f}, {high:+.3f}]" for low, high in both)
+    return f"{d.mean():+.3f} {intervals}, {(d * d.mean() > 0).sum()} of {len(d)}", shown
 
 
 def false_alarms(n, trials=1000):
     """How often a bootstrap interval, and how often `shows`, finds something in n normal differences of mean
     0, drawn `trials` times."""
     found = [shows(d) for d in np.random.RandomState(1).randn(trials, n)]
-    return (np.mean([low > 0 or high < 0 for low, high, _ in found]),
+    return (np.mean([low > 0 or high < 0 for (low, high), *_ in found]),
             np.mean([what != "not shown" for *_, what in found]))
+
+
+HEAD = ["claim", "difference of", "in", "mean [95 % bootstrap interval] [Student's], seeds that agree",
+        "shown"]
 
 
 def judged(lines, n):
     """Lines (claim, comparison, measure, *say) over n seeds -> a table, and how far to trust it."""
     alone, both = false_alarms(n)
-    head = ["claim", "difference of", "in", "mean [95 % bootstrap interval], seeds that agree", "shown"]
-    return (f"{table(head, lines)}\n\n"
+    return (f"{table(HEAD, lines)}\n\n"
             f"**How far to trust a line.** Resampling {n} seeds cannot show what a further seed would do: "
-            f"where there is nothing, such an interval excludes 0 in {100 * alone:.0f} of 100 cases, not "
+            f"where there is nothing, a bootstrap interval excludes 0 in {100 * alone:.0f} of 100 cases, not "
             f"in 5 (sweep.false_alarms). So \"shown\" asks for Student's interval as well, which leaves "
             f"{100 * both:.0f}: about {both * len(lines):.0f} of these {len(lines)} lines would still be "
             f"\"shown\" if there were nothing at all. And all runs share one base, one judge, one set of "

@@ -47,7 +47,8 @@ def test_verdicts_say_what_was_put_in(finished, capsys):
             for line in report.splitlines() if line.startswith("| (")}
     assert said["(i)", "reward only - base", "reader"][1] == "worse |"
     assert said["(ii)", "prior only - base", "reader"][1] == "not shown |"
-    assert said["(iii)", "all - base", "reader"] == ["+0.200 [+0.190, +0.210], 3 of 3", "better |"]
+    assert said["(iii)", "all - base", "reader"] == ["+0.200 [+0.190, +0.210] [+0.175, +0.225], 3 of 3",
+                                                     "better |"]
     assert said["(iv)", "all, noise .1 - all", "reader"][1] == "not shown |"
     assert said["(iv)", "all, noise .5 - all", "reader"][1] == "worse |"
     assert said["(v)", "all - base, each under its best setting", "reader"][1] == "not shown |"

@@ -154,6 +154,20 @@ def test_g_in_closed_form(name, g):
         assert (d.f(x) + d.c(x)).item() == pytest.approx(g(w), abs=1e-12)
 
 
+def test_unbiased_forward_kl_is_sampled_reverse_kl():
+    """Token by token, not only on average: two of the nine forms are one method."""
+    logp = torch.linspace(-8, -.1, 100, dtype=torch.float64, requires_grad=True)
+    logq = logp.detach().flip(0)
+    a = grad(DIVERGENCES["forward_kl"].unbiased(logp, logq).sum(), logp)
+    b = grad(DIVERGENCES["reverse_kl"].sampled(logp, logq).sum(), logp)
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-9)
+    # though the values are not the same, and off policy the gradients are not either
+    assert (DIVERGENCES["forward_kl"].unbiased(logp, logq)
+            - DIVERGENCES["reverse_kl"].sampled(logp, logq)).abs().max() > 1
+    off = grad(DIVERGENCES["forward_kl"].unbiased(logp, logq, logp.detach() + .1).sum(), logp)
+    assert (off - b).abs().max() > .1
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_per_token_leaves_out(name):
     """Two tokens of three codes, all nine sequences listed: the gradient of E_pi[D_1 + D_2] is that with the

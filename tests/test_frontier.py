@@ -50,12 +50,13 @@ def test_reachable_gain_by_hand():
 
 def test_intervals():
     text, shown = say([.1, .1, .1])
-    assert text == "+0.100 [+0.100, +0.100], 3 of 3" and shown == "more"
+    assert text == "+0.100 [+0.100, +0.100] [+0.100, +0.100], 3 of 3" and shown == "more"
     assert say([-.2, -.1, -.15, -.1])[1] == "less" and say([-.2, .1, .15, -.1])[1] == "not shown"
     assert say([.3, .1, .2, -.1])[0].endswith("3 of 4") and say([-.3, .1])[0].endswith("1 of 2")
-    # three that agree are enough for the bootstrap, but Student's interval of (.1, .2, .4) holds 0
+    # three that agree are enough for the bootstrap, but Student's interval holds 0: the standard error is
+    # .1528 / sqrt(3) = .0882, times 4.303
     text, shown = say([.1, .2, .4])
-    assert text == "+0.233 [+0.100, +0.400], 3 of 3" and shown == "not shown"
+    assert text == "+0.233 [+0.100, +0.400] [-0.146, +0.613], 3 of 3" and shown == "not shown"
     assert say([.1])[1] == "not shown"                                    # one seed shows nothing
 
 
@@ -117,6 +118,18 @@ def test_verdicts_say_what_was_put_in(finished):
     # at one beta JS is weaker here: more reward and less diversity, which beats nobody
     assert said["(i)", "js - forward_kl, sampled, both beta 0.5", "reward gained"][1] == "more"
     assert said["(i)", "js - forward_kl, sampled, both beta 0.5", "diversity kept"][1] == "less"
+
+
+def test_what_was_looked_at_afterwards(finished):
+    said = {(what, name): (text, shown) for _, what, name, text, shown in frontier.afterwards(load(finished))}
+    name = "mean reachable reward"
+    assert said["js - forward_kl, mean over estimators", name][1] == "more"             # as was put in
+    assert said["reverse_kl - forward_kl, mean over estimators", name][0].startswith("+0.000 [+0.000")
+    assert said["exact - sampled, mean over divergences", name][1] == "not shown"
+    # none keeps .6; at the betas 1/32 and 1/16 of a KL all keep .85 + .3 b
+    text, shown = said["none - the 6 weakest exact cells", "diversity kept"]
+    assert float(text[:6]) == pytest.approx(.6 - .85 - .3 * (1 / 32 + 1 / 16) / 2, abs=1e-3)
+    assert shown == "less"
 
 
 def test_figures_and_report_come_from_the_csv_alone(finished, capsys):

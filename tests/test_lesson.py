@@ -49,8 +49,8 @@ def test_quoted_intervals_are_those_of_the_report():
     for row in re.findall(r"^\| \(.*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE):
         claim = row.split()[1]
         lines = [line for line in report.splitlines() if line.startswith(f"| {claim} ")]
-        for interval in re.findall(r"[+-]\d\.\d+ \[[^]]*\]", row):
-            assert any(interval in line for line in lines), f"{claim} {interval}"
+        for mean, interval in re.findall(r"([+-]\d\.\d+) (\[[^]]*\])", row):
+            assert any(f"| {mean} [" in line and f"] {interval}, " in line for line in lines), claim + mean
             quoted += 1
     assert quoted >= 10
 
