@@ -117,7 +117,7 @@ def describe(limits, device, repeats):
     name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     commit = "of unknown name"
     with contextlib.suppress(OSError):
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
                                 cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip() or commit
     return (f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit}, "
             f"{time.strftime('%Y-%m-%d')}. Medians of {repeats} alternating runs after one that is thrown "
