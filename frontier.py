@@ -23,11 +23,11 @@ Claims, each stated before a run of the csv was made, with its verdict in result
   (iii) the exact estimator gains more than the sampled one at equal diversity
   (iv)  the unbiased estimator gains more than the sampled one at equal diversity
   (v)   a beta that falls from strong to weak gains more than a constant one at equal diversity
-Differences are paired by seed; intervals are 95 % bootstrap intervals over the seeds (10,000 resamples). The
-report says how far five seeds can be trusted, and which verdicts another range than LEVELS would change. (v)
-compares two frontiers of one run each, with `none` and the base: a single run held against the constant
-betas' frontier is favoured, as straight lines between the points of a bent curve lie below it. (Where on the
-curve the single runs lie still matters a little.)
+Differences are paired by seed; 95 % intervals over the seeds are the bootstrap's (10,000 resamples) and
+Student's. The report says how far five seeds can be trusted, and which verdicts another range than LEVELS
+would change. (v) compares two frontiers of one run each, with `none` and the base: a single run held against
+the constant betas' frontier is favoured, as straight lines between the points of a bent curve lie below it.
+(Where on the curve the single runs lie still matters a little.)
 
 A control that is in the grid without having been planned: unbiased forward KL and sampled reverse KL are one
 method (section 3 of divergences.py), so it was run twice, and what differs between the two is rounding. The
