@@ -3,6 +3,7 @@
     python frontier.py                  go on where results/frontier.csv ends (a run: 2 minutes of a core)
     python frontier.py --minutes=60     the same, but start no run after an hour
     python frontier.py --only=figures   figures and verdicts from the csv alone
+    python frontier.py --csv=out/new/frontier.csv --first_seed=5      all of it again, on other seeds
 
 One answer for one strength says little: a weaker divergence usually gets more reward and less diversity. So
 every divergence and estimator is run over a grid of strengths, and what is compared is the *frontier* of
@@ -25,8 +26,8 @@ Claims, each stated before a run of the csv was made, with its verdict in result
   (v)   a beta that falls from strong to weak gains more than a constant one at equal diversity
 Differences are paired by seed; 95 % intervals over the seeds are the bootstrap's (10,000 resamples) and
 Student's. The report says how far five seeds can be trusted, and which verdicts another range than LEVELS
-would change. (v) compares two frontiers of one run each, with `none` and the base: a single run held against
-the constant betas' frontier is favoured, as straight lines between the points of a bent curve lie below it.
+would change. (v) compares two frontiers of one run each, with `none` and the base: held against five constant
+betas, one run would win wherever it lies between two of them, where their frontier is only a straight line.
 (Where on the curve the single runs lie still matters a little.)
 
 A control that is in the grid without having been planned: unbiased forward KL and sampled reverse KL are one
@@ -65,6 +66,7 @@ COLOURS = {"none": "black", "reverse_kl": "tab:blue", "forward_kl": "tab:orange"
 class Config:
     only: Literal["all", "runs", "figures"] = "all"  # runs, then figures and verdicts; or one of them
     seeds: int = 5                     # of each cell
+    first_seed: int = 0                # the first of them; with a csv of its own, a test on new seeds
     minutes: float = 0.0               # start no run after this; 0 = make all
     jobs: int = 2                      # runs at a time, one thread each
     device: Literal["cuda", "mps", "cpu"] = "cpu"  # tiny runs are as quick on a core as on a GPU alone
@@ -85,9 +87,10 @@ def cells(betas):
         yield "none", "sampled", 0.0, "constant"
 
 
-def plan(seeds):
+def plan(seeds, first=0):
     """All (cell, seed): first 3 betas x 3 seeds, then all betas x 3 seeds, then all betas x all seeds."""
-    stages = [(BETAS[:3], range(min(3, seeds))), (BETAS, range(min(3, seeds))), (BETAS, range(seeds))]
+    some, every = range(first, first + min(3, seeds)), range(first, first + seeds)
+    stages = [(BETAS[:3], some), (BETAS, some), (BETAS, every)]
     return list(dict.fromkeys((cell, seed) for betas, some in stages for seed in some
                               for cell in cells(betas)))
 
@@ -201,7 +204,7 @@ def afterwards(rows):
     pairs = [("one method run twice: unbiased forward_kl - sampled reverse_kl", twice[:1], twice[1:]),
              ("the same function, less noise: exact forward_kl - those two",
               [("forward_kl", "exact")], twice),
-             ("another function, the same noise: unbiased reverse_kl - those two",
+             ("another function, also of single samples: unbiased reverse_kl - those two",
               [("reverse_kl", "unbiased")], twice)]
     pairs += [(f"{a} - {b}, mean over divergences", *([(d, e) for d in DIVERGENCES] for e in (a, b)))
               for a, b in (("exact", "sampled"), ("unbiased", "sampled"), ("exact", "unbiased"))]
@@ -238,7 +241,7 @@ def steps_to(row):
     return 10.0 * (twice.argmax() + 2 if twice.any() else len(over))
 
 
-def trace(axis, found, x, y, style="-", legend=True):
+def trace(axis, found, x, y, style="o-", legend=True):
     """A line through a divergence's cells from weak to strong, with crosses of one standard deviation."""
     for d, colour in COLOURS.items():
         cell = [(np.array([x(r) for r in rs]), np.array([y(r) for r in rs]))
@@ -247,7 +250,7 @@ def trace(axis, found, x, y, style="-", legend=True):
             xs, ys = ([np.nanmean(v[i]) for v in cell] for i in (0, 1))
             errors = [[np.nanstd(v[i], ddof=1) if np.isfinite(v[i]).sum() > 1 else 0 for v in cell]
                       for i in (0, 1)]
-            axis.errorbar(xs, ys, errors[1], errors[0], fmt="o" + style, ms=3, lw=1, elinewidth=.6,
+            axis.errorbar(xs, ys, errors[1], errors[0], fmt=style, ms=3, lw=1, elinewidth=.6,
                           color=colour, label=d if legend else None)
 
 
@@ -285,16 +288,16 @@ def figures(rows, folder):
         trace(axis, pick("sampled", same, js), entropy_kept, gain)
         axis.set(title=f"sampled, {title}", xlabel=kept, ylabel=judged)
     trace(axes[0, 2], pick("sampled"), lambda r: r["kl_reverse"], gain)
-    trace(axes[0, 2], pick("exact")[:-1], lambda r: r["kl_reverse"], gain, "--", legend=False)
+    trace(axes[0, 2], pick("exact")[:-1], lambda r: r["kl_reverse"], gain, "o--", legend=False)
     axes[0, 2].set(title="reward and KL(policy || base); dashed: exact", xlabel="nat per picture",
                    ylabel=judged, xscale="log")
-    trace(axes[1, 0], pick(), gain, lambda r: gain(r, "heldout_reward"), "")
+    trace(axes[1, 0], pick(), gain, lambda r: gain(r, "heldout_reward"), "o")
     axes[1, 0].set(title="what is trained and what is only watched", xlabel=judged,
                    ylabel="reader's score gained")
     trace(axes[1, 1], pick("sampled"), lambda r: r["beta"] / STRENGTH.get(r["divergence"], 1), steps_to)
     axes[1, 1].set(title=f"steps to a training reward of {TARGET}; 120: never",
                    xlabel=f"beta (js / {STRENGTH['js']})", ylabel="steps")
-    trace(axes[1, 2], [c for c in found if c[0][3] == "linear"], entropy_kept, gain, "")
+    trace(axes[1, 2], [c for c in found if c[0][3] == "linear"], entropy_kept, gain, "o")
     trace(axes[1, 2], pick("sampled"), entropy_kept, gain, ":", legend=False)
     axes[1, 2].set(title="a falling beta (dots) and constant ones (dotted)", xlabel=kept, ylabel=judged)
     for axis in axes.flat:
@@ -335,9 +338,10 @@ def report(rows, path):
 def main(argv):
     cfg, _ = config.load(Config, argv)
     check(cfg)
+    config.at_least(cfg, first_seed=0)
     if cfg.only != "figures":
-        sweep.make(cfg, load(cfg.csv), [(*cell, seed) for cell, seed in plan(cfg.seeds)], FIELDS,
-                   lambda run, folder: command(run, folder, cfg.device), row_of)
+        sweep.make(cfg, load(cfg.csv), [(*cell, seed) for cell, seed in plan(cfg.seeds, cfg.first_seed)],
+                   FIELDS, lambda run, folder: command(run, folder, cfg.device), row_of)
     if cfg.only != "runs":
         rows, folder = load(cfg.csv), os.path.dirname(cfg.csv) or "."
         if not rows or not complete(rows)[1]:

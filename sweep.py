@@ -182,16 +182,17 @@ HEAD = ["claim", "difference of", "in", "mean [95 % bootstrap interval] [Student
 
 
 def judged(lines, n):
-    """Lines (claim, comparison, measure, *say) over n seeds -> a table, and how far to trust it."""
+    """Lines (claim, comparison, measure, *say) over n seeds -> how far to trust them, and a table."""
     alone, both = false_alarms(n)
-    return (f"{table(HEAD, lines)}\n\n"
-            f"**How far to trust a line.** Resampling {n} seeds cannot show what a further seed would do: "
-            f"where there is nothing, a bootstrap interval excludes 0 in {100 * alone:.0f} of 100 cases, not "
-            f"in 5 (sweep.false_alarms). So \"shown\" asks for Student's interval as well, which leaves "
-            f"{100 * both:.0f}: about {both * len(lines):.0f} of these {len(lines)} lines would still be "
-            f"\"shown\" if there were nothing at all. And all runs share one base, one judge, one set of "
-            f"hyperparameters, the prompts and the draws of the evaluations: a seed changes which captions "
-            f"are trained on and what is sampled there, and the intervals speak of that alone.")
+    return (f"**How far to trust a line.** Resampling {n} seeds cannot show what a further seed would do: "
+            f"of {n} normal differences without effect, a bootstrap interval excludes 0 in "
+            f"{100 * alone:.0f} of 100 cases, not in 5 (sweep.false_alarms). So \"shown\" asks for Student's "
+            f"interval as well, which leaves {100 * both:.0f}: about {both * len(lines):.0f} of these "
+            f"{len(lines)} lines would still be \"shown\" if there were nothing at all. (The bootstrap "
+            f"stays, as it assumes no normal differences.) And all runs share one base, one judge, one set "
+            f"of hyperparameters, the prompts and the draws of the evaluations: a seed changes which captions "
+            f"are trained on and what is sampled there, and the intervals speak of that alone.\n\n"
+            f"{table(HEAD, lines)}")
 
 
 def spread(values):

@@ -34,6 +34,7 @@ def test_the_plan_has_every_cell_once_and_is_balanced_from_the_start():
     for d, e in itertools.product(frontier.DIVERGENCES, frontier.ESTIMATORS):
         betas = {c[2] for c, _ in first if c[:2] == (d, e) and c[3] == "constant"}
         assert len(betas) == 3 and sum(c[:2] == (d, e) and c[3] == "constant" for c, _ in first) == 9
+    assert [(cell, seed + 5) for cell, seed in runs] == plan(5, first=5)
     # what is compared at one beta must be there at that beta
     assert {.125, .5} <= {c[2] for c, _ in first if c[0] == "js"} & {c[2] for c, _ in first if c[0] != "js"}
 
@@ -160,7 +161,7 @@ def test_runs_are_made_once_and_never_mixed(tmp_path, monkeypatch):
         commands.append((run[:4], run[4]))
         return [sys.executable, str(tmp_path / "fake.py"), f"--out_dir={folder}"]
     monkeypatch.setattr(frontier, "command", command)
-    monkeypatch.setattr(frontier, "plan", lambda seeds: plan(seeds)[:4])
+    monkeypatch.setattr(frontier, "plan", lambda seeds, first: plan(seeds, first)[:4])
     monkeypatch.setattr(sweep.time, "sleep", lambda seconds, sleep=sweep.time.sleep: sleep(.02))
     path = tmp_path / "results" / "frontier.csv"
     options = [f"--csv={path}", f"--out={tmp_path / 'out'}", "--only=runs"]
