@@ -293,7 +293,7 @@ if __name__ == "__main__":
     os.makedirs("out", exist_ok=True)
     if sys.argv[1:] == ["--demo"]:
         demo("out/demo.gif")
-        print("out/demo.gif: bars: the policy; black: the reference; red: where the mean update comes to rest")
+        print("out/demo.gif: bars: the policy; black: the reference; red: where the mean update rests")
     elif sys.argv[1:]:
         print("error: divergences.py takes --demo or nothing", file=sys.stderr)
         raise SystemExit(2)

@@ -190,8 +190,8 @@ def judged(lines, n):
             f"interval as well, which leaves {100 * both:.0f}: about {both * len(lines):.0f} of these "
             f"{len(lines)} lines would still be \"shown\" if there were nothing at all. (The bootstrap "
             f"stays, as it assumes no normal differences.) And all runs share one base, one judge, one set "
-            f"of hyperparameters, the prompts and the draws of the evaluations: a seed changes which captions "
-            f"are trained on and what is sampled there, and the intervals speak of that alone.\n\n"
+            f"of hyperparameters, the prompts and the draws of the evaluations: a seed changes which "
+            f"captions are trained on and what is sampled there, and the intervals speak of that alone.\n\n"
             f"{table(HEAD, lines)}")
 
 
