@@ -55,7 +55,7 @@ class Config:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
     repeats: int = 5                   # timed runs of each side; the median counts
     only: Literal["all", "sampling", "update", "vapi", "growth"] = "all"  # one part; all writes bench.md
-    out: str = "results"               # folder of bench.md and bench.png
+    out: str = "results"               # folder of bench.md and bench.png, on a GPU bench_cuda.md and .png
 
 
 # ---- models and prompts -----------------------------------------------------------------------------------
@@ -321,8 +321,9 @@ def main(argv):
     torch.manual_seed(0)
     limits, reached = ceilings(device, cfg.repeats), []
     os.makedirs(cfg.out, exist_ok=True)
-    report = ["# Speed\n\n`python bench.py`, see bench.py for what is compared. Peaks are above weights and "
-              "gradients.", describe(limits, device, cfg.repeats)]
+    name = "bench" if device.type == "cpu" else f"bench_{device.type}"
+    report = [f"# Speed\n\n`python bench.py --device={device.type}`, see bench.py for what is compared. "
+              f"Peaks are above weights and gradients.", describe(limits, device, cfg.repeats)]
     print(report[-1], flush=True)
 
     def tell(text):
@@ -330,7 +331,7 @@ def main(argv):
         report.append(text)
         print(text, flush=True)
         if cfg.only == "all":
-            with open(os.path.join(cfg.out, "bench.md"), "w", encoding="utf-8") as file:
+            with open(os.path.join(cfg.out, f"{name}.md"), "w", encoding="utf-8") as file:
                 file.write("\n\n".join(report) + "\n")
     for part, title, rows_of in (("sampling", "Sampling", sampling), ("update", "Update", update),
                                  ("vapi", "The update of VA-pi", shared_pictures)):
@@ -340,8 +341,8 @@ def main(argv):
             tell(f"## {title}\n\n" + table(rows[0], [[show(*item) for item in row.items()] for row in rows]))
     if cfg.only in ("all", "growth"):
         panels = growth(device, cfg.repeats)
-        draw(panels, os.path.join(cfg.out, "bench.png"))
-        tell(f"## Growth of sampling\n\n{slopes(panels)}\n\n![growth](bench.png)")
+        draw(panels, os.path.join(cfg.out, f"{name}.png"))
+        tell(f"## Growth of sampling\n\n{slopes(panels)}\n\n![growth]({name}.png)")
     if reached:
         others = "" if device.type == "cuda" else (
             "\n\nThe goals on a GPU are not measured here: `python bench.py --device=cuda`.")

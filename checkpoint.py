@@ -137,7 +137,10 @@ def rng_state(generator):
 
 
 def set_rng_state(state, generator):
-    """Puts back what `rng_state` returned."""
+    """Puts back what `rng_state` returned. UserError if that was on another kind of device."""
+    if len(state["generator"]) != len(generator.get_state()):
+        raise UserError(f"this run cannot go on on {generator.device.type}: its random numbers are those of "
+                        f"another kind of device; ask for that one by --device")
     version, values, gauss = state["python"]
     random.setstate((version, tuple(values), gauss))
     torch.set_rng_state(state["torch"].cpu())

@@ -203,6 +203,9 @@ def pick_device(name):
     if name != "auto" and not there.get(name):
         raise UserError(f"device {name!r} is not there; "
                         f"there are: {', '.join(k for k, v in there.items() if v)}")
+    # cuDNN's attention, torch's first choice on an H100 or H200, gives NaN gradients under a mask (pytorch
+    # issue 196678); and it is another kernel with gradients than without, where ours have to agree.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(next(k for k, v in there.items() if v) if name == "auto" else name)
 
 

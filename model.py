@@ -107,7 +107,8 @@ class Attention(nn.Module):
         v = F.linear(x, self.wqkv.weight[-x.shape[2]:])               # queries and keys are zero: only values
         # mean over what is seen; 0/1 and sums of them are exact in bf16 as well, 1/n would not be
         mean = ((sees @ v) / sees.sum(2, keepdim=True).clamp_min(1)).type_as(v)                   # [P,L+1,D]
-        y = F.dropout(self.wo(mean[:, :-1]), self.dropout, self.training)
+        # contiguous: else policy and reference may take different kernels, and differ at step 0
+        y = F.dropout(self.wo(mean[:, :-1].contiguous()), self.dropout, self.training)
         caption = mean[:, -1:].unflatten(2, (self.n_head, -1)).transpose(1, 2)
         return y, (torch.zeros_like(caption), caption)
 

@@ -56,7 +56,8 @@ def open_run(cls, check, argv):
                 raise UserError(f"the run in {cfg.out_dir} has {key} = {getattr(was, key)!r}; "
                                 f"--{key}={value!r} would make it another run: leave it out, "
                                 f"or start a new one with another --out_dir")
-        cfg = dataclasses.replace(was, **{key: getattr(cfg, key) for key in FREE})
+        cfg = dataclasses.replace(was, **{key: getattr(cfg, key) for key in FREE
+                                          if key != "device" or key in given})
     elif parallel.RANK == 0 and os.path.isdir(cfg.out_dir) and set(os.listdir(cfg.out_dir)) - EMPTY:
         raise UserError(f"{cfg.out_dir} holds a run already: go on with it by --resume, or choose "
                         f"another folder by --out_dir=...")

@@ -72,6 +72,10 @@ def test_random_streams_continue(tmp_path):
     random.seed(9), torch.manual_seed(9), g.manual_seed(9)
     checkpoint.set_rng_state(checkpoint.load(str(tmp_path / "rng.pt")), g)
     assert draw() == expected
+    # a GPU's stream has a state of 16 bytes
+    other = checkpoint.rng_state(g) | {"generator": torch.zeros(16, dtype=torch.uint8)}
+    with pytest.raises(UserError, match="cannot go on on cpu.*another kind of device.*--device"):
+        checkpoint.set_rng_state(other, g)
 
 
 def test_log_drops_torn_and_repeated_lines(tmp_path):

@@ -103,6 +103,8 @@ def test_asked_to_stop_it_finishes_the_step_and_saves(name, whole, mini_base, tm
     assert "ckpt.pt after step 1 of 4; go on with --resume" in capsys.readouterr().out
     assert checkpoint.load(os.path.join(folder, "ckpt.pt"))["step"] == 1 == len(metrics(folder))
     monkeypatch.setattr(grpo, "advantages", real)
+    cfg, _ = runs.open_run(train.Config, train.check, [f"--out_dir={folder}", "--resume"])
+    assert cfg.device == "cpu"                                  # the run's own, not the best of this machine
     train.main([f"--out_dir={folder}", "--resume"])
     same_runs(whole, folder)
 
