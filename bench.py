@@ -235,9 +235,9 @@ def growth(device, repeats):
     panels = {"tokens written": ("T", [25, 64, 100, 144, 196, 256]),
               "prompt length": ("L", [8, 60, 120, 240]), "images of a prompt": ("G", [1, 2, 4, 8, 16, 32])}
     out = {}
-    for title, (letter, xs) in panels.items():
+    for title, (letter, xs) in tqdm(panels.items(), desc="growth", ncols=110):
         plain, ours, memory, counted = [], [], [], []
-        for x in tqdm(xs, desc=f"growth with {letter}", ncols=110):
+        for x in xs:
             at = base | {letter: x}
             gpt = build("", device, **size, block_size=at["T"], cls_token_num=at["L"])
             cond = prompts(gpt, 1, device, torch.float32, at["G"])

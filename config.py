@@ -196,7 +196,8 @@ def quota(path="/sys/fs/cgroup/cpu.max"):
 
 def pick_device(name):
     """'auto', 'cuda', 'mps' or 'cpu' -> torch.device; auto: the first of cuda, mps, cpu that is there. Also
-    sets the number of threads: torch starts one for each core, even in a container that may use only two."""
+    sets the number of threads: torch starts one for each core, even in a container that may use only two. And
+    it turns off one of torch's kernels for attention."""
     import torch                                   # here, so that --help and errors need not wait for it
     torch.set_num_threads(min(torch.get_num_threads(), quota()))
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

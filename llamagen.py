@@ -127,9 +127,10 @@ class World:
         checkpoint.freeze(self.vqgan, "float64" if o.dtype == "float64" else "float32")
         if o.dtype == "float64":
             self.policy.double()
-        products = torch.bfloat16 if o.dtype == "bfloat16" else torch.float32
-        half = torch.float16 if device.type == "cuda" else products        # fp16 as in the code of HPS
-        models = {n: clip.build(n, {k: files[f] for k, f in REWARD_FILES[n].items()}, device, half,
+        towers = torch.bfloat16 if o.dtype == "bfloat16" else torch.float32
+        if device.type == "cuda":
+            towers = torch.float16                         # as in the code of HPS
+        models = {n: clip.build(n, {k: files[f] for k, f in REWARD_FILES[n].items()}, device, towers,
                                 o.antialias or n != "hps") for n in learned}
         self.rewards = {name: reward.build(s, reward.REWARDS | models) for name, s in spec.items()}
         self.embed = models[seeing[0]].embed_images

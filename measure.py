@@ -35,8 +35,6 @@ def seconds(sides, device, repeats, pick=statistics.median):
     times = [[] for _ in sides]
     for _ in range(repeats + 1):
         for side, found in zip(sides, times):
-            if device.type == "cuda":      # a recording does so (graphs.py); then both sides begin alike
-                torch.cuda.empty_cache()
             sync(device)
             begin = time.perf_counter()
             side()

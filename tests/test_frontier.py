@@ -122,7 +122,7 @@ def test_verdicts_say_what_was_put_in(finished):
 
 
 def test_what_was_looked_at_afterwards(finished):
-    said = {(what, name): (text, shown) for _, what, name, text, shown in frontier.afterwards(load(finished))}
+    said = {(what, name): (text, shown) for what, name, text, shown in frontier.afterwards(load(finished))}
     name = "mean reachable reward"
     assert said["js - forward_kl, mean over estimators", name][1] == "more"             # as was put in
     assert said["reverse_kl - forward_kl, mean over estimators", name][0].startswith("+0.000 [+0.000")

@@ -272,6 +272,5 @@ def test_one_step_at_full_size(tmp_path):
     for line in lines:
         times = {k: v for k, v in line.items() if k.startswith("t_") and k != "t_log"}
         print(line, "\nshares:", {k: f"{v / sum(times.values()):.0%}" for k, v in times.items()})
-        assert torch.isfinite(torch.tensor(line["grad_norm"]))
-        assert line["max_ratio_error"] < (.1 if device == "cpu" else .25)
-    assert len(lines) == size["max_steps"] and lines[0]["kl_reverse"] <= (0 if device == "cpu" else 1e-4)
+        assert torch.isfinite(torch.tensor(line["grad_norm"])) and line["max_ratio_error"] < .1
+    assert len(lines) == size["max_steps"] and lines[0]["kl_reverse"] == 0
