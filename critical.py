@@ -45,7 +45,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from config import UserError
+from common.config import UserError
 
 
 def _pick(score, taken, k):

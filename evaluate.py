@@ -27,10 +27,10 @@ from typing import Literal
 import torch
 from tqdm import tqdm, trange
 
-import checkpoint
-import config
-import runs
-from config import UserError
+from common import files as checkpoint
+from common import config
+from common import run as runs
+from common.config import UserError
 from options import BEST_OF
 
 WORLD_IS = ("world", "init_from", "weights", "gpt_ckpt", "vq_ckpt", "t5", "n_head", "block_size", "prompts",
@@ -54,7 +54,7 @@ class Config:
 
 def open_world(options, device):
     """The world (tiny.py says what that is) of a run's options, an object with train.py's Config's fields."""
-    return importlib.import_module(options.world).World(options, device)
+    return importlib.import_module({"tiny": "tiny.world", "llamagen": "full.llamagen", "janus": "full.janus"}[options.world]).World(options, device)
 
 
 def options_in(saved, path):

@@ -16,7 +16,7 @@ import os
 
 import torch
 
-from config import Fault
+from common.config import Fault
 
 # Attention looks at 256 places, filled or not: one recording for a picture of 256 tokens. A recording waits
 # for the GPU and tidies its memory, which we take to cost more than looking at empty places does.

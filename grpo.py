@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import parallel
+from common import parallel
 from critical import critical_tokens, dynamic_weight
 from divergences import CLAMP, DIVERGENCES
 

@@ -223,7 +223,7 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, path, **overrides):
         """The policy in a released file, in eval mode; arguments and errors as `load_gpt` in weights.py."""
-        import weights                                                     # here, as it imports this file
+        from full import weights                                           # here, as it imports this file
         return weights.load_gpt(path, **overrides)
 
     def _check(self, cond, cond_mask, prompt, cfg_scale, temperature):

@@ -8,9 +8,9 @@ The defaults are those of the tiny world with JS. How files and command line are
 from dataclasses import dataclass
 from typing import Literal
 
-import config
+from common import config
 import reward
-from config import UserError
+from common.config import UserError
 
 BEST_OF = 8                             # the best of so many is what a run is held against (evaluate.py)
 

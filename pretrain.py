@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import trange
 
-import checkpoint
-import config
+from common import files as checkpoint
+from common import config
 import reward
-import shapes
-import text
+from tiny import shapes
+from tiny import text
 from model import GPT, GPTConfig
 from vqgan import VQGAN, VQConfig, batched
 

@@ -19,9 +19,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import shapes
-import text
-from config import Fault, UserError
+from tiny import shapes
+from tiny import text
+from common.config import Fault, UserError
 
 
 class Judge(nn.Module):

@@ -40,17 +40,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import checkpoint
-import config
+from common import files as checkpoint
+from common import config
 import evaluate
-import lora
-import pictures
-import prompts as prompt_files
+from common import lora
+from common import images as pictures
+from full import prompts as prompt_files
 import reward
-import shapes
-import text
-import weights
-from config import UserError
+from tiny import shapes
+from tiny import text
+from full import weights
+from common.config import UserError
 from vqgan import batched
 
 # (cfg_scale, top_k) of LlamaGen's and Janus's own samplers
@@ -99,7 +99,7 @@ def load(cfg, device):
             return policy, SimpleNamespace(encode=lambda c: text.encode(c, device), decode=vqgan.decode,
                                            autocast=autocast, kind="tiny", prepare=list)
         state = saved["model"]
-    parts = importlib.import_module(options.world).World
+    parts = importlib.import_module({"tiny": "tiny.world", "llamagen": "full.llamagen", "janus": "full.janus"}[options.world]).World
     policy, vqgan = parts.load_models(options, weights.find(parts.model_files(options), cfg.weights), device)
     if state:
         policy = lora.adapt(policy, options.lora_rank) if getattr(options, "lora_rank", 0) else policy

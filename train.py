@@ -32,15 +32,15 @@ from dataclasses import asdict
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import config
+from common import files as checkpoint
+from common import config
 import evaluate
 import grpo
-import parallel
-import pictures
-import runs
+from common import parallel
+from common import images as pictures
+from common import run as runs
 import vapi
-from config import Fault, UserError
+from common.config import Fault, UserError
 from options import Config, check
 
 ALGORITHMS = {"grpo": grpo, "vapi": vapi}       # files with the functions of the phases: sample, score ...

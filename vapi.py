@@ -58,7 +58,7 @@ import torch
 import torch.nn.functional as F
 
 import grpo
-import parallel
+from common import parallel
 from grpo import weigh                                      # phase 3 is GRPO's
 from vqgan import batched
 

@@ -201,7 +201,7 @@ class VQGAN(nn.Module):
     @classmethod
     def from_pretrained(cls, path, **overrides):
         """The tokenizer in a released file, in eval mode; arguments and errors as `load_vq` in weights.py."""
-        import weights                                                     # here, as it imports this file
+        from full import weights                                           # here, as it imports this file
         return weights.load_vq(path, **overrides)
 
     @torch.no_grad()

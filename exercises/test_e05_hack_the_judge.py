@@ -10,10 +10,10 @@ STEPS, BUDGET = 20, .1                           # .1 of a range of 2: 13 of 255
 @pytest.fixture(scope="module")
 def wrong():
     """The shipped judge, 16 clean pictures, and a caption for each that the reader finds to be false."""
-    import checkpoint
-    import config
+    from common import files as checkpoint
+    from common import config
     import reward
-    import shapes
+    from tiny import shapes
     judge = checkpoint.load_models(config.locate("assets/tiny_base.pt"), torch.device("cpu"))[2]
     pairs = shapes.random_scenes(32, random.Random(0))
     images = shapes.render([scene for _, scene in pairs])

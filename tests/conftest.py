@@ -9,7 +9,8 @@ if not os.environ.get("FULL_SIZE_DEVICE"):     # bit for bit is a promise on a C
 import pytest
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests", "helpers"), os.path.join(ROOT, "tests", "full")]
 torch.set_num_threads(1)      # results do not depend on the cores of the machine, and nothing waits for them
 
 
@@ -17,9 +18,9 @@ torch.set_num_threads(1)      # results do not depend on the cores of the machin
 def mini_base(tmp_path_factory):
     """A base with random weights in the tiny world's interfaces: quick where a test is about plumbing, not
     pictures."""
-    import checkpoint
+    from common import files as checkpoint
     import reward
-    import text
+    from tiny import text
     from model import GPT, GPTConfig
     from vqgan import VQGAN, VQConfig
     torch.manual_seed(0)

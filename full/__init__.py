@@ -1,0 +1,1 @@
+"""Released models at full size: their files, their encoders of prompts, and their rewards."""

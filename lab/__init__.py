@@ -1,0 +1,1 @@
+"""Experiments and tools of the authors. Run them from the root, as in `python -m lab.frontier`."""

@@ -1,0 +1,103 @@
+"""python -m pytest tests/common/test_checkpoint.py"""
+import json
+import os
+import pickle
+import random
+
+import pytest
+import torch
+
+from common import files as checkpoint
+from common.config import UserError
+
+
+def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A save that dies half way (a full disk, say) leaves the earlier file as it was, and readable."""
+    path = str(tmp_path / "ckpt.pt")
+    checkpoint.save({"step": 1, "x": torch.arange(3)}, path)
+    before = open(path, "rb").read()
+
+    def half(state, file):
+        file.write(b"PK half a file")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError):
+        checkpoint.save({"step": 2}, path)
+    assert open(path, "rb").read() == before and checkpoint.load(path)["step"] == 1
+
+
+def test_keep_leaves_the_newest_earlier_checkpoints(tmp_path):
+    for step in (5, 10, 15, 20):
+        checkpoint.save({"step": step}, str(tmp_path / "ckpt.pt"), keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_000015.pt", "ckpt_000020.pt"]
+    assert checkpoint.load(str(tmp_path / "ckpt_000015.pt"))["step"] == 15
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch " + os.path.join(os.environ["EVIL_DIR"], "ran"),)
+
+
+@pytest.mark.parametrize("make", ["torch", "pickle", "text", "empty", "truncated", "missing", "folder"])
+def test_bad_files_are_refused_in_one_line_and_run_no_code(make, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVIL_DIR", str(tmp_path))
+    path = str(tmp_path / "x.pt")
+    if make == "torch":
+        torch.save({"model": Evil()}, path)
+    elif make == "pickle":
+        pickle.dump(Evil(), open(path, "wb"))
+    elif make == "folder":
+        os.mkdir(path)
+    elif make == "truncated":
+        torch.save({"x": torch.zeros(1000)}, path)
+        os.truncate(path, os.path.getsize(path) // 2)
+    elif make != "missing":
+        open(path, "w").write("not a checkpoint" if make == "text" else "")
+    with pytest.raises(UserError) as error:
+        checkpoint.load(path)
+    assert "\n" not in str(error.value) and path in str(error.value) and not os.path.exists(tmp_path / "ran")
+
+
+def test_random_streams_continue(tmp_path):
+    """Through a file, because weights_only must be able to load what rng_state gives."""
+    g = torch.Generator().manual_seed(1)
+    random.seed(1), torch.manual_seed(1)
+
+    def draw():
+        return (random.random(), random.gauss(0, 1), torch.rand(3).tolist(),
+                torch.rand(3, generator=g).tolist())
+    draw()
+    checkpoint.save(checkpoint.rng_state(g), str(tmp_path / "rng.pt"))
+    expected = draw()
+    random.seed(9), torch.manual_seed(9), g.manual_seed(9)
+    checkpoint.set_rng_state(checkpoint.load(str(tmp_path / "rng.pt")), g)
+    assert draw() == expected
+    # a GPU's stream has a state of 16 bytes
+    other = checkpoint.rng_state(g) | {"generator": torch.zeros(16, dtype=torch.uint8)}
+    with pytest.raises(UserError, match="cannot go on on cpu.*another kind of device.*--device"):
+        checkpoint.set_rng_state(other, g)
+
+
+def test_log_drops_torn_and_repeated_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = checkpoint.Log(str(path), 0)
+    for step in range(5):
+        log.write({"step": step, "reward": step / 3})
+    path.write_text(path.read_text() + '{"step": 5, "rew')                 # killed in the middle of a line
+    again = checkpoint.Log(str(path), 3)                                   # the checkpoint was of step 3
+    again.write({"step": 3, "reward": 7})
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3] and lines == again.lines
+
+
+def test_a_base_and_a_run_load_alike(mini_base, tmp_path):
+    policy, vqgan, judge, options = checkpoint.load_models(mini_base, torch.device("cpu"))
+    assert options == {} and not any(m.training for m in (policy, vqgan, judge))
+    state = {k: v + 1 for k, v in policy.state_dict().items()}
+    checkpoint.save({"model": state, "config": {"init_from": mini_base}}, str(tmp_path / "ckpt.pt"))
+    moved, _, _, options = checkpoint.load_models(str(tmp_path), torch.device("cpu"))
+    assert options["init_from"] == mini_base
+    assert all(torch.equal(v, state[k]) for k, v in moved.state_dict().items())
+    checkpoint.save({"model": {}, "config": {"init_from": mini_base}}, str(tmp_path / "ckpt.pt"))
+    with pytest.raises(UserError, match="no base or run"):
+        checkpoint.load_models(str(tmp_path), torch.device("cpu"))

@@ -1,0 +1,263 @@
+"""python -m pytest tests/core/test_divergences.py
+
+Everything that divergences.py claims, in float64: closed forms against autograd, expectations taken exactly
+over the vocabulary (so nothing here is a Monte Carlo test), and the values against torch.distributions.
+"""
+import math
+
+import pytest
+import torch
+from torch.distributions import Categorical, kl_divergence
+
+import divergences
+from divergences import CLAMP, DIVERGENCES, check_gradients
+
+NAMES = list(DIVERGENCES)
+
+
+def policies(vocab=200, seed=0, scale=1.5):
+    g = torch.Generator().manual_seed(seed)
+    z = (torch.randn(vocab, generator=g, dtype=torch.float64) * scale).requires_grad_()
+    return z, (torch.randn(vocab, generator=g, dtype=torch.float64) * scale).log_softmax(0)
+
+
+def grad(y, z):
+    return torch.autograd.grad(y, z, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_equals_torch_distributions(name):
+    z, logq = policies()
+    p, q = Categorical(logits=z.detach()), Categorical(logits=logq)
+    m = Categorical(probs=(p.probs + q.probs) / 2)
+    oracle = {"reverse_kl": kl_divergence(p, q), "forward_kl": kl_divergence(q, p),
+              "js": (kl_divergence(p, m) + kl_divergence(q, m)) / 2}[name]
+    value = DIVERGENCES[name].exact(z.detach().log_softmax(0), logq)
+    assert value.item() == pytest.approx(oracle.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mean_of_sampled_is_the_divergence(name):
+    """The values (unlike the gradients) of the sampled form are unbiased: E_pi[f(w)] = D."""
+    z, logq = policies(seed=1)
+    logp, d = z.detach().log_softmax(0), DIVERGENCES[name]
+    mean = (logp.exp() * d.sampled(logp, logq)).sum()
+    assert mean.item() == pytest.approx(d.exact(logp, logq).item(), rel=1e-10)
+    assert (d.sampled(logp, logq) >= 0).all() and d.sampled(logp, logp).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_equals_autograd_of_sampled(name):
+    d, logp = DIVERGENCES[name], torch.linspace(-24, 24, 4001, dtype=torch.float64, requires_grad=True)
+    auto = grad(d.sampled(logp, torch.zeros_like(logp)).sum(), logp)
+    weight = d.weight(-logp.detach())
+    assert torch.allclose(auto, weight, rtol=1e-9, atol=1e-12)
+    assert (weight[logp.abs() > CLAMP] == 0).all() and (weight[(logp.abs() < CLAMP) & (logp != 0)] != 0).all()
+
+
+def test_weight_in_the_table_of_the_facts():
+    """Limits and peaks, as numbers that were worked out apart from this code."""
+    x = torch.linspace(-12, 6, 200001, dtype=torch.float64)
+    w = x.exp()
+    forward, js = DIVERGENCES["forward_kl"].weight(x), DIVERGENCES["js"].weight(x)
+    assert forward.max() == pytest.approx(1 / math.e, abs=1e-8)
+    assert w[forward.argmax()] == pytest.approx(1 / math.e, rel=1e-3)
+    assert js.max() == pytest.approx(.116, abs=5e-4) and w[js.argmax()] == pytest.approx(.302, abs=2e-3)
+    assert DIVERGENCES["reverse_kl"].weight(x)[0] == pytest.approx(1, abs=1e-4)                # w -> 0
+    assert (js / w)[-1] == pytest.approx(-math.log(2) / 2, rel=1e-2)                           # w -> infinity
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", range(3))
+def test_unbiased_averages_to_the_gradient_of_exact(name, seed):
+    z, logq = policies(seed=seed)
+    logp, d = z.log_softmax(0), DIVERGENCES[name]
+    mean = grad((logp.detach().exp() * d.unbiased(logp, logq)).sum(), z)
+    assert (mean - grad(d.exact(logp, logq), z)).abs().max() < 1e-6
+    # ... while the sampled form's does not: the reason for this whole file
+    mean = grad((logp.detach().exp() * d.sampled(logp, logq)).sum(), z)
+    assert (mean - grad(d.exact(logp, logq), z)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unbiased_off_policy(name):
+    """Samples of an older policy: weighted by pi_old, with logp_old given, the mean gradient is exact's."""
+    z, logq = policies(seed=5)
+    old = policies(seed=6)[0].detach().log_softmax(0)
+    logp, d = z.log_softmax(0), DIVERGENCES[name]
+    mean = grad((old.exp() * d.unbiased(logp, logq, old)).sum(), z)
+    assert (mean - grad(d.exact(logp, logq), z)).abs().max() < 1e-6
+
+
+def test_sampled_forms_descend_what_section_2_says():
+    """E_pi[c(w) s] = grad E_rho[U(x)], against plain closed forms of U where there are any."""
+    z, logq = policies(seed=2)
+    logp = z.log_softmax(0)
+    for name, u in (("reverse_kl", lambda x: x), ("forward_kl", lambda x: x ** 2 / 2)):
+        mean = grad((logp.detach().exp() * DIVERGENCES[name].sampled(logp, logq)).sum(), z)
+        assert (mean - grad((logq.exp() * u(logq - logp)).sum(), z)).abs().max() < 1e-8
+    forward = grad(DIVERGENCES["forward_kl"].exact(logp, logq), z)          # k3 descends the *forward* KL
+    k3 = grad((logp.detach().exp() * DIVERGENCES["reverse_kl"].sampled(logp, logq)).sum(), z)
+    assert (k3 - forward).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name, u", [("reverse_kl", lambda x: 1 - math.exp(-x)), ("forward_kl", lambda x: x),
+                                     ("js", lambda x: math.log(2 / (1 + math.exp(-x))) / 2)])
+def test_force_on_a_token_of_the_reference(name, u):
+    for x in (-3., -.5, 0., .5, 3.):
+        c = DIVERGENCES[name].weight(torch.tensor(x, dtype=torch.float64)).item()
+        assert -c / math.exp(x) == pytest.approx(u(x), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gradient_in_a_logit(name):
+    z, logq = policies(seed=4)
+    logp, d = z.log_softmax(0), DIVERGENCES[name]
+    pi, rho, c = logp.detach().exp(), logq.exp(), d.weight((logq - logp).detach())
+    auto = grad((pi * d.sampled(logp, logq)).sum(), z)
+    force = -c * pi / rho                                                            # U'
+    assert (auto - pi * (c - (pi * c).sum())).abs().max() < 1e-14
+    assert (auto - (pi * (rho * force).sum() - rho * force)).abs().max() < 1e-14
+
+
+def test_how_far_the_sampled_gradient_is_off():
+    """Of reverse KL, relative to the length of the exact gradient, at a given KL in nat."""
+    def off(z, logq):
+        z = z.detach().requires_grad_()
+        logp, d = z.log_softmax(0), DIVERGENCES["reverse_kl"]
+        exact = grad(d.exact(logp, logq), z)
+        return ((grad((logp.detach().exp() * d.sampled(logp, logq)).sum(), z) - exact).norm() / exact.norm())
+
+    def moved(logq, direction, kl):
+        low, high = 0., 20.
+        for _ in range(60):
+            middle = (low + high) / 2
+            near = DIVERGENCES["reverse_kl"].exact((logq + middle * direction).log_softmax(0), logq) < kl
+            low, high = (middle, high) if near else (low, middle)
+        return logq + low * direction
+    pairs = [(policies(seed=2 * s, vocab=64)[1], policies(seed=2 * s + 1, vocab=64, scale=1.)[0].detach())
+             for s in range(20)]
+    for kl, share in ((.1, .25), (.01, .08)):                             # all tokens, in a random direction
+        mean = sum(off(moved(logq, direction, kl), logq) for logq, direction in pairs) / 20
+        assert mean.item() == pytest.approx(share, rel=.15), (kl, mean)
+    rare = torch.full((64,), 1., dtype=torch.float64).index_fill_(0, torch.tensor(0), .064).log_softmax(0)
+    one = torch.zeros(64, dtype=torch.float64).index_fill_(0, torch.tensor(0), 1.)
+    assert off(moved(rare, one, .1), rare) > .6                           # one token of probability .001
+
+
+@pytest.mark.parametrize("name, g", [("reverse_kl", lambda w: -math.log(w)), ("forward_kl", lambda w: 1 - w),
+                                     ("js", lambda w: -math.log((1 + w) / 2) / 2)])
+def test_g_in_closed_form(name, g):
+    d = DIVERGENCES[name]
+    for w in (.01, .3, 1., 2., 50.):
+        x = torch.tensor(math.log(w), dtype=torch.float64)
+        assert (d.f(x) + d.c(x)).item() == pytest.approx(g(w), abs=1e-12)
+
+
+def test_unbiased_forward_kl_is_sampled_reverse_kl():
+    """Token by token, not only on average: two of the nine forms are one method."""
+    logp = torch.linspace(-8, -.1, 100, dtype=torch.float64, requires_grad=True)
+    logq = logp.detach().flip(0)
+    a = grad(DIVERGENCES["forward_kl"].unbiased(logp, logq).sum(), logp)
+    b = grad(DIVERGENCES["reverse_kl"].sampled(logp, logq).sum(), logp)
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-9)
+    # though the values are not the same, and off policy the gradients are not either
+    assert (DIVERGENCES["forward_kl"].unbiased(logp, logq)
+            - DIVERGENCES["reverse_kl"].sampled(logp, logq)).abs().max() > 1
+    off = grad(DIVERGENCES["forward_kl"].unbiased(logp, logq, logp.detach() + .1).sum(), logp)
+    assert (off - b).abs().max() > .1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_per_token_leaves_out(name):
+    """Two tokens of three codes, all nine sequences listed: the gradient of E_pi[D_1 + D_2] is that with the
+    prefix fixed plus the further term, and the sum is the divergence of sequences for reverse_kl alone."""
+    z, logq = (x.view(4, 3) for x in (policies(12, seed=7)[0], policies(12, seed=8)[0].detach()))
+    logp, logq, d = z.log_softmax(-1), logq.log_softmax(-1), DIVERGENCES[name]
+    first, later = d.exact(logp[0], logq[0]), d.exact(logp[1:], logq[1:])           # later [3], by prefix
+    total = grad(first + (logp[0].exp() * later).sum(), z)
+    fixed = grad(first + (logp[0].detach().exp() * later).sum(), z)
+    further = grad((logp[0].detach().exp() * logp[0] * later.detach()).sum(), z)    # E_pi[s_1 D_2]
+    assert (total - fixed - further).abs().max() < 1e-12 and further.abs().max() > 1e-3
+    joint = d.exact((logp[0][:, None] + logp[1:]).flatten(), (logq[0][:, None] + logq[1:]).flatten())
+    gap = (first + (logp[0].exp() * later).sum() - joint).abs().item()
+    assert gap < 1e-12 if name == "reverse_kl" else gap > 1e-3
+
+
+def test_k1_as_a_loss_has_no_gradient_and_k2_is_exact_reverse_kl():
+    z, logq = policies(seed=3)
+    logp = z.log_softmax(0)
+    pi, x = logp.detach().exp(), logq - logp
+    assert grad((pi * -x).sum(), z).abs().max() < 1e-15
+    k2 = grad((pi * x ** 2 / 2).sum(), z)
+    assert (k2 - grad(DIVERGENCES["reverse_kl"].exact(logp, logq), z)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name, curvature", [("reverse_kl", 1), ("forward_kl", 1), ("js", .25)])
+def test_strength_at_the_reference(name, curvature):
+    """D(rho + eps) = curvature/2 * chi^2: the 4 in "js needs 4 beta"."""
+    _, logq = policies(seed=4)
+    step = torch.randn(len(logq), generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-4
+    logp = (logq + step).log_softmax(0)
+    chi2 = ((logp.exp() - logq.exp()) ** 2 / logq.exp()).sum()
+    assert (DIVERGENCES[name].exact(logp, logq) / chi2 * 2).item() == pytest.approx(curvature, rel=1e-3)
+
+
+def test_strength_further_out():
+    """4 U' of sampled js is x - x^2/4 + ..: how far "times 4" holds."""
+    def force(x):
+        return -4 * DIVERGENCES["js"].weight(torch.tensor(x, dtype=torch.float64)).item() / math.exp(x)
+    for x in (.1, -.1):
+        assert force(x) == pytest.approx(x - x * x / 4, abs=1e-4)
+    assert 1 - force(.4) / .4 == pytest.approx(.10, abs=.005)
+    assert 1 - force(1.) == pytest.approx(.24, abs=.005)
+
+
+def test_js_is_bounded_and_finite_far_out():
+    far = torch.tensor([0., -60.]).log_softmax(0), torch.tensor([-60., 0.]).log_softmax(0)
+    assert DIVERGENCES["js"].exact(*far).item() == pytest.approx(math.log(2), rel=1e-5)
+    x = torch.tensor([-1e4, -88., 0., 88., 1e4], requires_grad=True)
+    for d in DIVERGENCES.values():
+        value = d.sampled(-x, torch.zeros_like(x))
+        assert value.isfinite().all() and grad(value.sum(), x).isfinite().all()
+        assert d.weight(x).isfinite().all()
+
+
+def test_the_script_checks_itself(tmp_path):
+    assert max(check_gradients(vocab=30, seed=9).values()) < 1e-8
+    divergences.plot(tmp_path / "d.png")
+    assert (tmp_path / "d.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("beta", [.25, 1.])
+@pytest.mark.parametrize("estimator", ["sampled", "unbiased", "exact"])
+@pytest.mark.parametrize("name", NAMES)
+def test_fixed_points(name, estimator, beta):
+    """The update is at rest there by autograd as well, and the two closed forms hold."""
+    pi = divergences.fixed_point(name, estimator, beta * (4 if name == "js" else 1))
+    z, logq = pi.log().requires_grad_(), divergences.RHO.log()
+    logp, d = z.log_softmax(0), DIVERGENCES[name]
+    shaped = d.exact(logp, logq) if estimator != "sampled" else (pi * d.sampled(logp, logq)).sum()
+    rest = grad((logp.exp() * divergences.REWARD).sum() - beta * (4 if name == "js" else 1) * shaped, z)
+    assert rest.abs().max() < 1e-8 and pi.sum().item() == pytest.approx(1)
+    if name == "reverse_kl" and estimator != "sampled":
+        boltzmann = (logq + divergences.REWARD / beta).softmax(0)
+        assert torch.allclose(pi, boltzmann, atol=1e-9)
+    if name == "reverse_kl" and estimator == "sampled":                 # pi (l - r) / rho is beta for all
+        others = divergences.REWARD == 0
+        level = (beta * divergences.RHO / pi)[others]
+        assert torch.allclose(level, level[0].expand_as(level), rtol=1e-7)
+        assert torch.allclose(pi[4], beta * divergences.RHO[4] / (level[0] - 1), rtol=1e-7)
+
+
+def test_demo_is_an_animation(tmp_path):
+    from PIL import Image
+    divergences.demo(tmp_path / "demo.gif", steps=30, frames=3)
+    with Image.open(tmp_path / "demo.gif") as picture:
+        assert picture.n_frames == 4
+
+
+def test_every_test_named_in_the_docstring_is_there():
+    import re
+    named = set(re.findall(r"test_\w+", divergences.__doc__)) - {"test_divergences", "test_name"}
+    assert len(named) >= 9 and named <= set(globals())
