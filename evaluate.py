@@ -25,6 +25,8 @@ from types import SimpleNamespace
 from typing import Literal
 
 import torch
+
+import metrics
 from tqdm import tqdm, trange
 
 from common import files as checkpoint
@@ -32,6 +34,7 @@ from common import config
 from common import run as runs
 from common.config import UserError
 from options import BEST_OF
+from common.device import pick_device
 
 WORLD_IS = ("world", "init_from", "weights", "gpt_ckpt", "vq_ckpt", "t5", "n_head", "block_size", "prompts",
             "dtype", "lora_rank", "antialias", "reward", "heldout_reward", "algorithm", "data")
@@ -89,43 +92,6 @@ def draw(world, policy, captions, draws, *, cfg_scale=1.0, temperature=1.0, seed
     return torch.cat(tokens), torch.cat(images)
 
 
-def pairwise(features):
-    """Unit vectors [P,n,d] -> mean over the prompts of 1 - cosine between two different ones of a prompt."""
-    n = features.shape[1]
-    # the cosines of all pairs add up to the squared length of the sum; n of them are of a vector with itself
-    total = features.sum(1).square().sum(1)                                                  # [P]
-    return (1 - (total - n) / (n * (n - 1))).mean().item()
-
-
-def vendi(features):
-    """Unit vectors [n,d] -> the Vendi score, in 1..n. The d x d matrix has the same eigenvalues as the
-    n x n one."""
-    f = features.cpu().double()                    # mps knows no float64
-    p = torch.linalg.eigvalsh((f.T @ f if len(f) > f.shape[1] else f @ f.T) / len(f)).clamp_min(1e-12)
-    return (-(p * p.log()).sum()).exp().item()
-
-
-def frechet(a, b):
-    """Frechet distance of the Gaussians through two clouds of features [n,d], [m,d]; arXiv 1706.08500 eq. 6.
-    (In features of Inception it is FID. It falls with n: compare only at equal numbers.)"""
-    (m, s), (k, t) = ((x.mean(0), torch.atleast_2d(x.T.cov())) for x in (
-        a.cpu().double(), b.cpu().double()))
-    # tr sqrt(S T) is the sum of the roots of the eigenvalues of S T; sqrt(S) T sqrt(S) has the same ones
-    values, vectors = torch.linalg.eigh(s)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    middle = torch.linalg.eigvalsh(root @ t @ root).clamp_min(0).sqrt().sum()
-    return ((m - k).square().sum() + s.trace() + t.trace() - 2 * middle).item()
-
-
-def precision_recall(real, drawn, k=3):
-    """Features [n,d], [m,d] -> (share of the drawn that lie among the real, share of the real among the
-    drawn); among: nearer to one of them than that is to its own k-th neighbour. arXiv 1904.06991 eq. 1."""
-    def share(points, cloud):
-        radius = torch.cdist(cloud, cloud).kthvalue(k + 1).values          # the nearest is the point itself
-        return (torch.cdist(points, cloud) <= radius).any(1).double().mean().item()
-    return share(drawn, real), share(real, drawn)
-
-
 @torch.no_grad()
 def divergence_to(world, policy, other, captions, tokens, **sampling):
     """Exact sum over tokens of KL(policy || other) along `tokens` [P*n,T], nat per image; policy's nat per
@@ -160,8 +126,8 @@ def evaluate(world, policy, base=None, *, prompts=3, draws=96, cfg_scale=1.0, te
         2, best.indices[..., None]).mean().item()
     out |= world.extra(policy, captions, scores, images, base and base[0], **sampling)
     features = world.embed(images).view(P, draws, -1)[:, :VENDI_OF]
-    out["pairwise"] = pairwise(features)
-    out["vendi"] = sum(vendi(f) for f in features) / P
+    out["pairwise"] = metrics.pairwise(features)
+    out["vendi"] = sum(metrics.vendi(f) for f in features) / P
 
     def some(t):
         return t.view(P, draws, -1)[:, :KL_DRAWS].flatten(0, 1)
@@ -209,7 +175,7 @@ def check(cfg):
 def main(argv):
     cfg, _ = config.load(Config, argv, positional="runs")
     check(cfg)
-    device = config.pick_device(cfg.device)
+    device = pick_device(cfg.device)
     bases, groups, columns, rows = {}, {}, [], []
     for run in tqdm(cfg.runs, desc="evaluating", unit="run"):
         options, state = options_of(run)

@@ -25,11 +25,12 @@ from tqdm import trange
 
 from common import files as checkpoint
 from common import config
-import reward
 from tiny import shapes
 from tiny import text
 from model import GPT, GPTConfig
-from vqgan import VQGAN, VQConfig, batched
+from common.device import batched
+from vqgan import VQGAN, VQConfig
+from tiny.judge import Judge
 
 VQ = VQConfig(codebook_size=256, codebook_embed_dim=8, ch=24, ch_mult=(1, 2, 2), num_res_blocks=1,
               z_channels=48, num_groups=8, l1_weight=1.0, commit_weight=1.0, collage_weight=.03,
@@ -145,7 +146,7 @@ def near_miss(caption, rng):
 
 
 def pretrain_judge(cfg, images, scenes, captions, rng):
-    judge = reward.Judge()
+    judge = Judge()
 
     def loss(step):
         i = torch.randint(len(images), (64,)).tolist()

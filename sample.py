@@ -46,12 +46,15 @@ import evaluate
 from common import lora
 from common import images as pictures
 from full import prompts as prompt_files
-import reward
 from tiny import shapes
 from tiny import text
 from full import weights
 from common.config import UserError
-from vqgan import batched
+from common.device import batched
+from tiny.world import load_models
+from common.device import freeze
+from common.device import pick_device
+from tiny.judge import reader
 
 # (cfg_scale, top_k) of LlamaGen's and Janus's own samplers
 USUAL = {"tiny": (1.0, 0), "t2i": (7.5, 1000), "c2i": (4.0, 2000), "janus": (5.0, 0)}
@@ -95,7 +98,7 @@ def load(cfg, device):
         saved = checkpoint.load(path)
         options = evaluate.options_in(saved, path) if {"config", "model"} <= set(saved) else None
         if options is None or options.world == "tiny":
-            policy, vqgan, _, _ = checkpoint.load_models(path, device)
+            policy, vqgan, _, _ = load_models(path, device)
             return policy, SimpleNamespace(encode=lambda c: text.encode(c, device), decode=vqgan.decode,
                                            autocast=autocast, kind="tiny", prepare=list)
         state = saved["model"]
@@ -196,13 +199,13 @@ def main(argv):
     cfg, _ = config.load(Config, argv)
     check(cfg)
     checkpoint.VERIFY = not cfg.no_verify
-    device = config.pick_device(cfg.device)
+    device = pick_device(cfg.device)
     records = prompt_files.records(cfg.prompts) if cfg.save else [
         (c.strip(), None) for c in cfg.prompt.split(";")]
     policy, world = load(cfg, device)
     if cfg.npz and world.kind != "c2i":
         raise UserError("--npz draws random classes, and this model reads captions: see --prompts and --save")
-    checkpoint.freeze(policy, cfg.dtype)
+    freeze(policy, cfg.dtype)
     captions = [caption for caption, _ in records]
     told = captions
     if world.kind == "c2i":
@@ -219,7 +222,7 @@ def main(argv):
     if cfg.npz:
         return save_npz(draw, policy.config, cfg)
     tokens, images = draw(told, cfg.seed)
-    rows = [(c, [group], [reward.reader(group, [c] * cfg.n)]
+    rows = [(c, [group], [reader(group, [c] * cfg.n)]
              if world.kind == "tiny" and c in shapes.CAPTIONS else None)
             for c, group in zip(captions, images.split(cfg.n))]
     os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)

@@ -30,6 +30,8 @@ import time
 from dataclasses import asdict
 
 import torch
+
+import metrics
 from tqdm import tqdm
 
 from common import files as checkpoint
@@ -42,6 +44,7 @@ from common import run as runs
 import vapi
 from common.config import Fault, UserError
 from options import Config, check
+from common.device import pick_device
 
 ALGORITHMS = {"grpo": grpo, "vapi": vapi}       # files with the functions of the phases: sample, score ...
 MOST_SKIPPED = 10                       # steps in a row without a finite gradient, after which a run gives up
@@ -67,7 +70,7 @@ def main(argv):
     # ---- plumbing: everything that is made once ------------------------------------------------------------
     cfg, saved = runs.open_run(Config, check, argv)
     rank, size = parallel.RANK, parallel.SIZE
-    device = parallel.start(config.pick_device(cfg.device))
+    device = parallel.start(pick_device(cfg.device))
     if cfg.prompts_per_step * cfg.group_size % size or grpo.share(cfg) % grpo.at_once(cfg):
         raise UserError(f"{cfg.prompts_per_step} prompts x {cfg.group_size} pictures cannot be shared out "
                         f"evenly to {size} processes, each drawing sample_batch = {cfg.sample_batch} at once")
@@ -190,7 +193,7 @@ def main(argv):
         leave = update.pop("max_stop") > 0 or skipped == MOST_SKIPPED
         line = {"step": step, "reward": scores.mean().item(), "heldout_reward": heldout.mean().item(),
                 "reward_std": scores.view(-1, cfg.group_size).std(1).mean().item(),
-                "zero_spread": zero_spread, "diversity": evaluate.pairwise(seen), **update,
+                "zero_spread": zero_spread, "diversity": metrics.pairwise(seen), **update,
                 "grad_norm": grad_norm.item(), "beta": beta, "learning_rate": optimizer.param_groups[0]["lr"]}
         if skipped:
             line["skipped"] = "gradient" if scores.isfinite().all() else "reward"      # what was not finite

@@ -59,8 +59,7 @@ import torch.nn.functional as F
 
 import grpo
 from common import parallel
-from grpo import weigh                                      # phase 3 is GRPO's
-from vqgan import batched
+from common.device import batched
 
 MEASURED = 4                    # samples of each held-back picture that `reconstruction` looks at
 

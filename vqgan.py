@@ -46,12 +46,6 @@ class VQConfig:                            # the defaults are VQ-16 as released 
     temperature: float = 0.01              # of softmax(-distance / temperature) in the last two
 
 
-@torch.no_grad()
-def batched(f, items, size=8):
-    """f of items, so many at a time, put together: memory for the activations of `size` pictures alone."""
-    return torch.cat([f(items[i:i + size]) for i in range(0, len(items), size)])
-
-
 class ResnetBlock(nn.Module):
     def __init__(self, n_in, n_out, groups):
         super().__init__()

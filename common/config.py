@@ -10,7 +10,6 @@ files as on the command line (nanoGPT checks the latter only, so a typo in a fil
 checked, and an int is fine where a float is wanted.
 """
 import ast
-import ctypes
 import dataclasses
 import difflib
 import inspect
@@ -184,43 +183,6 @@ def show(config):
     return "\n".join(f"{f.name} = {getattr(config, f.name)!r}" for f in dataclasses.fields(config))
 
 
-def quota(path="/sys/fs/cgroup/cpu.max"):
-    """How many cores a container may use, rounded up; infinity where nothing limits it."""
-    try:
-        with open(path, encoding="ascii") as file:
-            most, period = file.read().split()             # microseconds, of each so many
-        return math.ceil(int(most) / int(period))
-    except (OSError, ValueError):                          # no such file, or "max"
-        return math.inf
-
-
-def pick_device(name):
-    """'auto', 'cuda', 'mps' or 'cpu' -> torch.device; auto: the first of cuda, mps, cpu that is there. Also
-    sets the number of threads: torch starts one for each core, even in a container that may use only two. And
-    it turns off one of torch's kernels for attention."""
-    import torch                                   # here, so that --help and errors need not wait for it
-    torch.set_num_threads(min(torch.get_num_threads(), quota()))
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name != "auto" and not there.get(name):
-        raise UserError(f"device {name!r} is not there; "
-                        f"there are: {', '.join(k for k, v in there.items() if v)}")
-    # cuDNN's attention, torch's first choice on an H100 or H200, gives NaN gradients under a mask (pytorch
-    # issue 196678); and it is another kernel with gradients than without, where ours have to agree.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    return torch.device(next(k for k, v in there.items() if v) if name == "auto" else name)
-
-
-def keep_freed_memory():
-    """Tells glibc to keep freed memory. By default it gives large blocks back to the system, which then hands
-    them out again page by page, zeroed: up to half of the time of a decode on a CPU (LOG.md)."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, 2 ** 31 - 1)              # M_TRIM_THRESHOLD: never shrink the heap
-        libc.mallopt(-3, 2 ** 30)                  # M_MMAP_THRESHOLD: blocks below 1 GB come from the heap
-    except (OSError, AttributeError):
-        pass                                       # not glibc (macOS, Windows, musl): their own allocator
-
-
 def locate(path):
     """A path as given from here, else from the folder of this project (so that scripts run from anywhere)."""
     beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), path)
@@ -229,7 +191,6 @@ def locate(path):
 
 def run(main):
     """Runs a script's main(); errors meant for people become one line: exit 2 on bad input, 1 at run time."""
-    keep_freed_memory()
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -26,10 +26,7 @@ import torch
 from tqdm import tqdm
 
 from common import config
-from common.config import UserError, locate
-from model import GPT, GPTConfig
-from reward import Judge
-from vqgan import VQGAN, VQConfig
+from common.config import UserError
 
 ANY_SIZE = re.compile(rb"c(builtins|__builtin__)\nbytearray\n")    # of 10^12 bytes: torch.load would make it
 VERIFY = True                       # compare checksums; --no_verify is for large files on slow disks
@@ -185,46 +182,6 @@ def unpack(make, make_config, packed, device, path):
         raise UserError(f"{path}: no such {make.__name__} can be built: {why}") from None
     load_weights(module, packed["state"], path)
     return module.float().to(device).eval()
-
-
-def freeze(module, dtype):
-    """Makes a module one that is only used, never trained, and adapts it to the precision of a run.
-
-    "bfloat16": matrices and convolutions are stored rounded. Autocast rounds them at every use anyway, so the
-    results are the same bit for bit and the module takes half the memory; all else stays in fp32. So a frozen
-    copy of the policy gives exactly the policy's logits, until the policy moves.
-    """
-    module.requires_grad_(False).eval()
-    if dtype == "float64":
-        module.double()
-    if dtype == "bfloat16":
-        for part in module.modules():
-            if isinstance(part, (torch.nn.Linear, torch.nn.Conv2d)):
-                part.bfloat16()
-
-
-def load_models(path, device, depth=0):
-    """Policy, tokenizer, judge (fp32, eval mode) and the run's options ({} for a base), all on `device`.
-
-    path: a base made by pretrain.py, a run's folder, or a checkpoint in one. depth: how many runs led here
-    by their init_from. Raises UserError.
-    """
-    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
-    if depth > 9:
-        raise UserError(f"{path}: its init_from leads in a circle, never to a base")
-    parts = load(path, device)
-    if {"gpt", "vqgan", "judge"} <= set(parts):
-        return (unpack(GPT, GPTConfig, parts["gpt"], device, path),
-                unpack(VQGAN, VQConfig, parts["vqgan"], device, path),
-                unpack(Judge, None, parts["judge"], device, path), {})
-    try:
-        begin, state = locate(parts["config"]["init_from"]), parts["model"]
-    except (KeyError, TypeError):
-        raise UserError(f"{path} is no base or run of this version: it lacks gpt, vqgan and judge, or config "
-                        f"and model") from None
-    policy, vqgan, judge, _ = load_models(begin, device, depth + 1)
-    load_weights(policy, state, path)
-    return policy, vqgan, judge, parts["config"]
 
 
 class Log:

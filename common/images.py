@@ -5,16 +5,10 @@
 shows the samples of several runs side by side while they train, so that one *sees* diversity go. A frame is
 an evaluation, so make the runs with, say, --eval_interval=10.
 """
-import glob
-import os
-import re
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common import config
-from common.config import UserError
 
 SCALE, PAD, LINE = 3, 4, 15                # pixels: of one image pixel, between images, of a line of text
 WIDEST = 1624                              # pixels: a film, which is shrunk to that
@@ -88,52 +82,3 @@ def curves(lines, path, evaluations=()):
             axis.legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def film(runs, path, milliseconds=700):
-    """Run folders -> a GIF of their samples_STEP.png side by side, at the steps that all of them have."""
-    steps = [{int(found[1]): name for name in glob.glob(os.path.join(glob.escape(run), "samples_*.png"))
-              if (found := re.search(r"_(\d+)\.png$", name))} for run in runs]
-    common = sorted(set.intersection(*map(set, steps)))
-    if len(common) < 2:
-        raise UserError(f"a film needs two sampled steps that all runs have, these have {len(common)}: "
-                        f"{' '.join(runs)}")
-    frames = []
-    for step in common:
-        grids = [Image.open(found[step]) for found in steps]
-        canvas = Image.new("RGB", (sum(g.width for g in grids), LINE + max(g.height for g in grids)), "white")
-        for i, (run, g) in enumerate(zip(runs, grids)):
-            x = sum(other.width for other in grids[:i])
-            ImageDraw.Draw(canvas).text((x + PAD, 1), run, "black", ImageFont.load_default())
-            canvas.paste(g, (x, LINE))
-        canvas.thumbnail((WIDEST, canvas.height), Image.LANCZOS)
-        frames.append(canvas)
-    # One palette for all frames: the file is half as large, and what stands still does not flicker.
-    palette = frames[-1].quantize(64, kmeans=3)
-    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
-                   duration=[milliseconds] * (len(frames) - 1) + [4 * milliseconds])
-
-
-@dataclass(frozen=True)
-class Config:
-    runs: tuple = ()                   # run folders, given as bare words
-    out: str = "out/film.gif"          # where the film goes
-
-
-def check(cfg):
-    if not cfg.runs:
-        raise UserError("name at least one run: python pictures.py out/tiny_none out/tiny_js")
-    config.named(cfg, out=".gif")
-
-
-def main(argv):
-    cfg, _ = config.load(Config, argv, positional="runs")
-    check(cfg)
-    os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
-    film(cfg.runs, cfg.out)
-    print(f"{cfg.out}: {' | '.join(cfg.runs)}")
-
-
-if __name__ == "__main__":
-    config.run(main)

@@ -18,7 +18,6 @@ function of the policy: no gradient may flow through it. Every token has its own
 
 Not part of it: the penalties of *later* tokens, which PPO adds up to a return, and the group normalisation.
 """
-from divergences import DIVERGENCES
 
 
 def shaped_advantage(adv, logp, logp_ref, beta, divergence):

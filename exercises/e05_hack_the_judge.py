@@ -21,7 +21,6 @@ torch.autograd.grad(score, x) leaves the judge's own parameters without a gradie
 y[t] (ten steps, from t = 9 on), it is the first t with
     m_t(rewards) - m_(t-20)(rewards) > .05     and     m_(t-20)(heldout) - m_t(heldout) > .05.
 """
-import torch
 
 
 def hack(judge, images, captions, steps, budget):

@@ -17,7 +17,6 @@ If outcomes are few, so that samples coincide, it is less: the formula is an upp
 Hint: math.comb is exact at any size; divide the two integers before you multiply by a reward. Why the KL: let
 u in [0,1] be the rank of a sample under the base. u is uniform, and the largest of n has density n u^(n-1).
 """
-import math
 
 
 def best_of_n(rewards, n):

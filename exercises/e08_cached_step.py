@@ -15,7 +15,6 @@ is 0 and its weight exp(0) = 1, as exercise 7 knows.
 Hint: a slice of a tensor is a view, so cache[:, :, t:t+1] = new writes into the buffer itself. No mask
 is needed.
 """
-import torch.nn.functional as F
 
 
 def step(q, k, v, cache_k, cache_v, t):

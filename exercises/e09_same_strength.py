@@ -15,9 +15,7 @@ Hint: (D(pi_eps) + D(pi_-eps)) / eps^2 cancels the eps^3 term. Work in float64: 
 1e-6, and fp32 has hardly a digit left there. Only `exact` of the divergence is needed, and only that will be
 there.
 """
-import torch
 
-from divergences import DIVERGENCES
 
 
 def strength(divergence):

@@ -15,7 +15,6 @@ train.py logs it as max_ratio_error.
 Hint: calling gpt scores tokens by teacher forcing and takes a cfg_scale of its own. gather picks the
 log-probability of the token that was drawn.
 """
-import torch
 
 
 def ratio_error(gpt, tokens, logp, cond, mask, cfg_scale):

@@ -3,6 +3,8 @@ import random
 
 import pytest
 import torch
+from tiny.world import load_models
+from tiny.judge import reader
 
 STEPS, BUDGET = 20, .1                           # .1 of a range of 2: 13 of 255 grey levels
 
@@ -10,15 +12,13 @@ STEPS, BUDGET = 20, .1                           # .1 of a range of 2: 13 of 255
 @pytest.fixture(scope="module")
 def wrong():
     """The shipped judge, 16 clean pictures, and a caption for each that the reader finds to be false."""
-    from common import files as checkpoint
     from common import config
-    import reward
     from tiny import shapes
-    judge = checkpoint.load_models(config.locate("assets/tiny_base.pt"), torch.device("cpu"))[2]
+    judge = load_models(config.locate("assets/tiny_base.pt"), torch.device("cpu"))[2]
     pairs = shapes.random_scenes(32, random.Random(0))
     images = shapes.render([scene for _, scene in pairs])
     captions = [pairs[i - 1][0].text for i in range(32)]                       # the neighbour's
-    rows = (reward.reader(images, captions) == 0).nonzero()[:16, 0]
+    rows = (reader(images, captions) == 0).nonzero()[:16, 0]
     return judge, images[rows], [captions[i] for i in rows]
 
 
@@ -35,12 +35,11 @@ def test_budget_is_kept(exercise, wrong):
 
 
 def test_judge_is_convinced_and_the_reader_is_not(exercise, wrong):
-    import reward
     judge, images, captions = wrong
     hacked = exercise.hack(judge, images, captions, STEPS, BUDGET)
     noise = BUDGET * torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).sign()
     scores = [judge(x, captions).mean().item() for x in (images, hacked, (images + noise).clamp(-1, 1))]
-    read = reward.reader(hacked, captions).mean().item()
+    read = reader(hacked, captions).mean().item()
     found = (f"judge before {scores[0]:.3f}, after {scores[1]:.3f}, with noise of that size "
              f"{scores[2]:.3f}; reader before 0, after {read:.3f}")
     print(found)

@@ -27,9 +27,10 @@ import random
 
 import torch
 
-from common import files as checkpoint
 from full import clip
 from full import data
+from full import lpips
+from common.device import freeze
 from common import lora
 from common import parallel
 from common import images as pictures
@@ -40,7 +41,8 @@ import vapi
 from full import weights
 from common.config import UserError, locate
 from model import GPT
-from vqgan import VQGAN, batched
+from common.device import batched
+from vqgan import VQGAN
 
 CLIP_L = "clip-vit-large-patch14"
 REWARD_FILES = {                    # of each reward; HPS and PickScore share the tokenizer of OpenAI's CLIP
@@ -98,7 +100,7 @@ class World:
                             + ": diversity is measured in its image features")
         learned = sorted(set(seeing))
         names = self.model_files(o) + self.text_files(o) * (not self.classes)
-        names += [data.VGG_FILE, data.HEADS_FILE] * from_pictures
+        names += [lpips.VGG_FILE, lpips.HEADS_FILE] * from_pictures
         names += [f for n in learned for f in REWARD_FILES[n].values()]
         # One process downloads and encodes, then one of each other machine (if their disks are the same, all
         # is there), then the rest.
@@ -121,10 +123,10 @@ class World:
             raise UserError(f"{o.data} has a class {max(self.data.label_of.values())}, and {o.gpt_ckpt} "
                             f"knows those from 0 to {self.policy.config.num_classes - 1}")
         self.reference = self.policy if o.lora_rank else copy.deepcopy(self.policy)
-        checkpoint.freeze(self.reference, o.dtype)
+        freeze(self.reference, o.dtype)
         if o.lora_rank:
             self.policy = lora.adapt(self.reference, o.lora_rank)
-        checkpoint.freeze(self.vqgan, "float64" if o.dtype == "float64" else "float32")
+        freeze(self.vqgan, "float64" if o.dtype == "float64" else "float32")
         if o.dtype == "float64":
             self.policy.double()
         towers = torch.bfloat16 if o.dtype == "bfloat16" else torch.float32
@@ -139,8 +141,8 @@ class World:
             self.columns = ["reconstruction"]
             # a token is a square of so many pixels: 16 in VQ-16
             self.side = self.policy.side * 2 ** (len(self.vqgan.config.ch_mult) - 1)
-            self.lpips = data.LPIPS(files[data.VGG_FILE], files[data.HEADS_FILE]).to(device)
-            checkpoint.freeze(self.lpips, "float64" if o.dtype == "float64" else "float32")
+            self.lpips = lpips.LPIPS(files[lpips.VGG_FILE], files[lpips.HEADS_FILE]).to(device)
+            freeze(self.lpips, "float64" if o.dtype == "float64" else "float32")
             others.append(self.lpips)
         if parallel.RANK == 0:
             print(memory_plan(o, self.policy, others, parallel.SIZE))

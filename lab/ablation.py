@@ -39,6 +39,7 @@ from lab import sweep
 import train
 from common.config import UserError, locate
 from lab.sweep import check
+from lab import stats
 
 NO_REWARD = ("--mse_weight=0", "--perceptual_weight=0")
 ARMS = {"reward only": ("--prior_weight=0",),
@@ -133,7 +134,7 @@ def verdicts(rows, settings):
     by_arm, out = {arm: {r["seed"]: r for r in rows if r["arm"] == arm} for arm in ARMS}, []
 
     def compare(claim, what, measure, differences):
-        text, shown = sweep.say(differences)
+        text, shown = stats.say(differences)
         words = {"more": "better", "less": "worse"} if BETTER[measure] > 0 else {
             "more": "worse", "less": "better"}
         out.append((claim, what, NAMES.get(measure, measure), text, words.get(shown, shown)))
@@ -190,7 +191,7 @@ def report(rows, settings, path):
     """ablation.md: the arms, the verdicts, and the settings."""
     def arm(name, prefix="", only="all"):
         of = [r for r in rows if r["arm"] == only]
-        return [name, *(sweep.spread([r[prefix + m] for r in (of[:1] if prefix else of)]) for m in MEASURES)]
+        return [name, *(stats.spread([r[prefix + m] for r in (of[:1] if prefix else of)]) for m in MEASURES)]
     head = [NAMES.get(m, m) for m in MEASURES]
     lines = [arm(f"base at {BROAD}", "base_"), *(arm(a, "", a) for a in ARMS if a != "calibrated"),
              arm("base at 1", "base_", "calibrated"), arm("all at 1", "", "calibrated")]
@@ -198,7 +199,7 @@ def report(rows, settings, path):
     def setting(t, s):
         found = {who: [r for r in settings if (r["temperature"], r["cfg_scale"]) == (t, s)
                        and (r["seed"] >= 0) == who] for who in (False, True)}
-        return [f"{t:g}", f"{s:g}", *(sweep.spread([r[m] for r in found[who]])
+        return [f"{t:g}", f"{s:g}", *(stats.spread([r[m] for r in found[who]])
                                       for m in ("heldout_reward", "frechet", "precision", "recall")
                                       for who in (False, True))]
     with open(path, "w", encoding="utf-8") as file:
@@ -206,10 +207,10 @@ def report(rows, settings, path):
             "# VA-pi taken apart, in the tiny world\n\nBy `python ablation.py --only=figures` from "
             f"ablation.csv and ablation_settings.csv: {len(rows)} runs, device {rows[0]['device']}, base "
             f"{rows[0]['base']}. Mean ± standard deviation over seeds; ablation.py says what is claimed.\n\n"
-            + sweep.table(["arm", *head], lines) + "\n\n"
-            + sweep.judged(verdicts(rows, settings), len({r["seed"] for r in rows}))
+            + stats.table(["arm", *head], lines) + "\n\n"
+            + stats.judged(verdicts(rows, settings), len({r["seed"] for r in rows}))
             + "\n\nThe base and the arm `all` under other temperatures and guidance:\n\n"
-            + sweep.table(["temperature", "guidance", *(f"{m}, {who}" for m in (
+            + stats.table(["temperature", "guidance", *(f"{m}, {who}" for m in (
                 "reader", "Frechet", "precision", "recall") for who in ("base", "VA-pi"))],
                 [setting(*s) for s in SETTINGS]) + "\n")
 

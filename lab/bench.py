@@ -32,14 +32,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import files as checkpoint
 from common import config
 import vapi
 from grpo import chunked_loss, grpo_loss
 from lab.measure import MIB, ceilings, describe, least_seconds_of_a_step, peak_bytes, seconds
 from model import GPT, GPTConfig, PRESETS
 from lab.plain import Plain
-from lab.sweep import table
+from lab.stats import table
+from common.device import freeze
+from common.device import pick_device
 
 # What we want to reach: (device, part, model, dtype, pictures or prompts x G, what, at least).
 GOALS = [("cpu", "sampling", "GPT-B", "float32", "8", "ratio", 1.5),
@@ -130,7 +131,7 @@ def pair(name, device, dtype, changes):
     trained are fp32, and bf16 is autocast's."""
     gpt, ref = build(name, device, **changes).requires_grad_(True), build(name, device, **changes)
     if dtype == torch.bfloat16:
-        checkpoint.freeze(ref, "bfloat16")
+        freeze(ref, "bfloat16")
     return gpt, ref, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -317,7 +318,7 @@ def check(cfg):
 def main(argv):
     cfg, _ = config.load(Config, argv)
     check(cfg)
-    device, begin = config.pick_device(cfg.device), time.time()
+    device, begin = pick_device(cfg.device), time.time()
     torch.manual_seed(0)
     limits, reached = ceilings(device, cfg.repeats), []
     os.makedirs(cfg.out, exist_ok=True)

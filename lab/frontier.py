@@ -48,6 +48,7 @@ from lab import sweep
 from common.config import UserError, locate
 from divergences import STRENGTH
 from lab.sweep import check
+from lab import stats
 
 DIVERGENCES, ESTIMATORS = ("reverse_kl", "forward_kl", "js"), ("sampled", "unbiased", "exact")
 BETAS = (.125, .03125, .5, .0625, .25)         # of a KL, the first three first; times STRENGTH
@@ -173,7 +174,7 @@ def verdicts(rows, levels=LEVELS):
     out = []
 
     def compare(claim, what, measure, difference):
-        out.append((claim, what, measure, *sweep.say([difference(s) for s in seeds])))
+        out.append((claim, what, measure, *stats.say([difference(s) for s in seeds])))
     # (i): the same number as beta for all three. "Beats" asks for more of one and no less of the other.
     for b in sorted(set(betas) & {STRENGTH["js"] * b for b in betas}):
         for kl in DIVERGENCES[:2]:
@@ -214,12 +215,12 @@ def afterwards(rows):
                       [(a, e) for e in ESTIMATORS], [(b, e) for e in ESTIMATORS]))
     for measure, name in REACHED.items():
         for what, one, other in pairs:
-            out.append((what, name, *sweep.say([
+            out.append((what, name, *stats.say([
                 reach(rows, s, one, betas, measure) - reach(rows, s, other, betas, measure) for s in seeds])))
     weak = [(d, "exact", b * STRENGTH[d], "constant") for d in DIVERGENCES for b in sorted(betas)[:2]]
     for name, value in (("reward gained", gain), ("the same for the reader",
                         lambda r: gain(r, "heldout_reward")), ("diversity kept", entropy_kept)):
-        out.append((f"none - the {len(weak)} weakest exact cells", name, *sweep.say([
+        out.append((f"none - the {len(weak)} weakest exact cells", name, *stats.say([
             value(at[("none", "sampled", 0.0, "constant"), s])
             - np.mean([value(at[cell, s]) for cell in weak]) for s in seeds])))
     return out
@@ -321,18 +322,18 @@ def report(rows, path):
             f"{len(rows)} runs, device {rows[0]['device']}, base {rows[0]['base']}. Verdicts use the betas "
             f"of a KL {sorted(betas)} (js x {STRENGTH['js']}) and the seeds {seeds}; frontier.py says what "
             f"they mean.\n\n![reward against diversity](frontier.png)\n\n"
-            f"{sweep.judged(lines, len(seeds))}\n\n"
+            f"{stats.judged(lines, len(seeds))}\n\n"
             f"**Another range.** Frontiers are compared where {LEVELS[0]} to {LEVELS[1]} of the diversity is "
             f"kept. From {OTHER_LEVELS[0]} to {OTHER_LEVELS[1]} the verdicts are the same"
             f"{' but for: ' * bool(changed)}{'; '.join(changed)}.\n\n"
             f"The frontiers themselves, mean reachable reward and the same for the reader:\n\n"
-            f"{sweep.table(['', *DIVERGENCES], means)}\n\n**Looked at afterwards,** so to be read as "
+            f"{stats.table(['', *DIVERGENCES], means)}\n\n**Looked at afterwards,** so to be read as "
             f"questions for new runs:\n\n"
-            f"{sweep.table(sweep.HEAD[1:], afterwards(rows))}\n\n"
+            f"{stats.table(stats.HEAD[1:], afterwards(rows))}\n\n"
             f"![more views](frontier_more.png)\n\n" +
-            sweep.table(["divergence", "estimator", "beta", "schedule", "seeds", "judge", "reader",
+            stats.table(["divergence", "estimator", "beta", "schedule", "seeds", "judge", "reader",
                          "entropy kept", "Vendi score", "KL to the base, nat a picture"],
-                  [[d, e, f"{b:g}", how, str(len(rs))] + [sweep.spread([r[m] for r in rs]) for m in (
+                  [[d, e, f"{b:g}", how, str(len(rs))] + [stats.spread([r[m] for r in rs]) for m in (
                       "reward", "heldout_reward", "entropy_kept", "vendi", "kl_reverse")]
                    for (d, e, b, how), rs in groups(rows).items()]) + "\n")
 

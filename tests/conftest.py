@@ -9,6 +9,7 @@ if not os.environ.get("FULL_SIZE_DEVICE"):     # bit for bit is a promise on a C
 import pytest
 import torch
 
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests", "helpers"), os.path.join(ROOT, "tests", "full")]
 torch.set_num_threads(1)      # results do not depend on the cores of the machine, and nothing waits for them
@@ -19,7 +20,7 @@ def mini_base(tmp_path_factory):
     """A base with random weights in the tiny world's interfaces: quick where a test is about plumbing, not
     pictures."""
     from common import files as checkpoint
-    import reward
+    from tiny.judge import Judge
     from tiny import text
     from model import GPT, GPTConfig
     from vqgan import VQGAN, VQConfig
@@ -31,5 +32,5 @@ def mini_base(tmp_path_factory):
     torch.nn.init.normal_(policy.output.weight, std=.3)
     path = tmp_path_factory.mktemp("base") / "mini_base.pt"
     checkpoint.save({"gpt": checkpoint.pack(policy, gpt), "vqgan": checkpoint.pack(VQGAN(vq), vq),
-                     "judge": checkpoint.pack(reward.Judge(), None)}, str(path))
+                     "judge": checkpoint.pack(Judge(), None)}, str(path))
     return str(path)

@@ -34,12 +34,13 @@ and to one of a run of vapi.py, which has pictures of its own:
                       the judge's features (evaluate.py)
 """
 import math
+import os
 import random
 from collections import Counter
 
 import torch
 
-from common import files as checkpoint
+from common import files
 import evaluate
 from common import images as pictures
 import reward
@@ -47,6 +48,11 @@ from tiny import shapes
 from tiny import text
 import vapi
 from common.config import UserError, locate
+from common.device import freeze
+from model import GPT, GPTConfig
+from tiny.judge import Judge, reader
+from vqgan import VQGAN, VQConfig
+import metrics
 
 COUNTED = 64                    # readable pictures a prompt that enter open_entropy
 HELD_BACK = 128                 # pictures that `reconstruction` of vapi.py looks at
@@ -75,6 +81,30 @@ def open_entropy(scenes, caption):
     return sum(entropy([f[k] for f in usable[:COUNTED]]) for k in usable[0]), len(found) - len(usable)
 
 
+def load_models(path, device, depth=0):
+    """Policy, tokenizer, judge (fp32, eval mode) and the run's options ({} for a base), all on `device`.
+
+    path: a base made by pretrain.py, a run's folder, or a checkpoint in one. depth: how many runs led here
+    by their init_from. Raises UserError.
+    """
+    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    if depth > 9:
+        raise UserError(f"{path}: its init_from leads in a circle, never to a base")
+    parts = files.load(path, device)
+    if {"gpt", "vqgan", "judge"} <= set(parts):
+        return (files.unpack(GPT, GPTConfig, parts["gpt"], device, path),
+                files.unpack(VQGAN, VQConfig, parts["vqgan"], device, path),
+                files.unpack(Judge, None, parts["judge"], device, path), {})
+    try:
+        begin, state = locate(parts["config"]["init_from"]), parts["model"]
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is no base or run of this version: it lacks gpt, vqgan and judge, or config "
+                        f"and model") from None
+    policy, vqgan, judge, _ = load_models(begin, device, depth + 1)
+    files.load_weights(policy, state, path)
+    return policy, vqgan, judge, parts["config"]
+
+
 class World:
     columns = ["unseen", "open_entropy", "entropy_kept", "unreadable"]           # of `extra`, in the tables
     from_pictures = ["reconstruction", "frechet", "precision", "recall"]         # with vapi, these as well
@@ -87,14 +117,14 @@ class World:
         path = locate(options.init_from)
         self.device = device
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16")
-        self.policy, self.vqgan, self.judge, _ = checkpoint.load_models(path, device)
-        self.reference = checkpoint.load_models(path, device)[0]
-        checkpoint.freeze(self.reference, options.dtype)
+        self.policy, self.vqgan, self.judge, _ = load_models(path, device)
+        self.reference = load_models(path, device)[0]
+        freeze(self.reference, options.dtype)
         for module in (self.vqgan, self.judge):            # used outside autocast, so never in bfloat16
-            checkpoint.freeze(module, "float64" if options.dtype == "float64" else "float32")
+            freeze(module, "float64" if options.dtype == "float64" else "float32")
         if options.dtype == "float64":
             self.policy.double()
-        functions = reward.REWARDS | {"judge": self.judge, "reader": reward.reader}
+        functions = reward.REWARDS | {"judge": self.judge, "reader": reader}
         self.rewards = {name: reward.build(reward.parse(getattr(options, name)), functions)
                         for name in ("reward", "heldout_reward")}
         self.pools = [shapes.captions(category) for category in shapes.CATEGORIES]
@@ -158,8 +188,8 @@ class World:
                                          for _ in range(draws)]))
             drawn = self.embed(images)
             out["reconstruction"] = vapi.reconstruction(self, policy, sampling["temperature"])
-            out["frechet"] = evaluate.frechet(real, drawn)
-            out["precision"], out["recall"] = evaluate.precision_recall(real, drawn)
+            out["frechet"] = metrics.frechet(real, drawn)
+            out["precision"], out["recall"] = metrics.precision_recall(real, drawn)
         return out
 
     def picture(self, path, prompts, columns, a_row=2):
@@ -170,5 +200,5 @@ class World:
         for i, caption in enumerate(prompts):
             if i % each < a_row:
                 groups = [images[i * draws:i * draws + shown] for _, images in columns]
-                rows.append((caption, groups, [reward.reader(g, [caption] * shown) for g in groups]))
+                rows.append((caption, groups, [reader(g, [caption] * shown) for g in groups]))
         pictures.grid(rows, path, [heading for heading, _ in columns])

@@ -9,6 +9,7 @@ import torch
 
 from common import files as checkpoint
 from common.config import UserError
+from tiny.world import load_models
 
 
 def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -91,13 +92,13 @@ def test_log_drops_torn_and_repeated_lines(tmp_path):
 
 
 def test_a_base_and_a_run_load_alike(mini_base, tmp_path):
-    policy, vqgan, judge, options = checkpoint.load_models(mini_base, torch.device("cpu"))
+    policy, vqgan, judge, options = load_models(mini_base, torch.device("cpu"))
     assert options == {} and not any(m.training for m in (policy, vqgan, judge))
     state = {k: v + 1 for k, v in policy.state_dict().items()}
     checkpoint.save({"model": state, "config": {"init_from": mini_base}}, str(tmp_path / "ckpt.pt"))
-    moved, _, _, options = checkpoint.load_models(str(tmp_path), torch.device("cpu"))
+    moved, _, _, options = load_models(str(tmp_path), torch.device("cpu"))
     assert options["init_from"] == mini_base
     assert all(torch.equal(v, state[k]) for k, v in moved.state_dict().items())
     checkpoint.save({"model": {}, "config": {"init_from": mini_base}}, str(tmp_path / "ckpt.pt"))
     with pytest.raises(UserError, match="no base or run"):
-        checkpoint.load_models(str(tmp_path), torch.device("cpu"))
+        load_models(str(tmp_path), torch.device("cpu"))

@@ -13,6 +13,7 @@ import pretrain
 import sample
 import train
 from common.config import UserError
+from common import device
 
 SCRIPTS = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "pretrain.py": pretrain}
 
@@ -139,14 +140,14 @@ def test_no_more_threads_than_cores_that_may_be_used(tmp_path, monkeypatch):
     import torch
     for text, cores in (("max 100000", math.inf), ("200000 100000", 2), ("150000 100000", 2), ("", math.inf)):
         (tmp_path / "cpu.max").write_text(text)
-        assert config.quota(tmp_path / "cpu.max") == cores
-    assert config.quota(tmp_path / "none") == math.inf
+        assert device.quota(tmp_path / "cpu.max") == cores
+    assert device.quota(tmp_path / "none") == math.inf
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         for cores, threads in ((math.inf, 3), (8, 3), (2, 2)):
-            monkeypatch.setattr(config, "quota", lambda: cores)
-            config.pick_device("cpu")
+            monkeypatch.setattr(device, "quota", lambda: cores)
+            device.pick_device("cpu")
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

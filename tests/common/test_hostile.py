@@ -33,13 +33,14 @@ from full import weights
 from common.config import UserError
 from test_clip import tiny_clip, to_open_clip
 from test_weights import TEXT, TOKENIZER, status
+from tiny.world import load_models
 
 pytestmark = pytest.mark.filterwarnings("ignore")          # torch's, on its way to refuse a file
 CPU = torch.device("cpu")
 LOADERS = {                                    # name: function (path) -> what to compare: {name: tensor}
     "load": lambda path: checkpoint.load(path)["gpt"]["state"],                # takes any dict of tensors
-    "base": lambda path: checkpoint.load_models(path, CPU)[0].state_dict(),
-    "run": lambda path: checkpoint.load_models(path, CPU)[0].state_dict(),
+    "base": lambda path: load_models(path, CPU)[0].state_dict(),
+    "run": lambda path: load_models(path, CPU)[0].state_dict(),
     "options": lambda path: evaluate.options_of(path)[1],
     "resume": lambda path: runs.open_run(train.Config, train.check, [
         f"--out_dir={os.path.dirname(path)}", "--resume"]

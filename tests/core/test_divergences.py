@@ -11,6 +11,7 @@ from torch.distributions import Categorical, kl_divergence
 
 import divergences
 from divergences import CLAMP, DIVERGENCES, check_gradients
+from lab import figures
 
 NAMES = list(DIVERGENCES)
 
@@ -225,7 +226,7 @@ def test_js_is_bounded_and_finite_far_out():
 
 def test_the_script_checks_itself(tmp_path):
     assert max(check_gradients(vocab=30, seed=9).values()) < 1e-8
-    divergences.plot(tmp_path / "d.png")
+    figures.plot(tmp_path / "d.png")
     assert (tmp_path / "d.png").stat().st_size > 10_000
 
 
@@ -234,25 +235,25 @@ def test_the_script_checks_itself(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_fixed_points(name, estimator, beta):
     """The update is at rest there by autograd as well, and the two closed forms hold."""
-    pi = divergences.fixed_point(name, estimator, beta * (4 if name == "js" else 1))
-    z, logq = pi.log().requires_grad_(), divergences.RHO.log()
+    pi = figures.fixed_point(name, estimator, beta * (4 if name == "js" else 1))
+    z, logq = pi.log().requires_grad_(), figures.RHO.log()
     logp, d = z.log_softmax(0), DIVERGENCES[name]
     shaped = d.exact(logp, logq) if estimator != "sampled" else (pi * d.sampled(logp, logq)).sum()
-    rest = grad((logp.exp() * divergences.REWARD).sum() - beta * (4 if name == "js" else 1) * shaped, z)
+    rest = grad((logp.exp() * figures.REWARD).sum() - beta * (4 if name == "js" else 1) * shaped, z)
     assert rest.abs().max() < 1e-8 and pi.sum().item() == pytest.approx(1)
     if name == "reverse_kl" and estimator != "sampled":
-        boltzmann = (logq + divergences.REWARD / beta).softmax(0)
+        boltzmann = (logq + figures.REWARD / beta).softmax(0)
         assert torch.allclose(pi, boltzmann, atol=1e-9)
     if name == "reverse_kl" and estimator == "sampled":                 # pi (l - r) / rho is beta for all
-        others = divergences.REWARD == 0
-        level = (beta * divergences.RHO / pi)[others]
+        others = figures.REWARD == 0
+        level = (beta * figures.RHO / pi)[others]
         assert torch.allclose(level, level[0].expand_as(level), rtol=1e-7)
-        assert torch.allclose(pi[4], beta * divergences.RHO[4] / (level[0] - 1), rtol=1e-7)
+        assert torch.allclose(pi[4], beta * figures.RHO[4] / (level[0] - 1), rtol=1e-7)
 
 
 def test_demo_is_an_animation(tmp_path):
     from PIL import Image
-    divergences.demo(tmp_path / "demo.gif", steps=30, frames=3)
+    figures.demo(tmp_path / "demo.gif", steps=30, frames=3)
     with Image.open(tmp_path / "demo.gif") as picture:
         assert picture.n_frames == 4
 

@@ -4,10 +4,12 @@ import random
 import pytest
 import torch
 
-from common import files as checkpoint
 import reward
 from tiny import shapes
 from common.config import UserError, locate
+from tiny.world import load_models
+from tiny.judge import reader
+from tiny.judge import Judge
 
 
 @pytest.fixture(scope="module")
@@ -18,15 +20,15 @@ def world():
 
 @pytest.fixture(scope="module")
 def judge():
-    return checkpoint.load_models(locate("assets/tiny_base.pt"), "cpu")[2]
+    return load_models(locate("assets/tiny_base.pt"), "cpu")[2]
 
 
 def test_reader_reward(world):
     captions, images = world
-    assert reward.reader(images, captions).tolist() == [1.0] * 300
-    assert reward.reader(images, captions[1:] + captions[:1]).mean() < .05
+    assert reader(images, captions).tolist() == [1.0] * 300
+    assert reader(images, captions[1:] + captions[:1]).mean() < .05
     with pytest.raises(UserError):
-        reward.reader(images[:1], ["a photo of a cat"])
+        reader(images[:1], ["a photo of a cat"])
 
 
 def test_judge_prefers_the_true_caption(world, judge):
@@ -43,7 +45,7 @@ def test_judge_prefers_the_true_caption(world, judge):
 def test_score_of_an_image_is_its_own(world, judge):
     """No reward may look at the batch: alone, in another order or among others the score is the same."""
     captions, images = world
-    for f in (judge, reward.reader):
+    for f in (judge, reader):
         whole = f(images[:20], captions[:20])
         assert torch.allclose(f(images[3:4], captions[3:4]), whole[3:4], atol=1e-5)
         assert torch.allclose(f(images[:20].flip(0), captions[:20][::-1]).flip(0), whole, atol=1e-5)
@@ -51,9 +53,9 @@ def test_score_of_an_image_is_its_own(world, judge):
 
 def test_weighted_sums(world, judge):
     captions, images = world[0][:10], world[1][:10]
-    both = reward.build(reward.parse("judge:2, reader:0.5"), {"judge": judge, "reader": reward.reader})(
+    both = reward.build(reward.parse("judge:2, reader:0.5"), {"judge": judge, "reader": reader})(
         images, captions)
-    assert torch.allclose(both, 2 * judge(images, captions) + .5 * reward.reader(images, captions))
+    assert torch.allclose(both, 2 * judge(images, captions) + .5 * reader(images, captions))
     assert reward.parse("judge") == {"judge": 1.0}
 
 
@@ -68,7 +70,7 @@ def test_bad_specs(spec):
 
 def test_judge_loss_is_the_sigmoid_loss_written_out():
     torch.manual_seed(0)
-    judge, images = reward.Judge(), torch.rand(3, 3, 32, 32) * 2 - 1
+    judge, images = Judge(), torch.rand(3, 3, 32, 32) * 2 - 1
     captions, truth = ["a red circle", "two blue squares"], torch.tensor([[1., 0.], [0., 1.], [0., 0.]])
     total = 0
     for b in range(3):

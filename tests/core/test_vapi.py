@@ -21,6 +21,7 @@ from common.config import UserError
 from divergences import DIVERGENCES
 from model import GPT
 from test_train import lines, same
+import metrics
 
 QUICK = ["--algorithm=vapi", "--eval_interval=3", "--eval_prompts=1", "--eval_draws=64",
          "--prompts_per_step=3", "--group_size=4", "--micro_batch=12", "--context_noise=.3",
@@ -110,14 +111,14 @@ def test_distance_is_that_of_the_formulas():
 def test_frechet_distance_of_gaussians():
     x = torch.randn(4000, 1, generator=generator(), dtype=torch.float64)
     x = (x - x.mean()) / x.std()                         # on a line: (difference of means)^2 + that of stds^2
-    assert evaluate.frechet(2 * x + 1, 5 * x - 3) == pytest.approx(4 ** 2 + 3 ** 2)
+    assert metrics.frechet(2 * x + 1, 5 * x - 3) == pytest.approx(4 ** 2 + 3 ** 2)
     a, b = torch.randn(2, 500, 6, generator=generator(1), dtype=torch.float64)
     b = b @ torch.randn(6, 6, generator=generator(2), dtype=torch.float64)
     # the second way: the eigenvalues of the product itself, which is not symmetric
     roots = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).real.sqrt().sum()
     other = (a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * roots
-    assert evaluate.frechet(a, b) == pytest.approx(other.item())
-    assert evaluate.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    assert metrics.frechet(a, b) == pytest.approx(other.item())
+    assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-9)
 
 
 def test_precision_and_recall_by_brute_force():
@@ -127,10 +128,10 @@ def test_precision_and_recall_by_brute_force():
         def inside(p):
             return any((p - c).norm() <= sorted((c - o).norm() for o in cloud)[3] for c in cloud)
         return sum(map(inside, points)) / len(points)
-    assert evaluate.precision_recall(real, drawn) == (
+    assert metrics.precision_recall(real, drawn) == (
         pytest.approx(share(drawn, real)), pytest.approx(share(real, drawn)))
-    assert evaluate.precision_recall(real, real) == (1, 1)
-    assert evaluate.precision_recall(real, real + 100) == (0, 0)
+    assert metrics.precision_recall(real, real) == (1, 1)
+    assert metrics.precision_recall(real, real + 100) == (0, 0)
 
 
 # ---- the step ----------------------------------------------------------------------------------------------

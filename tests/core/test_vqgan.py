@@ -4,10 +4,10 @@ import random
 import pytest
 import torch
 
-from common import files as checkpoint
 from tiny import shapes
 from common.config import locate
 from vqgan import VQGAN, VQConfig
+from tiny.world import load_models
 
 TINY = VQConfig(codebook_size=64, ch=16, ch_mult=(1, 2), num_res_blocks=1, z_channels=16, num_groups=8,
                 entropy_weight=.1, collage_weight=.1, temperature=.1)
@@ -68,7 +68,7 @@ def test_keys_and_shapes_as_released(mult):
 
 def test_round_trip_of_the_shipped_tokenizer():
     """Pictures survive 64 codes: the reader finds every attribute in at least 95 % of them (see LOG.md)."""
-    _, vqgan, _, _ = checkpoint.load_models(locate("assets/tiny_base.pt"), "cpu")
+    _, vqgan, _, _ = load_models(locate("assets/tiny_base.pt"), "cpu")
     scenes = [s for _, s in shapes.random_scenes(400, random.Random(11), allow_heldout=True)]
     images = shapes.render(scenes)
     tokens = vqgan.encode(images)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from full import data
+from full import lpips
 import full_size
 from common.config import UserError
 
@@ -304,7 +305,7 @@ def test_what_a_file_is_called_is_not_what_it_is(tmp_path):
 def files(tmp_path_factory):
     path = tmp_path_factory.mktemp("lpips")
     full_size.make_lpips(str(path))
-    return [str(path / name) for name in (data.VGG_FILE, data.HEADS_FILE)]
+    return [str(path / name) for name in (lpips.VGG_FILE, lpips.HEADS_FILE)]
 
 
 def test_lpips_is_its_formula(files):
@@ -330,7 +331,7 @@ def test_lpips_is_its_formula(files):
     for k, (y, z) in enumerate(zip(seen(a), seen(b))):
         expected = expected + torch.einsum("c,bchw->b", heads[f"lin{k}.model.1.weight"].flatten().double(),
                                            (y - z) ** 2) / (y.shape[2] * y.shape[3])
-    ours = data.LPIPS(*files)
+    ours = lpips.LPIPS(*files)
     found = ours(a, b)
     assert found.shape == (3,) and found.dtype == torch.float32 and not found.requires_grad
     assert torch.allclose(found.double(), expected, rtol=1e-4)
@@ -386,7 +387,7 @@ def test_lpips_is_that_of_the_package(files, tmp_path):
     done = subprocess.run([sys.executable, "-c", PACKAGE.format(stand_ins=STAND_INS), files[0], *paths],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-900:]
-    theirs, ours = torch.load(paths[1], weights_only=True), data.LPIPS(files[0], heads)
+    theirs, ours = torch.load(paths[1], weights_only=True), lpips.LPIPS(files[0], heads)
     assert torch.allclose(ours(a, b), theirs, rtol=1e-5) and theirs.min() > 0
     sums = [head.weight.sum().item() for head in ours.heads]
     assert sums == pytest.approx([6.926, 8.858, 17.515, 51.521, 47.035], abs=2e-3)     # the published ones
@@ -406,17 +407,17 @@ def test_files_that_are_not_lpips_are_refused(files, tmp_path, which, change, me
     change(state)
     paths[which] = str(tmp_path / "changed.pth")
     torch.save(state, paths[which])
-    refused(message, data.LPIPS, *paths)
-    refused("no file", data.LPIPS, *[p + "x" for p in files])
+    refused(message, lpips.LPIPS, *paths)
+    refused("no file", lpips.LPIPS, *[p + "x" for p in files])
 
 
 def test_vgg16_has_the_parameters_of_the_table():
     from full import weights
     layers, width = 0, 3
-    for n, count in data.BLOCKS:
+    for n, count in lpips.BLOCKS:
         for _ in range(count):
             layers, width = layers + 9 * width * n + n, n
     matrices = sum((a + 1) * b for a, b in ((512 * 49, 4096), (4096, 4096), (4096, 1000)))
     assert layers + matrices == weights.VGG16
-    assert weights.RELEASED[data.HEADS_FILE][0] == 4 * sum(n for n, _ in data.BLOCKS)
-    assert weights.RELEASED[data.VGG_FILE][0] == 4 * weights.VGG16 == 553_430_176
+    assert weights.RELEASED[lpips.HEADS_FILE][0] == 4 * sum(n for n, _ in lpips.BLOCKS)
+    assert weights.RELEASED[lpips.VGG_FILE][0] == 4 * weights.VGG16 == 553_430_176

@@ -33,6 +33,8 @@ from full import weights
 from common.config import UserError, locate
 from full.janus import Janus, JanusConfig, Prompts
 from vqgan import VQGAN
+from tiny.world import load_models
+from common.device import freeze
 
 CAPTIONS = ["a red cat", "a photo of a dog on a blue cat", "dog"]
 
@@ -454,7 +456,7 @@ class JanusInShapes(tiny.World):
         for policy in (self.policy, self.reference):
             policy.load_state_dict(state)
             policy.eval()
-        checkpoint.freeze(self.reference, options.dtype)
+        freeze(self.reference, options.dtype)
         self.policy.to(next(self.reference.parameters()).dtype)
         self.pools = [shapes.captions("single")[:4]]
 
@@ -475,7 +477,7 @@ def pretrained(steps, scenes):
     """A Janus that has seen pictures of the shapes world with their captions, by maximum likelihood."""
     torch.manual_seed(0)
     pool = [x for x in shapes.random_scenes(5 * scenes, random.Random(0)) if x[0].category == "single"]
-    _, vqgan, _, _ = checkpoint.load_models(locate("assets/tiny_base.pt"), "cpu")
+    _, vqgan, _, _ = load_models(locate("assets/tiny_base.pt"), "cpu")
     tokens = torch.cat([vqgan.encode(images) for images in shapes.render([s for _, s in pool]).split(250)])
     policy = Janus(TINY)
     for name, p in policy.named_parameters():

@@ -8,6 +8,7 @@ All else is small.
 """
 import os
 import sys
+from full import lpips
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests", "full")]
@@ -15,7 +16,6 @@ import torch
 from PIL import Image
 
 from common import files as checkpoint
-from full import data
 from full import weights
 
 WORDS = "a red blue cat dog on the photo of and small green".split()
@@ -94,15 +94,15 @@ def make_lpips(folder):
     """VGG16 in torchvision's layout, with a bit of the classifier, and the heads, which are positive."""
     torch.manual_seed(0)
     state, i, width = {"classifier.6.bias": torch.zeros(1000)}, 0, 3
-    for n, count in data.BLOCKS:
+    for n, count in lpips.BLOCKS:
         for _ in range(count):
             state[f"features.{i}.weight"] = torch.randn(n, width, 3, 3) * (2 / 9 / width) ** .5
             state[f"features.{i}.bias"] = torch.randn(n) * .1
             i, width = i + 2, n
         i += 1                                             # a pool
-    checkpoint.save(state, os.path.join(folder, data.VGG_FILE))
-    heads = {f"lin{k}.model.1.weight": torch.rand(1, n, 1, 1) for k, (n, _) in enumerate(data.BLOCKS)}
-    checkpoint.save(heads, os.path.join(folder, data.HEADS_FILE))
+    checkpoint.save(state, os.path.join(folder, lpips.VGG_FILE))
+    heads = {f"lin{k}.model.1.weight": torch.rand(1, n, 1, 1) for k, (n, _) in enumerate(lpips.BLOCKS)}
+    checkpoint.save(heads, os.path.join(folder, lpips.HEADS_FILE))
 
 
 def make_pictures(folder, classes=4, of_each=8, size=(90, 70), seed=0):

@@ -15,7 +15,7 @@ from lab import frontier
 from lab import sweep
 from common.config import Fault, UserError
 from lab.frontier import area, cells, complete, key, load, plan, reachable, steps_to
-from lab.sweep import false_alarms, judged, say, student
+from lab.stats import false_alarms, judged, say, student
 
 
 def line(cell, seed, reward=.2, kept=.9, **more):

@@ -4,6 +4,7 @@ import torch
 from common import files as checkpoint
 import pretrain
 from tiny import shapes
+from tiny.world import load_models
 
 
 def test_same_seed_same_file_and_it_loads(tmp_path):
@@ -15,7 +16,7 @@ def test_same_seed_same_file_and_it_loads(tmp_path):
     for part in ("gpt", "vqgan", "judge"):
         assert first[part]["state"].keys() == second[part]["state"].keys()
         assert all(torch.equal(v, second[part]["state"][k]) for k, v in first[part]["state"].items())
-    policy, vqgan, _, options = checkpoint.load_models(str(files[0]), torch.device("cpu"))
+    policy, vqgan, _, options = load_models(str(files[0]), torch.device("cpu"))
     assert options == {} and vqgan.decode(torch.zeros(1, 64, dtype=torch.long)).shape == (1, 3, 32, 32)
     assert policy.output.weight.any()                            # it starts at zero, so a step was taken
 
