@@ -58,6 +58,7 @@ import torch
 import torch.nn.functional as F
 
 import grpo
+from grpo import weigh  # noqa: F401  (phase 3)
 from common import parallel
 from common.device import batched
 
