@@ -92,6 +92,7 @@ from x at |x| = .4 and 24 % at 1.   [test_strength_at_the_reference, test_streng
 Departure from the paper's code: none in section 1 (x is clamped to +-20 as there, which ends the gradient);
 sections 3 and 4 are ours to compare with.
 """
+import functools
 from typing import Callable, NamedTuple
 
 import torch
@@ -142,6 +143,37 @@ DIVERGENCES = {
         c=lambda x: -x.exp() * (LOG2 - F.softplus(-x)) / 2,
         exact=_js_exact),
 }
+
+
+class Categorical:
+    """provisional, see branch math"""
+
+    def __init__(self, hidden, head=None, rows=None):
+        self.hidden, self.head, self.rows = hidden, head, rows
+
+    @functools.cached_property
+    def logits(self):
+        return self.head(self.hidden) if self.head else self.hidden
+
+    @functools.cached_property
+    def logp(self):
+        return self.logits.log_softmax(-1)
+
+    def at(self, start, stop):
+        return Categorical(self.hidden[:, start:stop], self.head, self.rows)
+
+    def _of(self, x):
+        return x if self.rows is None else x[self.rows]
+
+    def log_prob(self, tokens):
+        rows = torch.arange(len(tokens), device=tokens.device) if self.rows is None else self.rows
+        return self.logp[rows[:, None], torch.arange(tokens.shape[1], device=tokens.device), tokens]
+
+    def entropy(self):
+        return self._of(-(self.logp.exp() * self.logp).sum(-1))
+
+    def divergence(self, name, other):
+        return self._of(DIVERGENCES[name].exact(self.logp, other.logp))
 
 
 def check_gradients(vocab=50, seed=0):

@@ -1,5 +1,6 @@
 """Diversity and distance of sets of features."""
 import torch
+import torch.nn.functional as F
 
 
 def pairwise(features):
@@ -37,3 +38,13 @@ def precision_recall(real, drawn, k=3):
         radius = torch.cdist(cloud, cloud).kthvalue(k + 1).values          # the nearest is the point itself
         return (torch.cdist(points, cloud) <= radius).any(1).double().mean().item()
     return share(drawn, real), share(real, drawn)
+
+
+def lpips(layers, images, originals):
+    """LPIPS with all weights 1, arXiv 1801.03924 eq. 1: a perceptual distance [b] of images to originals.
+
+    layers: a function images -> list of activations [b,C,h,w]. Activations become unit vectors at every
+    place. Their squared distance is averaged over places and summed over layers.
+    """
+    pairs = zip(layers(images), layers(originals))
+    return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean((1, 2)) for a, b in pairs)

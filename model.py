@@ -37,6 +37,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 import graphs
+from common.interfaces import Rollout
+from divergences import Categorical
 
 PRESETS = {  # name: (n_layer, n_head, dim)
     "GPT-B": (12, 12, 768), "GPT-L": (24, 16, 1024), "GPT-XL": (36, 20, 1280), "GPT-XXL": (48, 24, 1536),
@@ -326,8 +328,39 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens, cond, cond_mask, prompt, cfg_scale=cfg_scale),
                            cfg_scale, temperature)
 
+    bf16 = False
+
+    def _autocast(self, x):
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16)
+
     @torch.no_grad()
-    def generate(self, cond, cond_mask=None, prompt=None, *, cfg_scale=1.0, temperature=1.0, top_k=0,
+    def rollout(self, conditions, prompt, *, cfg_scale=1.0, temperature=1.0, at_once=0, generator=None,
+                part=(0, 1)):
+        parts, noise = prompt.split(at_once or len(prompt)), generator.get_state()
+        drawn = []
+        for i, some in enumerate(parts):
+            generator.set_state(noise)
+            drawn.append(self.generate(*conditions.of(some), cfg_scale=cfg_scale, temperature=temperature,
+                                       generator=generator, return_logp=True,
+                                       part=(part[0] * len(parts) + i, part[1] * len(parts))))
+        tokens, logp = map(torch.cat, zip(*drawn))
+        return Rollout(tokens, logp, prompt)
+
+    def distribution(self, rollout, conditions, rows, *, cfg_scale=1.0, temperature=1.0, uncond_grad=True):
+        with self._autocast(rows):
+            hidden = self.hidden(rollout.actions[rows], *conditions.of(rollout.prompt[rows]), cfg_scale=cfg_scale)
+
+        def head(h):
+            with self._autocast(h):
+                return self.logits(h, cfg_scale, temperature, uncond_grad)
+        return Categorical(hidden, head)
+
+    @torch.no_grad()
+    def generate(self, *args, **kwargs):
+        with self._autocast(next(self.parameters())):
+            return self._generate(*args, **kwargs)
+
+    def _generate(self, cond, cond_mask=None, prompt=None, *, cfg_scale=1.0, temperature=1.0, top_k=0,
                  top_p=1.0, generator=None, return_logp=False, part=(0, 1)):
         """Samples tokens [B,block_size]; with return_logp also logp [B,T] of the distribution really sampled.
 

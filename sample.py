@@ -53,7 +53,7 @@ from common.config import UserError
 from common.device import batched
 from tiny.world import load_models
 from common.device import freeze
-from common.device import pick_device
+from common import device
 from tiny.judge import reader
 
 # (cfg_scale, top_k) of LlamaGen's and Janus's own samplers

@@ -208,6 +208,10 @@ class VQGAN(nn.Module):
                              f"not {tuple(images.shape)}")
         return self.quantize(self.quant_conv(self.encoder(images)))[0]
 
+    def codes(self):
+        """The unit vector of each code, [V,8]."""
+        return self.quantize.codes()
+
     def decode(self, tokens):
         """tokens [B,T] of a square picture -> images [B,3,H,W], about [-1,1] but not clipped to it."""
         side = int(tokens.shape[1] ** .5)

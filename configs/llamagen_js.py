@@ -22,7 +22,7 @@ divergence = "js"
 estimator = "sampled"       # the paper's form
 beta = 0.04                 # as released, for all three divergences; llamagen_js_matched.py has 4 times that
 micro_batch = 16
-chunk = 64                  # logits of 16 x 64 tokens x 16,384 codes in fp32: 67 MB each
+logit_chunk = 64                  # logits of 16 x 64 tokens x 16,384 codes in fp32: 67 MB each
 recompute = True
 # ---- length, optimiser
 max_steps = 900

@@ -4,4 +4,4 @@ out_dir = "out/llamagen_js_as_released"
 critical_tokens = True      # the loss is the average over 75 of 256 tokens
 dynamic_weight = True
 micro_batch = 8             # logits of 8 x 256 tokens x 16,384 codes in fp32: 134 MB each
-chunk = 0                   # dynamic_weight needs whole sequences
+logit_chunk = 0                   # dynamic_weight needs whole sequences

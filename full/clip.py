@@ -30,6 +30,12 @@ import torch.nn.functional as F
 from common import files as checkpoint
 from common.config import UserError
 
+CLIP_L = "clip-vit-large-patch14"
+FILES = {                    # of each reward; HPS and PickScore share the tokenizer of OpenAI's CLIP
+    "hps": {"model": "HPS_v2.1_compressed.pt", "tokenizer": CLIP_L},
+    "pickscore": {"model": "PickScore_v1", "tokenizer": CLIP_L},
+    "clipscore": {"model": CLIP_L, "tokenizer": CLIP_L},
+    "aesthetic": {"model": CLIP_L, "tokenizer": CLIP_L, "head": "sac+logos+ava1-l14-linearMSE.pth"}}
 NAMES = ("hps", "pickscore", "clipscore", "aesthetic")
 MEAN = torch.tensor([.48145466, .4578275, .40821073])[:, None, None]       # of CLIP's own training pictures
 STD = torch.tensor([.26862954, .26130258, .27577711])[:, None, None]
