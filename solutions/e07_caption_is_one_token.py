@@ -1,8 +1,9 @@
 """Solution 7.
 
-sum_j exp(0) p_j = n mean_j(p_j) = exp(log n) mean_j(p_j): value mean_j(p_j), and score 0 + log n, so that the
-one token weighs as much as n. The denominator agrees too: exp(log n) = n.
-Without log n the caption would weigh 1 / (1 + ...) in place of n / (n + ...): the model would be nearly deaf.
+sum_j exp(0) p_j = n mean_j(p_j) = exp(log n) mean_j(p_j). So the token has the value mean_j(p_j) and the
+logit 0 + log n, and weighs as much as n tokens. The denominator agrees as well: exp(log n) = n.
+Without log n the prompt would weigh 1 / (1 + ...) instead of n / (n + ...), and the model would nearly
+ignore the prompt.
 """
 import math
 
