@@ -7,8 +7,8 @@ zero. So the product q.k of an image token with each prompt token is 0, whatever
 attention of one query over n prompt tokens and t image tokens is then
     y = [ sum_j exp(0) p_j  +  sum_i exp(s_i) v_i ] / [ n + sum_i exp(s_i) ],      s_i = q.k_i / sqrt(hd),
 where p_j are the values of the prompt tokens. Write the same with *one* prompt token, so that the softmax
-runs over 1 + t numbers instead of n + t. This token has key 0. Find its value, and the number to add to its
-attention logit.
+runs over 1 + t numbers instead of n + t. This token has key 0. Find its value and its attention
+logit.
 
 Hint: n p = exp(?) p. The full-size model has hd = 64 and up to n = 120 prompt tokens.
 """
