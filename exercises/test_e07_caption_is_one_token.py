@@ -23,7 +23,7 @@ def plain(q, k, v, prefix_v):
 def diagnosis(yours, q, k, v, prefix_v):
     """Return a sentence that names the mistake, if y shows a common one."""
     n, hd = prefix_v.shape[1:]
-    scores = (k @ q[:, :, None])[..., 0]
+    logits = (k @ q[:, :, None])[..., 0]
     values = torch.cat([prefix_v.mean(1, keepdim=True), v], 1)
     for first, scale, value, what in (
             (0., hd ** -.5, values, f"log n is missing: {n} prompt tokens have the weight of one, "
@@ -33,7 +33,7 @@ def diagnosis(yours, q, k, v, prefix_v):
             (math.log(n) * hd ** -.5, hd ** -.5, values, "Add log n *after* the division by sqrt(hd)."),
             (math.log(n), hd ** -.5, torch.cat([prefix_v.sum(1, keepdim=True), v], 1),
              "n counts twice: in the logit, and in a value that is a sum instead of a mean.")):
-        weights = torch.cat([torch.full_like(q[:, :1], first), scores * scale], 1).softmax(1)
+        weights = torch.cat([torch.full_like(q[:, :1], first), logits * scale], 1).softmax(1)
         if torch.allclose(yours, (weights[:, None] @ value)[:, 0]):
             return what
     return "The one token has key 0, the logit log n, and the mean of the prompt's values."

@@ -12,9 +12,9 @@ def batch(seed=0):
 
 def causal(q, k, v):
     """Return all rows of causal attention, by an explicit mask."""
-    scores = q @ k.transpose(2, 3) / HD ** .5
+    logits = q @ k.transpose(2, 3) / HD ** .5
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, -torch.inf).softmax(-1) @ v
+    return logits.masked_fill(future, -torch.inf).softmax(-1) @ v
 
 
 def caches():
@@ -34,8 +34,8 @@ def test_every_step_is_a_row_of_causal_attention(exercise):
         why = "the softmax of q.k / sqrt(hd) runs over places 0 .. t"
         for seen, what in ((slice(0, t), "token t does not see itself, so the slice must end at t + 1"),
                            (slice(None), "it attends to places beyond t, which hold an older image")):
-            scores = row(q, t) @ cache_k[:, :, seen].transpose(2, 3) / HD ** .5
-            if torch.allclose(yours, scores.softmax(-1) @ cache_v[:, :, seen]) and t < T - 1:
+            logits = row(q, t) @ cache_k[:, :, seen].transpose(2, 3) / HD ** .5
+            if torch.allclose(yours, logits.softmax(-1) @ cache_v[:, :, seen]) and t < T - 1:
                 why = what
         error = (yours - row(full, t)).abs().max()
         assert error < 1e-10, f"step {t} is off by up to {error:.3f} from row {t} of causal attention: {why}"

@@ -123,8 +123,8 @@ def demo(path, steps=1500, frames=60, batch=16, rate=.5, strength=.25, seed=0):
     background = figure.canvas.copy_from_bbox(figure.bbox)
 
     def frame(step):
-        for form, drawn in bars.items():
-            for bar, height in zip(drawn, z[form].softmax(0).tolist()):
+        for form, bars_of_form in bars.items():
+            for bar, height in zip(bars_of_form, z[form].softmax(0).tolist()):
                 bar.set_height(height)
         label.set_text(f"token (token 4 is rewarded), step {step}")
         figure.canvas.restore_region(background)

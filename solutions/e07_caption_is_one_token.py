@@ -11,8 +11,8 @@ import torch
 
 
 def collapsed(q, k, v, prefix_v):
-    scores = (k @ q[:, :, None])[..., 0] / math.sqrt(q.shape[1])                                 # [B,t]
+    logits = (k @ q[:, :, None])[..., 0] / math.sqrt(q.shape[1])                                 # [B,t]
     log_n = torch.full_like(q[:, :1], math.log(prefix_v.shape[1]))                               # [B,1]
-    weights = torch.cat([log_n, scores], 1).softmax(1)                                           # [B,1+t]
+    weights = torch.cat([log_n, logits], 1).softmax(1)                                           # [B,1+t]
     values = torch.cat([prefix_v.mean(1, keepdim=True), v], 1)                                   # [B,1+t,hd]
     return (weights[:, None] @ values)[:, 0]
