@@ -168,7 +168,8 @@ def report(cfg, run, world, prompts):
     world.picture(run.file("before_after.png"), prompts, [
         ("base", run.before.images), (f"after {cfg.max_steps} steps, {cfg.algorithm}, {cfg.divergence}",
                                       run.after.images)])
-    images.curves(run.metrics.lines, run.file("curves.png"), run.evaluations.lines)
+    images.curves(run.metrics.lines, run.file("curves.png"), run.evaluations.lines,
+                  trained="reconstruction" if world.images else "reward")
     table = evaluate.table([("base", before), ("best of 8 of the base", evaluate.best_of_n(before)),
                             (cfg.out_dir, after)], world.columns)
     print(table)
