@@ -700,8 +700,8 @@ print((t.status("VmHWM") - before) / t.os.path.getsize(path))
 
 def peak(path, n_head, kind=""):
     """Return the rise of memory while a new process loads or converts a file, divided by the file's size."""
-    done = subprocess.run([sys.executable, "-c", CHILD, path, str(n_head), kind], capture_output=True, text=True,
-                          check=True, cwd=config.locate("."))
+    done = subprocess.run([sys.executable, "-c", CHILD, path, str(n_head), kind], capture_output=True,
+                          text=True, check=True, cwd=config.locate("."))
     return float(done.stdout.split()[-1])
 
 
