@@ -256,7 +256,7 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how, message", [
-    ("tensor gone", "layers.1.attention.wqkv.weight is missing"), ("heads", "n_head"),
+    ("tensor gone", "'layers.1.attention.wqkv.weight' should be"), ("heads", "n_head"),
     ("other model", "does not look like a file for JanusConfig"), ("other tokenizer", "is not Janus-Pro's"),
     ("torn tokenizer", "is no tokenizer"), ("tokenizer.json", "no file"),
     ("pytorch_model.bin", "no weights at")])
