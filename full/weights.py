@@ -243,7 +243,7 @@ def export(model, path, dtype=torch.float32):
     _write({"model": {PREFIX.sub("", k): v.to("cpu", dtype) for k, v in state.items()}}, path)
 
 
-# ---- from_pretrained, until it stands beside the models (branch model) -----------------------------------
+# ---- DELETE down to "the command" once branch `model` is merged: from_pretrained is then beside the models
 def refuse_others(path, state, unused):
     """Nothing to do: `sift` refuses as well."""
 
