@@ -1,5 +1,5 @@
 # Janus-Pro-7B with JS, by the recipe of arXiv 2606.21498's released code: 384 pixels, guided, 1,600 steps.
-#   8 prompts x 4 samples x 576 tokens = 18,432 tokens per step, on any number of GPUs (paper: 2 prompts on each).
+#   8 prompts x 4 samples x 576 tokens = 18,432 tokens per step, on any number of GPUs (the paper: 2 on each).
 # Memory per GPU for 6.59 billion parameters, calculated, not measured on a GPU:
 #   all weights (--lora_rank=0)                              adapters of rank 64 (common/lora.py)
 #     policy, gradient, AdamW, bf16 copy          118.7 GB     134 million x 18 bytes           2.4 GB
