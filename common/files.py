@@ -81,7 +81,7 @@ def verify(path):
 def examine(state, path, size=None):
     """UserError for a tensor anywhere in `state`, read from `path`, that is not finite or cannot be in it, as
     it has only `size` bytes."""
-    room = 1e30
+    room = 4 * (size or os.path.getsize(path))                      # 4: tensors may share their numbers
     todo, seen = [("", state)], set()
     while todo:
         name, value = todo.pop()
