@@ -290,7 +290,7 @@ def figures(rows, folder):
                    xlabel=f"beta (js / {STRENGTH['js']})", ylabel="steps")
     trace(axes[1, 2], [c for c in found if c[0][3] == "linear"], entropy_kept, gain, "o")
     trace(axes[1, 2], pick("sampled"), entropy_kept, gain, ":", legend=False)
-    axes[1, 2].set(title="a falling beta (dots) and constant ones (dotted)", xlabel=kept, ylabel=judged)
+    axes[1, 2].set(title="falling beta (dots), constant betas (dotted)", xlabel=kept, ylabel=judged)
     for axis in axes.flat:
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(os.path.join(folder, "frontier_more.png"), dpi=110)

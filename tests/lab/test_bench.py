@@ -1,8 +1,8 @@
 """python -m pytest tests/lab/test_bench.py
 
-lab/bench.py compares the speed of model.py with the plain path of lab/plain.py. The comparison means something
-only if both compute the same. These tests check that on random weights in the released layout: 120 prompt
-features of width 2,048, and heads of width 64.
+lab/bench.py compares the speed of model.py with the plain path of lab/plain.py. The comparison is valid only
+if both compute the same. These tests check this on random weights in the released layout: 120 prompt features
+of width 2,048, and heads of width 64.
 """
 import pytest
 import torch
@@ -26,7 +26,7 @@ def setup(dtype=torch.float32, n=2, samples=3, scale=4):
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("cfg_scale", [1.0, 7.5])
 def test_both_paths_give_the_same_logits(cfg_scale, dtype, error):
-    """error: in units of the largest logit. Guidance at 7.5 makes large logits, and rounding grows with them."""
+    """error is in units of the largest logit: guidance makes large logits, and rounding grows with them."""
     gpt, plain, cond = setup(dtype)
     tokens = torch.randint(512, (6, 64))
     a, b = gpt(tokens, *cond, cfg_scale=cfg_scale), plain.forward(tokens, *cond, cfg_scale)
@@ -45,7 +45,7 @@ def test_both_paths_draw_the_same_tokens(cfg_scale):
 
 
 def test_bf16_is_no_further_from_the_truth_than_the_plain_path():
-    """bf16 rounds log n in model.py, while the plain path has exact zeros. This must not dominate the error."""
+    """bf16 rounds log n in model.py, while the plain path has exact zeros. This error must not dominate."""
     gpt, plain, cond = setup(torch.float32)
     tokens = torch.randint(512, (6, 64))
     truth = gpt(tokens, *cond)

@@ -1,7 +1,7 @@
 """python -m pytest tests/lab/test_frontier.py
 
-These tests check the statistics on points that can be computed by hand, and the bookkeeping of the runs: no run
-is made twice, and no csv file mixes runs that cannot be compared.
+These tests check the statistics on points that can be computed by hand, and the bookkeeping: no run is made
+twice, and no csv file mixes runs that cannot be compared.
 """
 import csv
 import fcntl
@@ -80,7 +80,7 @@ def test_student_holds_95_percent(n):
 
 def test_how_far_to_trust_them():
     # Three seeds by hand: 1 in 27 resamples contains only the smallest value, and that is more than 2.5 %. So
-    # the interval reaches from the smallest to the largest value. It excludes 0 if all signs agree: 1 in 4 times.
+    # the interval reaches from the smallest to the largest value. It excludes 0 if all signs agree: 1 in 4.
     assert false_alarms(3)[0] == pytest.approx(.25, abs=.04)
     assert false_alarms(3)[0] > false_alarms(5)[0] > false_alarms(30)[0]
     for n in (3, 5, 30):
@@ -94,7 +94,7 @@ def test_how_far_to_trust_them():
 def test_steps_to_a_reward():
     def steps(curve):
         return steps_to(line(("js", "sampled", .5, "constant"), 0, curve=curve))
-    assert steps(" ".join(["0.1"] * 6 + ["0.3"] * 6)) == 80              # the second block above .2 ends there
+    assert steps(" ".join(["0.1"] * 6 + ["0.3"] * 6)) == 80           # the second block above .2 ends there
     assert steps("0.1 0.3 0.1 0.3 0.3") == 50 and steps("0.3 0.3 0.1") == 20
     assert steps("0.1 0.3 0.1 0.1") == 40                                # never twice: all steps
 
@@ -108,7 +108,7 @@ def test_only_a_complete_block_is_compared():
 
 @pytest.fixture
 def finished(tmp_path):
-    """Return a csv file in which JS gains .05 more than the KLs in every estimator, and falling betas .02."""
+    """Return a csv file in which JS gains .05 more than the KLs in every estimator, a falling beta .02."""
     path = tmp_path / "frontier.csv"
     with open(path, "w", newline="", encoding="utf-8") as file:
         out = csv.DictWriter(file, frontier.FIELDS)
