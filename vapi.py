@@ -167,21 +167,11 @@ def vapi_loop(cfg, run, world, pipeline):
         for _ in range(cfg.inner_epochs):
             epochs.append({})
             for rows in torch.arange(len(mine), device=device).split(cfg.micro_batch):
-                used, own = image_of[rows].unique(return_inverse=True)         # [U] images, [r] rows of these
-                pi = policy.distribution(context, conditions, used)                # at temperature 1
-                with torch.no_grad():
-                    rho = reference.distribution(context, conditions, used)
-                loss, stats = grpo.loss(
-                    tempered(pi, cfg.temperature, own), tempered(rho, cfg.temperature, own),
-                    rollout.actions[rows], rollout.logp[rows], advantages[rows], B * T, beta=beta,
-                    divergence=cfg.divergence, estimator=cfg.estimator, clip_eps=cfg.clip_eps)
-                if cfg.prior_dropout:
-                    policy.train()
-                    pi = policy.distribution(context, conditions, used)
-                    policy.eval()
-                prior = prior_loss(pi.logits, targets[used])[own].sum() / (B * T)  # an image counts G times
-                (loss + cfg.prior_weight * prior).backward()
-                grpo.accumulate(epochs[-1], stats | {"prior": prior.detach()})
+                loss, stats = loss_of(
+                    cfg, policy, reference, context, conditions, targets, image_of[rows],
+                    rollout.actions[rows], rollout.logp[rows], advantages[rows], B * T, beta)
+                loss.backward()
+                grpo.accumulate(epochs[-1], stats)
             run.optimizer_step(step)
         run.phase("update")
 
@@ -204,6 +194,28 @@ def sample(cfg, policy, context, conditions, image_of, uniform):
             tokens.append(sample_table(logp[u].exp(), uniform[rows][own == u]))                   # [G,T]
             logps.append(logp[u].gather(1, tokens[-1].T).T)
     return Rollout(torch.cat(tokens), torch.cat(logps), image_of)
+
+
+def loss_of(cfg, policy, reference, context, conditions, targets, image_of, tokens, logp_old, adv, n_tokens,
+            beta=0.0):
+    """The loss of some samples, as their part of the step's mean, and its statistics (see grpo.loss).
+
+    context: a Rollout with the noisy tokens of P images. targets [P,T]: their own tokens. image_of [b]: the
+    image of each sample. tokens, logp_old [b,T], adv [b]: of the samples. n_tokens: B * T of the whole step.
+    """
+    used, row = image_of.unique(return_inverse=True)                 # [U] images, [b] row of each sample
+    pi = policy.distribution(context, conditions, used)              # at temperature 1
+    with torch.no_grad():
+        rho = reference.distribution(context, conditions, used)
+    loss, stats = grpo.loss(
+        tempered(pi, cfg.temperature, row), tempered(rho, cfg.temperature, row), tokens, logp_old, adv,
+        n_tokens, divergence=cfg.divergence, estimator=cfg.estimator, beta=beta, clip_eps=cfg.clip_eps)
+    if cfg.prior_dropout:
+        policy.train()
+        pi = policy.distribution(context, conditions, used)
+        policy.eval()
+    prior = prior_loss(pi.logits, targets[used])[row].sum() / n_tokens           # an image counts G times
+    return loss + cfg.prior_weight * prior, stats | {"prior": prior.detach()}
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------

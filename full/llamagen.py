@@ -34,6 +34,23 @@ class Classes:
         return labels, torch.ones(len(names), 1, device=device)
 
 
+class Numbers(Classes):
+    """The same where class numbers are given as text: "207" -> 207."""
+
+    def __init__(self):
+        pass
+
+    def check(self, texts, n):
+        """UserError unless all texts are class numbers below n."""
+        if not all(text.isdecimal() and int(text) < n for text in texts):
+            raise UserError(f"--prompt must be class numbers from 0 to {n - 1} with ; between them, got "
+                            f"{'; '.join(texts):.99}: this model reads classes")
+
+    def encode(self, texts, device):
+        self.label_of = {text: int(text) for text in texts}
+        return super().encode(texts, device)
+
+
 class Pipeline:
     """The models of LlamaGen. o: full.world.Options. found: {name: path} of its files. text: an encoder of
     prompts, an object with prepare(prompts) and encode(prompts, device). Raises UserError."""
@@ -61,19 +78,20 @@ class Pipeline:
             raise UserError(f"{o.gpt_ckpt} writes {policy.config.vocab_size} codes, and {o.vq_ckpt} has "
                             f"{vqgan.config.codebook_size}: they do not belong together")
         if (policy.config.model_type == "c2i") != os.path.basename(o.gpt_ckpt).startswith("c2i_"):
-            raise UserError(f"{o.gpt_ckpt} is of model_type {policy.config.model_type}: the names of policies "
+            raise UserError(f"{o.gpt_ckpt} is of model_type {policy.config.model_type}: names of policies "
                             f"that read classes must begin with c2i_, and no other names")
         return policy, vqgan
 
-    def __init__(self, o, found, text, device, dtype="float32"):
+    def __init__(self, o, found, text, device, dtype="float32", train=True):
         self.text, self.device = text, device
         policy, vqgan = self.load_models(o, found)
+        policy.bf16 = dtype == "bfloat16"
         self.policy, self.vqgan = policy.to(device), freeze(vqgan.to(device))
-        self.reference = self.policy if o.lora_rank else copy.deepcopy(self.policy)
-        freeze(self.reference, dtype)
         if o.lora_rank:
+            self.reference = freeze(self.policy, dtype)
             self.policy = lora.adapt(self.reference, o.lora_rank)
-        self.policy.bf16 = self.reference.bf16 = dtype == "bfloat16"
+        elif train:                                        # sample.py needs no reference
+            self.reference = freeze(copy.deepcopy(self.policy), dtype)
         self.kind, self.tokens = policy.config.model_type, policy.config.block_size
         self.codebook = vqgan.codes()
         # A token is a square of pixels: of 16 x 16 pixels in VQ-16.

@@ -35,9 +35,9 @@ from tqdm import tqdm
 
 import evaluate
 from common import config, files
-from common.config import UserError, locate
+from common.config import UserError, option, locate
 from lab import stats, sweep
-from lab.sweep import check
+
 
 NO_REWARD = ("--mse_weight=0", "--perceptual_weight=0")
 ARMS = {"reward only": ("--prior_weight=0",),
@@ -60,13 +60,13 @@ NUMBERS = FIELDS[2:-len(sweep.STAMP)]
 
 @dataclass(frozen=True)
 class Config:
-    only: Literal["all", "runs", "figures"] = "all"  # all: the runs, then the figure and the report
-    seeds: int = 5                     # seeds of each arm
-    minutes: float = 0.0               # start no run after this time; 0: no limit
-    jobs: int = 2                      # runs at a time, with one thread each
-    device: Literal["cuda", "mps", "cpu"] = "cpu"  # a tiny run is as fast on one core as on a GPU
-    csv: str = "results/ablation.csv"  # the file of results, one line for each run
-    out: str = "out/ablation"          # folder of the run folders; those of the arm `all` stay
+    only: Literal["all", "runs", "figures"] = option("all", "all: the runs, then the figure and the report")
+    seeds: int = option(5, "seeds of each arm", low=1, high=1000)
+    minutes: float = option(0.0, "start no run after this time; 0: no limit", low=0)
+    jobs: int = option(2, "runs at a time, with one thread each", low=1)
+    device: Literal["cuda", "mps", "cpu"] = option("cpu", "a tiny run is as fast on one core as on a GPU")
+    csv: str = option("results/ablation.csv", "the file of results, one line for each run", ending=".csv")
+    out: str = option("out/ablation", "folder of the run folders; those of the arm `all` stay", ending="")
 
 
 # ---- the runs ----------------------------------------------------------------------------------------------
@@ -111,14 +111,15 @@ def evaluator(cfg):
     """Return a function (seed, temperature, cfg_scale) -> results, of the base (seed -1) or the arm `all`."""
     def run(seed):
         return evaluate.options_of(os.path.join(cfg.out, f"all_{seed}"))
-    world = evaluate.open_world(run(cfg.seeds - 1)[0], torch.device(cfg.device))
-    base = evaluate.evaluate(world, world.reference, temperature=BROAD)
+    world, pipeline = evaluate.open_world(run(cfg.seeds - 1)[0], torch.device(cfg.device))
+    base = evaluate.evaluate(world, pipeline, pipeline.reference, temperature=BROAD)
 
     def measure(seed, temperature, cfg_scale):
         if seed >= 0:
-            files.load_weights(world.policy, run(seed)[1], f"all_{seed}")
-        policy = world.policy if seed >= 0 else world.reference
-        return evaluate.evaluate(world, policy, base, temperature=temperature, cfg_scale=cfg_scale)[0]
+            files.load_weights(pipeline.policy, run(seed)[1], f"all_{seed}")
+        policy = pipeline.policy if seed >= 0 else pipeline.reference
+        return evaluate.evaluate(world, pipeline, policy, base, temperature=temperature,
+                                 cfg_scale=cfg_scale).results
     return measure
 
 
@@ -218,7 +219,6 @@ def report(rows, settings, path):
 
 def main(argv):
     cfg, _ = config.load(Config, argv)
-    check(cfg)
     plan = [(arm, seed) for seed in range(cfg.seeds) for arm in ARMS]
     stem = cfg.csv.removesuffix(".csv")
     if cfg.only != "figures":

@@ -29,7 +29,10 @@ from tqdm import tqdm
 import grpo
 import vapi
 from common import config
-from common.device import freeze, pick_device
+from common.config import option
+from common.interfaces import Conditions, Rollout
+from divergences import Categorical
+from common.device import freeze, start
 from lab.measure import MIB, ceilings, describe, least_seconds_of_a_step, peak_bytes, seconds
 from lab.plain import Plain
 from lab.stats import pyplot, table
@@ -46,30 +49,30 @@ GOALS = [("cpu", "sampling", "GPT-B", "float32", "8", "ratio", 1.5),
 
 @dataclass(frozen=True)
 class Config:
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
-    repeats: int = 5                   # timed runs of each side, of which the median is reported
-    only: Literal["all", "sampling", "update", "vapi", "growth"] = "all"  # one part; only all writes bench.md
-    out: str = "results"               # folder of bench.md and bench.png; on a GPU bench_cuda.md and .png
+    device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, then mps, then cpu")
+    repeats: int = option(5, "timed runs of each side, of which the median is reported", low=1)
+    only: Literal["all", "sampling", "update", "vapi", "growth"] = option(
+        "all", "one part; only all writes bench.md")
+    out: str = option("results", "folder of bench.md and .png; on a GPU bench_cuda.md and .png", ending="")
 
 
 # ---- what is timed: the only calls of grpo.py and vapi.py --------------------------------------------------
 def grpo_loss(policy, reference, tokens, logp_old, adv, chunk=0):
     """Return GRPO's loss of a whole step. policy, reference: (hidden [B,T,D], function hidden -> logits).
     chunk: positions whose logits exist at once, 0 for all."""
-    return grpo.chunked_loss(policy, reference, tokens, logp_old, adv, tokens.numel(), chunk=chunk, beta=.04,
-                             divergence="js")[0]
+    return grpo.loss(Categorical(*policy), Categorical(*reference), tokens, logp_old, adv, tokens.numel(),
+                     logit_chunk=chunk, beta=.04, divergence="js")[0]
 
 
 def vapi_loss(policy, reference, autocast, cond, mask, prompt, images, tokens, adv):
     """Return VA-pi's loss of a whole step. images [P,T]: tokens of real images. prompt [B]: the row of cond,
     mask and images that each of the samples tokens [B,T] belongs to."""
-    world = SimpleNamespace(policy=policy, reference=reference, autocast=autocast)
-    cfg = SimpleNamespace(prompts_per_step=len(tokens), group_size=1, temperature=1.0, divergence="none",
-                          beta=0.0, estimator="sampled", clip_eps=.2, prior_dropout=False, prior_weight=.1)
-    batch = vapi.Batch([], cond, mask, prompt, 0, tokens, torch.zeros(tokens.shape, device=tokens.device),
-                       targets=images, context=images)
-    rows = torch.arange(len(tokens), device=tokens.device)
-    return vapi.loss_of(cfg, world, batch, rows, adv, torch.ones_like(batch.logp_old), 0.0)[0]
+    cfg = SimpleNamespace(temperature=1.0, divergence="none", estimator="sampled", clip_eps=.2,
+                          prior_dropout=False, prior_weight=.1)
+    context = Rollout(images, None, torch.arange(len(images), device=images.device))
+    with autocast:
+        return vapi.loss_of(cfg, policy, reference, context, Conditions(cond, mask), images, prompt, tokens,
+                            torch.zeros(tokens.shape, device=tokens.device), adv, tokens.numel())[0]
 
 
 # ---- models and prompts ------------------------------------------------------------------------------------
@@ -301,15 +304,9 @@ def draw(panels, path):
     plt.close(figure)
 
 
-def check(cfg):
-    config.at_least(cfg, repeats=1)
-    config.named(cfg, out="")
-
-
 def main(argv):
     cfg, _ = config.load(Config, argv)
-    check(cfg)
-    device, begin = pick_device(cfg.device), time.time()
+    device, begin = start(cfg.device), time.time()
     torch.manual_seed(0)
     os.makedirs(cfg.out, exist_ok=True)
     limits, reached = ceilings(device, cfg.repeats), []

@@ -39,10 +39,10 @@ from typing import Literal
 import numpy as np
 
 from common import config
-from common.config import UserError, locate
+from common.config import UserError, option, locate
 from divergences import STRENGTH
 from lab import stats, sweep
-from lab.sweep import check
+
 
 DIVERGENCES, ESTIMATORS = ("reverse_kl", "forward_kl", "js"), ("sampled", "unbiased", "exact")
 BETAS = (.125, .03125, .5, .0625, .25)         # of a KL, in the order of the runs; JS: times STRENGTH
@@ -59,14 +59,14 @@ COLORS = {"none": "black", "reverse_kl": "tab:blue", "forward_kl": "tab:orange",
 
 @dataclass(frozen=True)
 class Config:
-    only: Literal["all", "runs", "figures"] = "all"  # all: the runs, then the figures and the report
-    seeds: int = 5                     # seeds of each cell
-    first_seed: int = 0                # the lowest seed; with another csv, a test on new seeds
-    minutes: float = 0.0               # start no run after this time; 0: no limit
-    jobs: int = 2                      # runs at a time, with one thread each
-    device: Literal["cuda", "mps", "cpu"] = "cpu"  # a tiny run is as fast on one core as on a GPU
-    csv: str = "results/frontier.csv"  # the file of results, one line for each run
-    out: str = "out/frontier"          # folder of the run folders, which are removed after each run
+    only: Literal["all", "runs", "figures"] = option("all", "all: the runs, then the figures and the report")
+    seeds: int = option(5, "seeds of each cell", low=1, high=1000)
+    first_seed: int = option(0, "the lowest seed; with another csv, a test on new seeds", low=0)
+    minutes: float = option(0.0, "start no run after this time; 0: no limit", low=0)
+    jobs: int = option(2, "runs at a time, with one thread each", low=1)
+    device: Literal["cuda", "mps", "cpu"] = option("cpu", "a tiny run is as fast on one core as on a GPU")
+    csv: str = option("results/frontier.csv", "the file of results, one line for each run", ending=".csv")
+    out: str = option("out/frontier", "folder of the run folders, which are removed after each run", ending="")
 
 
 # ---- the runs ----------------------------------------------------------------------------------------------
@@ -327,8 +327,6 @@ def report(rows, path):
 
 def main(argv):
     cfg, _ = config.load(Config, argv)
-    check(cfg)
-    config.at_least(cfg, first_seed=0)
     if cfg.only != "figures":
         sweep.make(cfg, load(cfg.csv), [(*cell, seed) for cell, seed in plan(cfg.seeds, cfg.first_seed)],
                    FIELDS, lambda run, folder: command(run, folder, cfg.device), row_of)

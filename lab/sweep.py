@@ -20,11 +20,10 @@ import time
 import torch
 from tqdm import tqdm
 
-from common import config
+
 from common.config import Fault, UserError, locate
 from common.run import claim
 
-MOST_SEEDS = 1000
 STAMP = ("minutes", "device", "torch", "base", "date")         # the last columns of every csv file
 
 
@@ -57,15 +56,6 @@ def load(path, fields, numbers, key):
             raise UserError(f"{path} mixes runs of {name} {' and '.join(sorted(found))}, which cannot be "
                             f"compared. Keep the runs of one {name}")
     return rows
-
-
-def check(cfg):
-    """Raise UserError if an option that all sweeps share is out of range."""
-    config.at_least(cfg, seeds=1, jobs=1, minutes=0)
-    config.named(cfg, csv=".csv", out="")
-    if cfg.seeds > MOST_SEEDS:
-        raise UserError(f"--seeds must be at most {MOST_SEEDS}, got {cfg.seeds}. One seed takes more than an "
-                        f"hour of one core")
 
 
 def fingerprint():
