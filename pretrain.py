@@ -133,7 +133,7 @@ def pretrain_policy(cfg, tokens, captions, rng):
 def near_miss(caption, rng):
     """A caption of the same form that differs in a colour, shape, number or side; never a held-out one, which
     would be false of every picture and so teach the judge to reject the pair."""
-    words, kinds = caption.split(), (tuple(shapes.COLOURS), shapes.SHAPES, tuple(shapes.NUMBERS),
+    words, kinds = caption.split(), (tuple(shapes.COLORS), shapes.SHAPES, tuple(shapes.NUMBERS),
                                      ("above", "below"), ("left", "right"))
     for _ in range(20):
         i = rng.randrange(len(words))
