@@ -35,10 +35,10 @@ BACKGROUNDS = dict(white=(240, 240, 240), grey=(135, 135, 135), black=(25, 25, 2
 SHAPES = ("circle", "square", "triangle", "cross")
 RADII = dict(small=5, large=7)                       # half the width of a shape
 NUMBERS = dict(two=2, three=3)
-GAP, MARGIN = 2, 1                                   # least distance between two shapes, and to the border
-LATTICE = 8                                          # distance between possible centers of shapes
+GAP, MARGIN, LATTICE = 2, 1, 8                       # least gap to shapes, to the border; grid of centers
 RELATION_MARGIN = 4                                  # "left of" means left by at least this many pixels
-# Policy and judge never see these pairs in training, in no text and in no image: they test generalization.
+# Policy and judge never see these pairs in training, neither in texts nor in images. The pairs test
+# generalization.
 HELD_OUT = {("red", "cross"), ("green", "circle"), ("blue", "triangle")}
 CATEGORIES = ("single", "two", "counting", "position", "binding")
 
@@ -93,7 +93,7 @@ def parse(text):
     """Return the Caption of a text. Raise UserError if the grammar does not contain the text."""
     if text not in CAPTIONS:
         raise UserError(f"{text!r} is not of the tiny world's grammar; "
-                        "try a text like 'a red circle left of a blue square'")
+                        "try 'a red circle left of a blue square'")
     return CAPTIONS[text]
 
 
@@ -168,7 +168,7 @@ TEMPLATES = list(itertools.product(SHAPES, RADII))
 
 
 def _template(shape, size):
-    """Return the coverage [WINDOW,WINDOW] of a shape, drawn as the renderer draws it."""
+    """Return the coverage [WINDOW,WINDOW] that a shape in the middle of a window gives to each pixel."""
     large = Image.new("L", (WINDOW * 4, WINDOW * 4))
     _draw(ImageDraw.Draw(large), shape, WINDOW * 2, WINDOW * 2, RADII[size] * 4, 255)
     return torch.from_numpy(np.asarray(large.reduce(4), np.float32) / 255)
@@ -203,9 +203,9 @@ def _find_regions(mask):
     labels = mask * torch.arange(1., SIDE * SIDE + 1).view(1, 1, SIDE, SIDE)
     while not torch.equal(labels, new := F.max_pool2d(labels, 3, 1, 1) * mask):
         labels = new
-    # Adding a multiple of the image's number makes labels unique in the batch, so one search finds all.
+    # A multiple of the image's number makes the labels unique in the batch, so one call finds all regions.
     stride = SIDE * SIDE + 1
-    ids = labels.flatten(1).long() + stride * torch.arange(len(mask))[:, None]
+    ids = labels[:, 0].long() + stride * torch.arange(len(mask)).view(-1, 1, 1)
     ids, pixels = ids.unique(return_counts=True)
     ids = ids[(pixels >= 6) & (ids % stride > 0)]                  # fewer pixels are dirt; label 0 is outside
     image, label = ids // stride, ids % stride
@@ -266,7 +266,7 @@ def read(images):
 
 # ---- performance and diversity of a scene ------------------------------------------------------------------
 def assign(scene, caption):
-    """Return the object of a Scene that fits each slot of a Caption best, or None if there are too few."""
+    """Return for each slot of a Caption the best object that is left, or None if objects are missing."""
     left, chosen = list(scene.objects), []
     if len(left) < len(caption.slots):
         return None
@@ -287,17 +287,15 @@ def matches(scene, caption):
 
 
 def open_attributes(scene, caption):
-    """Return {attribute: value} of what a Caption leaves open; None if a Scene is unreadable or lacks objects.
-
-    A Scene that contradicts the Caption counts too, because diversity is measured apart from performance.
-    A place is a cell of a 3 x 3 grid."""
+    """Return {attribute: value} of what a Caption leaves open; None if unreadable or if objects are missing.
+    A Scene that contradicts the Caption counts too, because diversity is measured apart from performance."""
     chosen = assign(scene, caption) if scene.readable else None
     if chosen is None:
         return None
     values = {"background": scene.background}
     for i, (o, (_, color)) in enumerate(zip(chosen, caption.slots)):
         values[f"size {i}"] = o.size
-        values[f"place {i}"] = (int(o.x * 3 // SIDE), int(o.y * 3 // SIDE))
+        values[f"place {i}"] = (int(o.x * 3 // SIDE), int(o.y * 3 // SIDE))      # cell of a 3 x 3 grid
         if color is None:
             values[f"color {i}"] = o.color
     if len(chosen) == 2 and not caption.relation:
