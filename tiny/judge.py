@@ -37,11 +37,11 @@ class Judge(nn.Module):
         self.scale, self.bias = nn.Parameter(torch.tensor(2.3)), nn.Parameter(torch.tensor(-4.))
 
     def embed_images(self, images):
-        """Map images [B,3,32,32] in [-1,1] to unit vectors [B,D]. Evaluation measures diversity on them."""
+        """Map images [B,3,32,32] in [-1,1] to unit vectors [B,D], on which evaluation measures diversity."""
         return F.normalize(self.image(images.clamp(-1, 1)), dim=1)
 
     def activations(self, images):
-        """Return the outputs of the three convolutions, a list of [B,C,h,w]. VA-pi compares images by them."""
+        """Return the outputs of the three convolutions, a list of [B,C,h,w]. VA-pi compares them."""
         x, outputs = images.clamp(-1, 1), []
         for layer in self.image[:6]:
             x = layer(x)

@@ -17,7 +17,7 @@ The transformer reads its prefix as a bag of tokens of equal weight (model.py ex
 
     python -m tiny.text          encodes two texts
 
-Symbols: B texts, n tokens of a text, L = 32 tokens of the prefix (LENGTH), C = 320 = width of a feature (DIM).
+Symbols: B texts, n tokens of a text, L = 32 tokens of the prefix (LENGTH), C = 320 width of a feature (DIM).
 """
 import functools
 from collections import Counter
