@@ -5,8 +5,8 @@ algorithm = "vapi"
 out_dir = "out/tiny_vapi"
 max_steps = 150
 eval_interval = 75
-# At temperature 1 the tiny base is sharp enough: its best temperature is .8. LlamaGen is far too broad at 1: its
-# FID is 14, and 2.4 with guidance. At 1.4 the tiny base is too broad as well, so VA-pi can improve it
+# At temperature 1 the tiny base is sharp enough: its best temperature is .8. LlamaGen is far too broad at 1:
+# its FID is 14, and 2.4 with guidance. At 1.4 the tiny base is too broad as well, so VA-pi can improve it
 # (lab/ablation.py).
 temperature = 1.4
 prompts_per_step = 16

@@ -21,8 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tiny import shapes
-from tiny import text
+from tiny import shapes, text
 
 
 class Judge(nn.Module):

@@ -37,8 +37,8 @@ RADII = dict(small=5, large=7)                       # half the width of a shape
 NUMBERS = dict(two=2, three=3)
 GAP, MARGIN, LATTICE = 2, 1, 8                       # least gap to shapes, to the border; grid of centers
 RELATION_MARGIN = 4                                  # "left of" means left by at least this many pixels
-# Policy and judge never see these pairs in training, neither in texts nor in images. The pairs test
-# generalization.
+# Policy and judge see these pairs of color and shape in no text and no image of their training. The pairs
+# test generalization.
 HELD_OUT = {("red", "cross"), ("green", "circle"), ("blue", "triangle")}
 CATEGORIES = ("single", "two", "counting", "position", "binding")
 

@@ -26,8 +26,8 @@ import numpy as np
 import tiktoken
 import torch
 
-from tiny import shapes
 from common.config import UserError
+from tiny import shapes
 
 WORDS = 8                       # the longest text, "a red circle left of a blue square", has 8 tokens
 TIMES = 4                       # repetitions of a text

@@ -18,7 +18,7 @@ def test_same_seed_same_file_and_it_loads(tmp_path):
         assert all(torch.equal(v, second[part]["state"][k]) for k, v in first[part]["state"].items())
     policy, vqgan, _, options = load_models(str(paths[0]), torch.device("cpu"))
     assert options == {} and vqgan.decode(torch.zeros(1, 64, dtype=torch.long)).shape == (1, 3, 32, 32)
-    assert policy.output.weight.any()                            # the weights start at zero, so a step was taken
+    assert policy.output.weight.any()    # the weights start at zero, so a step was taken
 
 
 def test_revived_codes_are_vectors_that_were_far_from_all_codes():

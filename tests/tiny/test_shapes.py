@@ -22,7 +22,7 @@ def test_reader_finds_what_the_captions_say():
     seen = read(render([s for _, s in drawn]))
     assert all(matches(s, c) for s, (c, _) in zip(seen, drawn))
     wrong = sum(matches(s, d[0]) for s, d in zip(seen, drawn[1:] + drawn[:1]))
-    assert wrong < 15                                     # the caption of another scene is nearly always false
+    assert wrong < 15    # the caption of another scene is nearly always false
 
 
 def test_reader_survives_noise_and_refuses_nonsense():
@@ -58,7 +58,7 @@ def test_open_attributes_are_those_that_the_caption_leaves_open():
     open_two = open_attributes(scene, parse("a circle and a square"))
     assert open_two == {"background": "white", "size 0": "small", "place 0": (0, 0), "color 0": "red",
                         "size 1": "large", "place 1": (2, 1), "color 1": "blue", "order": True}
-    bound = open_attributes(scene, parse("a blue square left of a red circle"))   # false, but it counts for diversity
+    bound = open_attributes(scene, parse("a blue square left of a red circle"))   # false, but it still counts
     assert set(bound) == {"background", "size 0", "place 0", "size 1", "place 1"}
     assert bound["size 0"] == "large"
     assert open_attributes(Scene("white", ()), parse("a red circle")) is None

@@ -25,7 +25,7 @@ def test_padding_is_on_the_left_and_zero():
     features, mask = text.encode(["a red circle", "a red circle left of a blue square"])
     assert features.shape == (2, text.LENGTH, text.DIM) and mask.sum(1).tolist() == [12, 32]
     assert mask[0].tolist() == [False] * 20 + [True] * 12 and (features[~mask] == 0).all()
-    assert torch.equal(features[0, 20:23], features[1, :3])         # a position counts from the start of the text
+    assert torch.equal(features[0, 20:23], features[1, :3])    # a position counts from the start of the text
 
 
 def test_a_text_is_repeated_four_times():
