@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from tqdm import trange
 
 from common import config, files
+from common.config import option
+from common import device
 from common.device import batched
 from model import GPT, GPTConfig
 from tiny import shapes, text
@@ -42,18 +44,17 @@ AR = GPTConfig(dim=128, n_layer=4, n_head=4, multiple_of=32, vocab_size=VQ.codeb
 
 @dataclass(frozen=True)
 class Config:
-    out: str = "out/tiny_base.pt"      # file to write
-    seed: int = 0                      # seed of scenes, weights and batches
-    scenes: int = 24000                # images to render for training
-    wrong_captions: float = 0.2        # fraction in [0,1] of captions that belong to another image
-    # ---- optimization
-    vq_steps: int = 2400               # steps of the tokenizer, each on 4 images and 4 collages
-    vq_lr: float = 1e-3                # its peak learning rate: warm-up over 50 steps, then cosine to 2 %
-    gpt_steps: int = 5000              # steps of the policy, each on 16 images
-    gpt_lr: float = 2e-3               # its peak learning rate with AdamW, same schedule
-    muon_lr: float = 1e-2              # its peak learning rate with Muon, same schedule
-    judge_steps: int = 1200            # steps of the judge, each on 64 images with 128 captions
-    judge_lr: float = 2e-3             # its peak learning rate, same schedule
+    out: str = option("out/tiny_base.pt", "file to write", ending=".pt")
+    seed: int = option(0, "seed of scenes, weights and batches", low=0)
+    scenes: int = option(24000, "images to render for training", low=2)
+    wrong_captions: float = option(0.2, "fraction of captions that belong to another image", low=0, high=1)
+    vq_steps: int = option(2400, "steps of the tokenizer, each on 4 images and 4 collages", low=1)
+    vq_lr: float = option(1e-3, "its peak learning rate: warm-up over 50 steps, then cosine to 2 %", low=0)
+    gpt_steps: int = option(5000, "steps of the policy, each on 16 images", low=1)
+    gpt_lr: float = option(2e-3, "its peak learning rate with AdamW, same schedule", low=0)
+    muon_lr: float = option(1e-2, "its peak learning rate with Muon, same schedule", low=0)
+    judge_steps: int = option(1200, "steps of the judge, each on 64 images with 128 captions", low=1)
+    judge_lr: float = option(2e-3, "its peak learning rate, same schedule", low=0)
 
 
 def train(name, optimizers, steps, loss_of):
@@ -167,17 +168,9 @@ def pretrain_judge(cfg, images, scenes, captions, rng):
     return judge.eval()
 
 
-def check(cfg):
-    config.at_least(cfg, seed=0, scenes=2, wrong_captions=0, vq_steps=1, gpt_steps=1, judge_steps=1, vq_lr=0,
-                    gpt_lr=0, muon_lr=0, judge_lr=0)
-    config.named(cfg, out=".pt")
-    if cfg.wrong_captions > 1:
-        raise config.UserError(f"--wrong_captions must be at most 1, got {cfg.wrong_captions}")
-
-
 def main(argv):
     cfg, _ = config.load(Config, argv)
-    check(cfg)
+    device.start("cpu")
     os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)    # an error here comes before the work
     start = time.time()
     torch.manual_seed(cfg.seed)

@@ -19,10 +19,10 @@ in `weights`, and fetched if they are not there.
 2310.11513) wants: out/geneval/00000/metadata.jsonl, the prompt's own line of the file, and beside it
 samples/0000.png, 0001.png ...
 
---npz samples n images in all, of uniformly random classes, for the evaluator of ADM (FID, Inception score, precision
-and recall; github.com/openai/guided-diffusion): one array of bytes, arr_0 [n,256,256,3]. Larger images are
-resized as in LlamaGen's scripts, bicubic without antialias. 50,000 images are 9.8 GB, which are written as
-they are sampled.
+--npz samples n images in all, of uniformly random classes, for the evaluator of ADM (FID, Inception score,
+precision and recall; github.com/openai/guided-diffusion): one array of bytes, arr_0 [n,256,256,3]. Larger
+images are resized as in LlamaGen's scripts, bicubic without antialias. 50,000 images are 9.8 GB, which are
+written as they are sampled.
 
 Also printed: how many different codes were used, and a hash of them. Two runs that print the same hash
 sampled the same tokens. On another machine or a GPU the last bit of a sum may differ, and then the tokens
@@ -56,8 +56,8 @@ USUAL = {"tiny": (1.0, 0), "t2i": (7.5, 1000), "c2i": (4.0, 2000), "janus": (5.0
 
 @dataclass(frozen=True)
 class Config:
-    ckpt: str = option("assets/tiny_base.pt", "a run folder, a checkpoint, or a base of the tiny world", ending="")
-    prompt: str = option("a red circle left of a blue square", "prompts, with ; between them; or class numbers")
+    ckpt: str = option("assets/tiny_base.pt", "a run folder, a checkpoint, or a tiny base", ending="")
+    prompt: str = option("a red circle left of a blue square", "prompts or class numbers, with ; between")
     out: str = option("out/sample.png", "the image file", ending=".png")
     n: int = option(8, "images of each prompt; with --npz, in all", low=1)
     prompts: str = option("", "a file of prompts (full/prompts.py), in place of --prompt")
@@ -86,8 +86,8 @@ class Config:
         if cfg.top_p <= 0:
             raise UserError(f"--top_p must be above 0, got {cfg.top_p}")
         if bool(cfg.prompts) != bool(cfg.save):
-            raise UserError("--prompts=FILE and --save=FOLDER go together: every prompt of the file is sampled "
-                            "into the folder")
+            raise UserError("--prompts=FILE and --save=FOLDER go together: every prompt of the file is "
+                            "sampled into the folder")
         if cfg.npz and not cfg.npz.lower().endswith(".npz"):
             raise UserError(f"--npz must be the name of a file that ends in .npz, got {cfg.npz!r}")
         if cfg.npz and cfg.save:
@@ -114,13 +114,13 @@ def open_pipeline(cfg, prompts, where):
             return tiny.world.Pipeline(policy, vqgan, where, cfg.dtype), "tiny"
         state = saved["model"]
     kind = full.world.PIPELINES[options.world]
-    o = full.world.Options(weights=cfg.weights, lora_rank=getattr(options, "lora_rank", 0),
-                           **{k: getattr(options, k) for k in ("gpt_ckpt", "vq_ckpt", "t5", "n_head", "block_size")})
+    same = {k: getattr(options, k) for k in ("gpt_ckpt", "vq_ckpt", "t5", "n_head", "block_size")}
+    o = full.world.Options(weights=cfg.weights, lora_rank=getattr(options, "lora_rank", 0), **same)
     classes = os.path.basename(o.gpt_ckpt).startswith("c2i_")
     found = weights.find(kind.model_files(o) + ([] if classes else kind.text_files(o)), o.weights)
     text = llamagen.Numbers() if classes else kind.text_encoder(o, found, where)
     text.prepare(prompts)
-    pipeline = kind(o, found, text, where, cfg.dtype)
+    pipeline = kind(o, found, text, where, cfg.dtype, train=False)
     if state:
         files.load_weights(pipeline.policy, state, path)
     return pipeline, pipeline.kind
@@ -179,7 +179,7 @@ def main(argv):
     pipeline, kind = open_pipeline(cfg, [] if cfg.npz else prompts, where)
     policy = device.freeze(pipeline.policy, cfg.dtype)
     if cfg.npz and kind != "c2i":
-        raise UserError("--npz samples random classes, and this model reads prompts: see --prompts and --save")
+        raise UserError("--npz samples random classes, and this model reads prompts: see --save")
     if kind == "c2i" and not cfg.npz:
         pipeline.text.check(prompts, policy.config.num_classes)
     scale, top_k = USUAL[kind]
