@@ -10,6 +10,7 @@ the same is looked for here:
     was packed, a bytearray. (A pickle that copies one list very often still gets by.)
  3. NaN and infinity, which would make every picture grey long after anybody remembers the file.
 """
+import argparse
 import dataclasses
 import glob
 import json
@@ -182,6 +183,77 @@ def unpack(make, make_config, packed, device, path):
         raise UserError(f"{path}: no such {make.__name__} can be built: {why}") from None
     load_weights(module, packed["state"], path)
     return module.float().to(device).eval()
+
+
+TOLD = {"n_head": int, "block_size": int, "norm_eps": float}       # what no shape of a tensor tells
+
+
+def select(state, unused, path, beside=()):
+    """Return the tensors of `state` whose names the regular expression `unused` does not match.
+
+    One printed line names what is left out, and the entries `beside` the tensors in the file at `path`.
+    Raises UserError if anything else than tensors of floating point numbers remains.
+    """
+    for key, value in state.items():
+        if not key.isprintable() or not (re.match(unused, key) or isinstance(value, torch.Tensor)
+                                         and value.is_floating_point()):
+            raise UserError(f"{path}: {key!r:.99} is {getattr(value, 'dtype', type(value).__name__)}, not a "
+                            f"tensor of floating point numbers. It may be another kind of file, or a layout "
+                            f"that `python -m full.weights --convert={path} --to=FILE.pt` reads.")
+    out = [*beside, *(key for key in state if re.match(unused, key))]
+    if out:
+        print(f"{path}: left out {len(out)} entries that are not needed: {', '.join(out[:4])}"
+              + ", ..." * (len(out) > 4))
+    return {key: value for key, value in state.items() if not re.match(unused, key)}
+
+
+def read_released(path, unused):
+    """Read a file of released weights and return (state, told).
+
+    The file holds {"model": state} or `state` alone. state: {name: tensor}, selected by `select`. told: the
+    entries of TOLD that `python -m full.weights --convert` wrote into the file under "config", else {}.
+    Raises UserError if the file is missing or damaged, or holds other things than floating point tensors.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"there is no file {path}. `python -m full.weights` lists the released files; with "
+                        f"--convert=FOLDER --to=FILE.pt it converts a folder.")
+    # Trainers store their options as an argparse.Namespace. Loading it only sets its fields.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        state = load(path)
+    told, beside = {}, []
+    if isinstance(state.get("model"), dict) and state["model"]:
+        kept = state.get("config")
+        if isinstance(kept, dict) and set(kept) <= set(TOLD):      # a run's own options are something else
+            told = kept
+        beside = [str(key) for key in state if key != "model" and (key != "config" or kept is not told)]
+        state = state["model"]
+    if wrong := [key for key, value in told.items() if type(value) is not TOLD[key]]:
+        raise UserError(f"{path}: {wrong[0]} must be {TOLD[wrong[0]].__name__}, got {told[wrong[0]]!r:.99}.")
+    return select({str(key): value for key, value in state.items()}, unused, path, beside), told
+
+
+def build(make, config, state, dtype, path):
+    """Return the module make(config) in eval mode, on the CPU, with the tensors of `state` in `dtype`.
+
+    make: a class such as GPT. state: {name: tensor}; it is emptied on the way, so that memory peaks at the
+    size of the file, or of the model where the model is larger. dtype: float32, bfloat16 or float16, as text
+    or as torch's. Raises UserError that lists the first 8 differences if names or shapes do not fit.
+    """
+    if (kind := str(dtype).removeprefix("torch.")) not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}.")
+    try:
+        with torch.device("meta"):                 # names and shapes without memory
+            module = make(config)
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, OverflowError) as error:
+        raise UserError(f"{path}: no such {make.__name__} can be built: {str(error).splitlines()[0]}") from None
+    want = {key: list(tensor.shape) for key, tensor in module.state_dict().items()}
+    have = {key: list(getattr(value, "shape", ())) for key, value in state.items()}
+    if wrong := [f"{key}: expected {want.get(key, 'no tensor')}, got {have.get(key, 'no tensor')}"
+                 for key in {**want, **have} if have.get(key) != want.get(key)]:
+        raise UserError(f"{path} differs from {make.__name__} in {len(wrong)} places: "
+                        + "; ".join(wrong[:8]) + "; ..." * (len(wrong) > 8))
+    module.load_state_dict({key: state.pop(key).to(getattr(torch, kind)) for key in want}, assign=True)
+    return module.eval()
 
 
 class Log:
