@@ -9,9 +9,8 @@
     R  rows: B, or 2B under guidance, first the conditional ones, then the unconditional ones
     S  image positions in one pass   p  places of the prompt in a cache: 1 here, L in full/janus.py
 
-Row t of the logits predicts image token t, and the last row of the prefix predicts token 0. The model is a
-Llama except for the prefix, the rotation in two dimensions, and classifier-free guidance (CFG).
-`ImageTransformer` holds what GPT shares with Janus-Pro (full/janus.py): teacher forcing, guidance, sampling.
+Row t of the logits predicts token t, and the last row of the prefix predicts token 0. The model is a Llama
+(common/llama.py) except for the prefix, the rotation in two dimensions, and classifier-free guidance (CFG).
 Source: LlamaGen, arXiv 2406.06525. Modules have the released names, so released files load unchanged.
 
 Four rules of the released model are unusual, and are kept exactly:
@@ -27,11 +26,9 @@ Four rules of the released model are unusual, and are kept exactly:
         attend to 1 + t positions instead of L + t, and no image runs the prefix again.
  2. Prompts are padded on the left, and padded rows are hidden from all others. Each row still sees itself,
     because a softmax over nothing is undefined. An empty prompt predicts token 0 from its last padded row.
- 3. The unconditional branch of CFG replaces the features by the constant `uncond_embedding`. The mask of the
-    prompt stays.
- 4. Dropout and the dropping of conditions act in train mode. They belong to pretraining. In GRPO the policy
-    stays in eval mode, where gradients flow as well. Otherwise the loss would see another distribution than
-    the sampler.
+ 3. The unconditional branch of CFG has the constant `uncond_embedding` for features, under the same mask.
+ 4. Dropout and the dropping of conditions act in train mode, and belong to pretraining. In GRPO the policy
+    stays in eval mode, where gradients flow as well. Else loss and sampler would see two distributions.
 """
 import contextlib
 from dataclasses import dataclass
@@ -43,7 +40,7 @@ import torch.utils.checkpoint
 
 from common import files, llama, parallel, released
 from common.interfaces import Rollout
-from common.llama import Block, FeedForward, RMSNorm, at_least_fp32, truncated_logp
+from common.llama import Block, FeedForward, RMSNorm, at_least_fp32, rope_table, truncated_logp
 from divergences import Categorical
 
 PRESETS = {  # name: (n_layer, n_head, dim)
@@ -70,15 +67,6 @@ class GPTConfig:                         # the defaults are GPT-B for 256-pixel 
     resid_dropout_p: float = 0.1
     ffn_dropout_p: float = 0.1
     class_dropout_prob: float = 0.1      # of a condition, so that CFG has an unconditional branch
-
-
-def rope_table(side, head_dim, base):
-    """Return exp(i angle), [side*side,hd/2]. Half of the pairs turn with the row, half with the column."""
-    # angle = position * base^(-2j / (head_dim/2)),  j = 0 .. head_dim/4 - 1, the same for rows and columns
-    freq = base ** (-torch.arange(0, head_dim // 2, 2).double() / (head_dim // 2))            # [hd/4]
-    angle = torch.outer(torch.arange(side).double(), freq)                                    # [side,hd/4]
-    angle = torch.cat([angle[:, None].expand(-1, side, -1), angle.expand(side, -1, -1)], 2).flatten(0, 1)
-    return torch.polar(torch.ones_like(angle), angle)
 
 
 class Attention(llama.Attention):
@@ -130,7 +118,7 @@ class ClassEmbedding(nn.Module):
 
 
 class ImageTransformer(nn.Module):
-    """What GPT and Janus share. `forward` and `generate` compute the same distribution.
+    """What GPT and Janus (full/janus.py) share: teacher forcing, guidance and sampling, of one distribution.
 
     A subclass has the modules tok_embeddings, layers, norm, output, a `config`, and three methods:
         check_prompt(cond)          raises ValueError if `cond` has a wrong shape or type
@@ -147,18 +135,11 @@ class ImageTransformer(nn.Module):
 
     def check(self, cond, cond_mask, prompt, cfg_scale, temperature=1.0):
         self.check_prompt(cond)
-        L = cond.shape[1] if cond.dim() > 1 else 1
-        if cond_mask is not None and tuple(cond_mask.shape) != (len(cond), L):
-            raise ValueError(f"cond_mask must be [{len(cond)},{L}], got {tuple(cond_mask.shape)}")
-        if prompt is not None and (prompt.dim() != 1 or prompt.is_floating_point()):
-            raise ValueError(f"prompt must be indices [B] of rows of cond, got {tuple(prompt.shape)}")
-        if cfg_scale < 1 or temperature < 0:
-            raise ValueError(f"cfg_scale must be at least 1 and temperature at least 0, "
-                             f"got {cfg_scale} and {temperature}")
+        llama.check(cond, cond_mask, prompt, cfg_scale, temperature)
 
     def autocast(self):
-        return (torch.autocast(self.norm.weight.device.type, torch.bfloat16) if self.bf16
-                else contextlib.nullcontext())
+        device = self.norm.weight.device.type
+        return torch.autocast(device, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
 
     def run(self, layer, *args):
         if self.recompute and torch.is_grad_enabled():
@@ -173,7 +154,6 @@ class ImageTransformer(nn.Module):
         """
         logits = at_least_fp32(self.output(self.norm(hidden)))
         if cfg_scale > 1:
-            # guided = uncond + scale * (cond - uncond)
             cond, uncond = logits.chunk(2)
             uncond = uncond if uncond_grad else uncond.detach()
             logits = uncond + cfg_scale * (cond - uncond)
@@ -208,8 +188,8 @@ class ImageTransformer(nn.Module):
         """
         self.check(cond, cond_mask, prompt, cfg_scale, temperature)
         with self.autocast():
-            return self.logits(self.hidden(tokens, cond, cond_mask, prompt, cfg_scale=cfg_scale),
-                               cfg_scale, temperature)
+            hidden = self.hidden(tokens, cond, cond_mask, prompt, cfg_scale=cfg_scale)
+            return self.logits(hidden, cfg_scale, temperature)
 
     def step(self, token, rotation, bias, caches, place):
         """One step of sampling: run the row of token [B,1] through all layers. Return it, [R,1,D]."""
@@ -228,28 +208,27 @@ class ImageTransformer(nn.Module):
         and top_p 1 cut nothing. part (i, n): these sequences are part i of n equal parts of a batch. The
         noise is that of the whole batch, so n processes sample what one would. Raises ValueError.
 
-        The cache is static: it has its full size from the start. With compile_step, torch.compile compiles
-        `step` for fixed shapes, as gpt-fast does. The step then attends to all places, and the bias hides
-        those that are not filled yet. On CUDA it asks for CUDA graphs. No GPU has run or measured this.
+        The cache has its full size from the start. compile_step compiles `step` for fixed shapes: it attends
+        to all places then, and the bias hides those not filled yet. No GPU has run or measured that.
         """
         self.check(cond, cond_mask, prompt, cfg_scale, temperature)
         if top_k < 0 or not 0 < top_p <= 1:
             raise ValueError(f"top_k must be at least 0 and top_p in (0,1], got {top_k} and {top_p}")
         B, T, device = len(cond) if prompt is None else len(prompt), self.config.block_size, cond.device
-        first, prompts, prompt_bias = self.read(cond, cond_mask, prompt, cfg_scale)
+        first, caches, prompt_bias = self.read(cond, cond_mask, prompt, cfg_scale)
         p, rotations = prompt_bias.shape[3], self.rotations(first)
         # places 0 .. p-1 belong to the prompt, the others to tokens 0 .. T-2
-        caches = [[F.pad(x, (0, 0, 0, T - 1)) for x in keys_values] for keys_values in prompts]
+        caches = [[F.pad(x, (0, 0, 0, T - 1)) for x in keys_values] for keys_values in caches]
         bias = F.pad(prompt_bias, (0, T - 1)).type_as(caches[0][0])                       # [R or 1,1,1,p+T-1]
         places, step = torch.arange(p + T - 1, device=device), self.step
         if self.compile_step:
-            step = compiled(step, caches)
+            step = llama.compiled(step, caches)
         tokens = torch.zeros(B, T, dtype=torch.long, device=device)
         logp = torch.zeros(B, T, dtype=torch.promote_types(first.dtype, torch.float32), device=device)
         hidden = first.type_as(self.tok_embeddings(tokens[:, :1]))         # in the precision of image rows
         for t in range(T):
-            logits = self.logits(hidden[:, 0], cfg_scale, temperature)
-            logp_all = truncated_logp(logits, top_k, top_p)                                       # [B,V]
+            logits = self.logits(hidden[:, 0], cfg_scale, temperature)                            # [B,V]
+            logp_all = truncated_logp(logits, top_k, top_p)
             if temperature == 0:
                 token = logp_all.argmax(1, keepdim=True)                                          # [B,1]
             else:
@@ -269,7 +248,7 @@ class ImageTransformer(nn.Module):
     @torch.no_grad()
     def rollout(self, conditions, prompt, *, cfg_scale=1.0, temperature=1.0, at_once=0, generator=None,
                 part=(0, 1)):
-        """Sample an image for each entry of prompt [b], as `Policy` in common/interfaces.py says."""
+        """Sample an image for each entry of prompt [b], as Policy in common/interfaces.py says."""
         pieces = prompt.split(at_once or len(prompt))
         noise, sampled = generator and generator.get_state(), []
         with self.autocast(), parallel.gathered(self):
@@ -283,7 +262,7 @@ class ImageTransformer(nn.Module):
         return Rollout(tokens, logp, prompt)
 
     def distribution(self, rollout, conditions, rows, *, cfg_scale=1.0, temperature=1.0, uncond_grad=True):
-        """Return the Categorical of rows [r] of a rollout, as `Policy` in common/interfaces.py says."""
+        """Return the Categorical of rows [r] of a rollout, as Policy in common/interfaces.py says."""
         def head(hidden):
             with self.autocast():
                 return self.logits(hidden, cfg_scale, temperature, uncond_grad)
@@ -293,7 +272,7 @@ class ImageTransformer(nn.Module):
 
 
 class GPT(ImageTransformer):
-    """LlamaGen. Call it for teacher forcing; `generate` and `rollout` sample."""
+    """LlamaGen's transformer. Raises ValueError if the config is impossible."""
 
     def __init__(self, config):
         super().__init__()
@@ -305,10 +284,9 @@ class GPT(ImageTransformer):
                              f"and model_type t2i or c2i, got {c}")
         self.tok_embeddings = nn.Embedding(c.vocab_size, c.dim)
         self.cls_embedding = TextEmbedding(c) if c.model_type == "t2i" else ClassEmbedding(c)
-        self.layers = nn.ModuleList(
-            Block(Attention(c.dim, c.n_head, c.resid_dropout_p),
-                  FeedForward(c.dim, c.multiple_of, c.ffn_dropout_p), c.dim, c.norm_eps)
-            for _ in range(c.n_layer))
+        self.layers = nn.ModuleList(Block(
+            Attention(c.dim, c.n_head, c.resid_dropout_p),
+            FeedForward(c.dim, c.multiple_of, c.ffn_dropout_p), c.dim, c.norm_eps) for _ in range(c.n_layer))
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.output = nn.Linear(c.dim, c.vocab_size, bias=False)
         self.rope = None          # made at first use; no buffer, or .bfloat16() would round the angles
@@ -319,11 +297,11 @@ class GPT(ImageTransformer):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, **overrides):
-        """Load a file in LlamaGen's layout. Return a GPT on the CPU, in eval mode, with parameters in `dtype`.
+        """Load a file in LlamaGen's layout into a GPT on the CPU, in eval mode, with parameters in `dtype`.
 
-        dtype: float32, bfloat16 or float16, as text or torch's. overrides: fields of GPTConfig. The config
-        comes from shapes, PRESETS and the file's name (common/released.py). Raises UserError for a file that
-        is missing, damaged or of another model, and if n_head= or block_size= has to be given.
+        dtype: float32, bfloat16 or float16, as text or torch's. The config comes from shapes, PRESETS and
+        the file's name (common/released.py), and overrides replace its fields. Raises UserError for a file
+        that is missing, damaged or of another model, and if n_head= or block_size= has to be given.
         """
         state, told = files.read_released(path, released.UNUSED)
         fields = released.fields(GPTConfig, released.gpt_shapes, state, told, overrides, path)
@@ -332,12 +310,11 @@ class GPT(ImageTransformer):
 
     def check_prompt(self, cond):
         c = self.config
-        if c.model_type == "t2i" and (cond.dim() != 3
-                                      or tuple(cond.shape[1:]) != (c.cls_token_num, c.caption_dim)):
-            raise ValueError(f"cond must be features [P,{c.cls_token_num},{c.caption_dim}], "
-                             f"got {tuple(cond.shape)}")
+        L, C, shape = c.cls_token_num, c.caption_dim, tuple(cond.shape)
+        if c.model_type == "t2i" and (cond.dim() != 3 or shape[1:] != (L, C)):
+            raise ValueError(f"cond must be features [P,{L},{C}], got {shape}")
         if c.model_type == "c2i" and (cond.dim() != 1 or cond.is_floating_point()):
-            raise ValueError(f"cond must be class labels [P], got {cond.dtype} {tuple(cond.shape)}")
+            raise ValueError(f"cond must be class labels [P], got {cond.dtype} {shape}")
 
     def rotations(self, x):
         """Return the rotations of all image positions, [T,hd/2], in the precision of x but at least fp32."""
@@ -347,10 +324,10 @@ class GPT(ImageTransformer):
         return self.rope
 
     def read(self, cond, cond_mask, prompt, cfg_scale):
-        """Run the prefix, once per prompt. Return (first, caches, bias) as ImageTransformer says. A cache is
-        the prompt as one token, and the bias its score log n, which is -inf for an empty prompt."""
+        """Run the prefix, once per prompt. A cache is the prompt as one token (p = 1), and the bias is its
+        score log n, or -inf for an empty prompt. ImageTransformer describes what is returned."""
         c, L, P = self.config, self.config.cls_token_num, len(cond)
-        visible = cond.new_ones(1, L) if cond_mask is None else cond_mask
+        visible = cond.new_ones(1, L) if cond_mask is None else cond_mask                         # [P or 1,L]
         if cond_mask is not None and cond.is_floating_point():
             cond = cond * cond_mask[..., None].to(cond.dtype)              # features of padding become zero
         if self.training and c.class_dropout_prob:
@@ -371,10 +348,3 @@ class GPT(ImageTransformer):
             caches.append([y[row] for y in keys_values])
         log_n = visible.sum(2).to(self.rotations(x).real.dtype).log()[:, :, None, None]
         return x[row, -1:], caches, log_n if len(log_n) == 1 else log_n[row]
-
-
-def compiled(step, caches):
-    """Return `step` compiled for fixed shapes. A CUDA graph may write into the caches, which do not move."""
-    for x in (x for keys_values in caches for x in keys_values):
-        torch._dynamo.mark_static_address(x, guard=False)
-    return torch.compile(step, dynamic=False, mode="reduce-overhead" if x.is_cuda else None)

@@ -1,4 +1,4 @@
-"""The parts of a Llama that GPT (model.py) and Janus (full/janus.py) share: norm, rotation, attention, SwiGLU.
+"""The parts of a Llama that model.py and full/janus.py share: norm, rotation, attention, SwiGLU.
 
     R rows of a batch   S positions   D width   hd width of a head
 
@@ -29,6 +29,15 @@ def rotate(x, rotation):
     # (x0 + i x1) exp(i angle): a product of complex numbers is a rotation, and needs one pass over memory.
     pairs = torch.view_as_complex(at_least_fp32(x).unflatten(-1, (-1, 2)))                # [R,S,heads,hd/2]
     return torch.view_as_real(pairs * rotation[:, None]).flatten(-2).type_as(x)
+
+
+def rope_table(side, head_dim, base):
+    """Return exp(i angle), [side*side,hd/2]. Half of the pairs turn with the row, half with the column."""
+    # angle = position * base^(-2j / (head_dim/2)),  j = 0 .. head_dim/4 - 1, the same for rows and columns
+    freq = base ** (-torch.arange(0, head_dim // 2, 2).double() / (head_dim // 2))            # [hd/4]
+    angle = torch.outer(torch.arange(side).double(), freq)                                    # [side,hd/4]
+    angle = torch.cat([angle[:, None].expand(-1, side, -1), angle.expand(side, -1, -1)], 2).flatten(0, 1)
+    return torch.polar(torch.ones_like(angle), angle)
 
 
 class Attention(nn.Module):
@@ -107,3 +116,26 @@ def truncated_logp(logits, top_k=0, top_p=1.0):
         cut[:, 1:] = mass[:, :-1] >= top_p                                 # the code that reaches top_p stays
         logits = logits.masked_fill(cut.scatter(1, order.indices, cut), -torch.inf)
     return logits.log_softmax(1)
+
+
+def check(cond, cond_mask, prompt, cfg_scale, temperature):
+    """Raise ValueError if the arguments of a policy's `forward` do not fit together."""
+    L = cond.shape[1] if cond.dim() > 1 else 1
+    if cond_mask is not None and tuple(cond_mask.shape) != (len(cond), L):
+        raise ValueError(f"cond_mask must be [{len(cond)},{L}], got {tuple(cond_mask.shape)}")
+    if prompt is not None and (prompt.dim() != 1 or prompt.is_floating_point()):
+        raise ValueError(f"prompt must be indices [B] of rows of cond, got {tuple(prompt.shape)}")
+    if cfg_scale < 1 or temperature < 0:
+        raise ValueError(f"cfg_scale must be at least 1 and temperature at least 0, got {cfg_scale} and "
+                         f"{temperature}")
+
+
+def compiled(step, caches):
+    """Return the decoding step compiled by torch.compile for fixed shapes, as gpt-fast does.
+
+    On CUDA it asks for CUDA graphs, which may write into `caches` (pairs of tensors) because these do not
+    move. No GPU has run or measured this.
+    """
+    for x in (x for keys_values in caches for x in keys_values):
+        torch._dynamo.mark_static_address(x, guard=False)
+    return torch.compile(step, dynamic=False, mode="reduce-overhead" if x.is_cuda else None)
