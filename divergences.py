@@ -5,8 +5,8 @@
 Symbols
     pi, rho       the policy and the frozen reference: two distributions over the V codes of one token,
                   given the tokens before it
-    a             the sampled token, a ~ pi
-    s             grad log pi(a), the score function. Its mean is zero: E_pi[s] = 0
+    a, v          the sampled token, a ~ pi, and any of the V codes
+    s             grad log pi(a), the score function, with E_pi[s] = 0. At code v: s_v = grad log pi_v
     w, x          w = rho(a) / pi(a) and x = log w = log rho(a) - log pi(a)
     suppressed    a token with x > 0: the policy gives it less probability than the reference does
     boosted       a token with x < 0: the policy gives it more
@@ -23,6 +23,7 @@ The three divergences of this file:
     reverse_kl   KL(pi || rho)                    w - log w - 1      1 - 1/w    1 - w        -log w
     forward_kl   KL(rho || pi)                    w log w - w + 1    log w      -w log w     1 - w
     js           (KL(pi || m) + KL(rho || m))/2   (P + w R) / 2      R / 2      -w R / 2     P / 2
+KL(p || q) = sum_v p_v log(p_v / q_v). So E_pi[-log w] = KL(pi || rho), and E_pi[w log w] = KL(rho || pi).
 For js, m = (pi + rho)/2, P = log(pi/m) = log(2 / (1 + w)), and R = log(rho/m) = log(2w / (1 + w)). JS lies
 between 0 and log 2, because pi/m and rho/m are at most 2.
     c = -w f'     is the coefficient of s in the gradient of f(w) at a sampled token: see Divergence.weight
@@ -31,10 +32,9 @@ between 0 and log 2, because pi/m and rho/m are at most 2.
 test_js_is_bounded_and_finite_far_out]
 
 The three estimators. All have the mean value D. Only their gradients differ.
-    sampled     f(w) at the sampled tokens, as in the paper (arXiv 2606.21498) and in most GRPO code
-    unbiased    the same value, with a gradient whose mean is the gradient of D
-    exact       the sum over all V codes, so that the choice of the token adds no noise
-`sampled` follows the paper's released code. `unbiased` and `exact` are ours, for comparison.
+    sampled     f(w) at the sampled tokens, as in the paper (arXiv 2606.21498), its code, and most GRPO code
+    unbiased    ours: the same value, with a gradient whose mean is the gradient of D
+    exact       ours: the sum over all V codes, so that the choice of the token adds no noise
 
 The main finding. The mean gradient of `sampled` is not the gradient of D. The sampled "reverse KL" that GRPO
 and the paper use descends the forward KL. Divergence.sampled derives what each sampled form descends.

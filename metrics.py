@@ -1,39 +1,53 @@
-"""Diversity and distance of sets of features."""
+"""Measures of diversity, and distances between sets of images, computed from feature vectors."""
 import torch
 
 
 def pairwise(features):
-    """Unit vectors [P,n,d] -> mean over the prompts of 1 - cosine between two different ones of a prompt."""
+    """Return the mean of 1 - cosine over all pairs of different images of one prompt, a float in [0,2].
+
+    features: unit vectors [P,n,d] of n >= 2 images of each of P prompts.
+    """
     n = features.shape[1]
-    # the cosines of all pairs add up to the squared length of the sum; n of them are of a vector with itself
+    # The squared length of the sum is the sum of all n^2 cosines. n of these compare a vector with itself.
     total = features.sum(1).square().sum(1)                                                  # [P]
     return (1 - (total - n) / (n * (n - 1))).mean().item()
 
 
 def vendi(features):
-    """Unit vectors [n,d] -> the Vendi score, in 1..n. The d x d matrix has the same eigenvalues as the
-    n x n one."""
-    f = features.cpu().double()                    # mps knows no float64
+    """Return the Vendi score (arXiv 2210.02410 eq. 2), the effective number of different images, in 1..n.
+
+    features: unit vectors [n,d]. The score is exp of the entropy of the eigenvalues of the [n,n] matrix of
+    cosines over n. The [d,d] matrix has the same nonzero eigenvalues, so the smaller matrix is used.
+    """
+    f = features.cpu().double()                    # on the CPU, because MPS has no float64
     p = torch.linalg.eigvalsh((f.T @ f if len(f) > f.shape[1] else f @ f.T) / len(f)).clamp_min(1e-12)
     return (-(p * p.log()).sum()).exp().item()
 
 
 def frechet(a, b):
-    """Frechet distance of the Gaussians through two clouds of features [n,d], [m,d]; arXiv 1706.08500 eq. 6.
-    (In features of Inception it is FID. It falls with n: compare only at equal numbers.)"""
+    """Return the Frechet distance between Gaussians fitted to features a [n,d] and b [m,d], a float >= 0.
+
+    This is arXiv 1706.08500 eq. 6, which is called FID when the features come from Inception. The value falls
+    as n grows, so compare only values of equal n.
+    """
     (m, s), (k, t) = ((x.mean(0), torch.atleast_2d(x.T.cov())) for x in (
         a.cpu().double(), b.cpu().double()))
-    # tr sqrt(S T) is the sum of the roots of the eigenvalues of S T; sqrt(S) T sqrt(S) has the same ones
+    # The trace of sqrt(S T) is the sum of the roots of the eigenvalues of S T. The symmetric matrix
+    # sqrt(S) T sqrt(S) has the same eigenvalues.
     values, vectors = torch.linalg.eigh(s)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     middle = torch.linalg.eigvalsh(root @ t @ root).clamp_min(0).sqrt().sum()
     return ((m - k).square().sum() + s.trace() + t.trace() - 2 * middle).item()
 
 
-def precision_recall(real, drawn, k=3):
-    """Features [n,d], [m,d] -> (share of the drawn that lie among the real, share of the real among the
-    drawn); among: nearer to one of them than that is to its own k-th neighbour. arXiv 1904.06991 eq. 1."""
-    def share(points, cloud):
-        radius = torch.cdist(cloud, cloud).kthvalue(k + 1).values          # the nearest is the point itself
-        return (torch.cdist(points, cloud) <= radius).any(1).double().mean().item()
-    return share(drawn, real), share(real, drawn)
+def precision_recall(real, sampled, k=3):
+    """Return (precision, recall) of arXiv 1904.06991 eq. 1, two floats in [0,1].
+
+    real [n,d] and sampled [m,d] are features. A point lies within a set if it is as near to some member of
+    the set as that member is to its own k-th neighbor in the set. precision is the share of sampled points
+    within the real set. recall is the share of real points within the sampled set.
+    """
+    def within(points, members):
+        radius = torch.cdist(members, members).kthvalue(k + 1).values      # the nearest is the member itself
+        return (torch.cdist(points, members) <= radius).any(1).double().mean().item()
+    return within(sampled, real), within(real, sampled)

@@ -1,30 +1,22 @@
-"""Pictures of a run: grids of samples with their captions, the curves of metrics.jsonl, and films.
-
-    python pictures.py out/tiny_none out/tiny_reverse_kl out/tiny_js      writes out/film.gif
-
-shows the samples of several runs side by side while they train, so that one *sees* diversity go. A frame is
-an evaluation, so make the runs with, say, --eval_interval=10.
-"""
-
+"""Image files of a run: a grid of samples under their prompts, and the curves of metrics.jsonl."""
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-
-SCALE, PAD, LINE = 3, 4, 15                # pixels: of one image pixel, between images, of a line of text
-WIDEST = 1624                              # pixels: a film, which is shrunk to that
+SCALE = 3                                  # a small image is enlarged by this factor
+PAD, LINE = 4, 15                          # pixels: between two images, and the height of a line of text
 
 
 def to_pil(image):
-    """image [3,H,W] in [-1,1], clipped to it -> Pillow image."""
+    """Convert an image [3,H,W] in [-1,1] to a Pillow image. Values outside of [-1,1] are clipped."""
     return Image.fromarray(((image.float().clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy())
 
 
 def grid(rows, path, headings=()):
-    """Saves rows of (caption, groups, scores) as one PNG.
+    """Save one PNG with a row of images for each prompt.
 
-    groups: a list of images [N,3,H,W] in [-1,1], drawn side by side, each under its heading; scores: a list
-    of [N] to match, or None. A frame is green where the score is above 1/2, else red; without scores there
-    is none.
+    rows: (prompt, groups, rewards) for each row. groups is a list of images [N,3,H,W] in [-1,1], which stand
+    side by side, each group under its heading. rewards is a list of [N], one per group, or None. Every image
+    has a frame, green where its reward is above 1/2 and red elsewhere. Without rewards there are no frames.
     """
     font = ImageFont.load_default()
     side = rows[0][1][0].shape[-1] * (SCALE if rows[0][1][0].shape[-1] <= 64 else 1) + PAD
@@ -34,26 +26,39 @@ def grid(rows, path, headings=()):
     draw = ImageDraw.Draw(canvas)
     for i, heading in enumerate(headings):
         draw.text((sum(widths[:i]) + PAD, 1), heading, "black", font)
-    for r, (caption, groups, scores) in enumerate(rows):
+    for r, (prompt, groups, rewards) in enumerate(rows):
         y = top + r * (side + LINE)
-        draw.text((PAD, y), caption, "black", font)
+        draw.text((PAD, y), prompt, "black", font)
         for i, group in enumerate(groups):
             for j, image in enumerate(group):
                 x = sum(widths[:i]) + j * side + PAD
-                picture = to_pil(image).resize((side - PAD,) * 2, Image.NEAREST)
-                canvas.paste(picture, (x, y + LINE - 1))
-                if scores is not None:
-                    colour = (30, 160, 60) if scores[i][j] > .5 else (210, 50, 50)
+                canvas.paste(to_pil(image).resize((side - PAD,) * 2, Image.NEAREST), (x, y + LINE - 1))
+                if rewards is not None:
+                    color = (30, 160, 60) if rewards[i][j] > .5 else (210, 50, 50)
                     draw.rectangle((x - 1, y + LINE - 2, x + side - PAD, y + LINE + side - PAD - 1),
-                                   outline=colour)
+                                   outline=color)
     canvas.save(path)
 
 
-def curves(lines, path, evaluations=()):
-    """metrics.jsonl as a list of dicts, one a step -> a PNG of eight small charts (README: their meaning)."""
-    import matplotlib                            # here, not above: importing it takes half a second
+def pyplot():
+    """Return matplotlib.pyplot with the Agg backend, which needs no screen.
+
+    matplotlib is imported here, on first use, because importing it takes half a second.
+    """
+    import matplotlib
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import pyplot as plt
+    return plt
+
+
+def curves(lines, path, evaluations=(), trained="reward"):
+    """Save a PNG of eight small charts. README.md says what each chart means.
+
+    lines: metrics.jsonl as a list of dicts, one per step. evaluations: a list of dicts, one per evaluation on
+    the fixed prompts. Dots in the first two charts show their values for the keys `trained` and
+    heldout_reward.
+    """
+    plt = pyplot()
     charts = [("reward", ["reward"]), ("held-out reward", ["heldout_reward"]),
               ("diversity in a group", ["diversity"]),
               ("KL(policy || reference), nat per token", ["kl_reverse"]), ("token entropy, nat", ["entropy"]),
@@ -64,21 +69,21 @@ def curves(lines, path, evaluations=()):
         axis.set_title(title, fontsize=9)
         for key in keys:
             y = np.array([line[key] for line in lines], float)
-            long = len(y) > 20
-            (faint,) = axis.plot([line["step"] for line in lines], y, lw=.7, alpha=.35 if long else 1,
-                                 label=None if long else key)
-            if long:                             # mean over about a tenth of the run
+            smooth = len(y) > 20
+            (faint,) = axis.plot([line["step"] for line in lines], y, lw=.7, alpha=.35 if smooth else 1,
+                                 label=None if smooth else key)
+            if smooth:                           # the mean over about a tenth of the run
                 k = max(2, len(y) // 10)
-                smooth = np.convolve(y, np.ones(k) / k, "valid")
-                axis.plot(np.arange(len(smooth)) + (k - 1) / 2, smooth, color=faint.get_color(), label=key)
+                mean = np.convolve(y, np.ones(k) / k, "valid")
+                axis.plot(np.arange(len(mean)) + (k - 1) / 2, mean, color=faint.get_color(), label=key)
         if len(keys) > 1:
             axis.legend(fontsize=7, frameon=False)
     for axis in axes[1]:
         axis.set_xlabel("step", fontsize=8)
-    for axis, key in ((axes[0, 0], "reward"), (axes[0, 1], "heldout_reward")):
-        if evaluations:                          # the fixed prompts, apart from the noise of a step's own
-            known = [e | {"reward": e.get("reconstruction", e["reward"])} for e in evaluations]   # of vapi.py
-            axis.plot([e["step"] for e in known], [e[key] for e in known], "k.", label="evaluation")
+    if evaluations:                              # these lack the noise that a step's own prompts bring
+        for axis, key in ((axes[0, 0], trained), (axes[0, 1], "heldout_reward")):
+            axis.plot([e["step"] for e in evaluations], [e[key] for e in evaluations], "k.",
+                      label="evaluation")
             axis.legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""Shared by the checkers: the project's files on the path, one thread, and `exercise`, what is checked."""
+"""Setup of the checkers: the path to the project's files, one thread, and the fixture `exercise`."""
 import importlib.util
 import os
 import pathlib
@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def exercise(request):
-    """For test_eNN_name.py: exercises/eNN_name.py, or, with SOLUTIONS=1, solutions/eNN_name.py."""
+    """Return the module of test_eNN_name.py: exercises/eNN_name.py, or with SOLUTIONS=1 the solution."""
     name = request.path.stem.removeprefix("test_")
     folder = "solutions" if os.environ.get("SOLUTIONS") == "1" else "exercises"
     spec = importlib.util.spec_from_file_location(f"{folder}_{name}", ROOT / folder / f"{name}.py")

@@ -2,15 +2,16 @@
 
 Check yourself:   python -m pytest exercises/test_e01_hellinger.py
 
-Read divergences.py first. There every divergence is D = E_pi[f(w)] with w = rho(a) / pi(a) and x = log w, and
-is a triple of functions: f, the coefficient c = -w f'(w) by which `sampled` multiplies grad log pi(a), and
-the exact sum over all codes. Give squared Hellinger the same three:
+Read divergences.py first. There every divergence is D = E_pi[f(w)] with w = rho(a) / pi(a) and x = log w. It
+has three functions: f, the coefficient c = -w f'(w) by which `sampled` multiplies grad log pi(a), and the
+exact sum over all codes. Write these three functions for squared Hellinger:
     f(w) = (1 - sqrt w)^2,        D = sum_v (sqrt pi_v - sqrt rho_v)^2
-It is symmetric in pi and rho and lies between 0 (equal) and 2 (they share no code). (Some books put 1/2 in
-front, so that it ends at 1. We do not.)
+D is symmetric in pi and rho. It is 0 where they are equal, and 2 where they share no code. (Some books have a
+factor 1/2 in front, so that D ends at 1. We do not.)
 
-Then say how strong it is. Near pi = rho only the curvature f''(1) counts: D is about f''(1)/2 sum_v (pi_v -
-rho_v)^2 / rho_v. Both KLs have f''(1) = 1, js has 1/4 and so needs 4 beta to pull as hard.
+Then say how strong this divergence is. Near pi = rho only the curvature f''(1) counts: D is about
+f''(1)/2 sum_v (pi_v - rho_v)^2 / rho_v. Both KLs have f''(1) = 1. JS has f''(1) = 1/4, so its STRENGTH is 4:
+JS needs 4 beta to pull as hard as a KL.
 
 Hint: f and c get x, not w, and sqrt w = exp(x / 2). In `exact`, sqrt pi = exp(log pi / 2).
 """
@@ -18,22 +19,22 @@ from divergences import Divergence
 
 
 def f(x):
-    """x = log w, any shape -> f(w), the same shape."""
+    """Return f(w) for x = log w, in the shape of x."""
     raise NotImplementedError("your turn")
 
 
 def c(x):
-    """x = log w, any shape -> c(w) = -w f'(w), the same shape."""
+    """Return c(w) = -w f'(w) for x = log w, in the shape of x."""
     raise NotImplementedError("your turn")
 
 
 def exact(logp, logq):
-    """log pi and log rho, [..,V] each -> D [..]."""
+    """Return D [..] of log pi [..,V] and log rho [..,V]."""
     raise NotImplementedError("your turn")
 
 
 def beta_factor():
-    """The number by which a KL's beta must be multiplied for Hellinger to pull as hard near pi = rho."""
+    """Return STRENGTH of Hellinger: the factor for a KL's beta at which Hellinger pulls as hard."""
     raise NotImplementedError("your turn")
 
 

@@ -2,17 +2,17 @@
 
 Check yourself:   python -m pytest exercises/test_e04_find_the_bug.py
 
-Below is a whole GRPO loss, as one function. It runs. On the first pass over a batch, where r = pi/pi_old = 1,
-its gradient is that of REINFORCE to the last digit, so with one inner epoch it trains just as ours does. One
-line is wrong all the same. Find it and mend it, without a look at grpo.py's policy_loss if you can.
+The function below is a whole GRPO loss, and it runs. On the first pass over a batch, r = pi/pi_old = 1, and
+its gradient is exactly that of REINFORCE. So with one inner epoch it trains just as our code does. Yet one
+line is wrong. Find the line and fix it, without a look at policy_loss in grpo.py if you can.
 
-What it should do. The surrogate of PPO (arXiv 1707.06347 eq. 7) takes the *worse* of two offers,
-    min(r A, clip(r, 1-eps, 1+eps) A),
-so that there is nothing to gain from moving further than eps in the direction that A asks for, while a policy
-that has moved the *wrong* way always feels the pull back. Hence four cases, for r outside of 1 +- eps:
+What it should do. The surrogate of PPO (arXiv 1707.06347 eq. 7) takes the *worse* of two values,
+    min(r A, clip(r, 1-eps, 1+eps) A).
+So the policy gains nothing from moving further than eps in the direction that A asks for. But a policy that
+has moved in the *wrong* direction always feels the pull back. This gives four cases for a clipped r:
                  r > 1 + eps                           r < 1 - eps
-    A > 0        has gone far enough: gradient 0       wrong way: gradient -A r
-    A < 0        wrong way: gradient -A r              has gone far enough: gradient 0
+    A > 0        has gone far enough: gradient 0       wrong direction: gradient -A r
+    A < 0        wrong direction: gradient -A r        has gone far enough: gradient 0
 (gradient of the loss with respect to log pi).
 
 Hint: try the four cases on paper, with A = 1 and A = -1. The first row of the table is right.
@@ -24,9 +24,12 @@ from divergences import DIVERGENCES
 
 def grpo_loss(logp, logp_old, logp_ref, rewards, group_size, *, divergence="js", beta=0.0, clip_eps=0.2,
               eps=1e-4):
-    """logp, logp_old, logp_ref [B,T] of the sampled tokens under policy, sampler and reference; rewards [B],
-    groups of G in a row -> loss of every token [B,T]; the step's loss is its mean."""
-    # your turn: one of the lines below is wrong (take this comment out when you have mended it)
+    """Return the loss of every token [B,T]. The step's loss is its mean.
+
+    logp, logp_old, logp_ref [B,T] are those of the sampled tokens under policy, sampler, and reference.
+    rewards [B], with the G images of a group in adjacent places.
+    """
+    # your turn: one of the lines below is wrong (remove this comment when you have fixed it)
     groups = rewards.view(-1, group_size)                                                        # [B/G,G]
     spread = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)                         # [B/G,1]
     centred = groups - groups.mean(1, keepdim=True)

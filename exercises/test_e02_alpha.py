@@ -10,7 +10,7 @@ VALUES = (-1., 0., .3, .5, 1., 2.)
 
 
 def member(exercise, a):
-    """The student's three functions at one a, as a Divergence."""
+    """Return the student's three functions at one a, as a Divergence."""
     return Divergence(*(functools.partial(g, a=a) for g in (exercise.f, exercise.c, exercise.exact)))
 
 
@@ -51,7 +51,7 @@ def test_limits_are_the_kls(exercise):
             yours = getattr(exercise, part)(x, a)
             right, swapped = (getattr(DIVERGENCES[n], part)(x) for n in (name, other))
             assert not torch.allclose(yours, swapped), (
-                f"a = {a:.0f}: your {part} is that of {other}. The other way round: at a = {a + 1e-6} "
+                f"a = {a:.0f}: your {part} is that of {other}. Swap the two limits: at a = {a + 1e-6} "
                 f"and x = {x[0]:.0f} your own formula gives {near[0]:.4f}, and {name} {right[0]:.4f}")
             assert torch.allclose(near, right, rtol=1e-4, atol=1e-5), (
                 f"a = {a + 1e-6}: {part} should be close to that of {name}; at x = {x[0]:.0f} you give "

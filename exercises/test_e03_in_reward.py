@@ -9,16 +9,16 @@ BETA = .3
 
 
 def diagnosis(yours, adv, x, beta, d):
-    """A sentence on which near miss A' is, if any."""
+    """Return a sentence that names the mistake, if A' shows a common one."""
     f, c = d.f(x), d.c(x)
     for value, what in (
-            (c, "beta c(w): the sampled form, whose mean is not the gradient of D (section 2)"),
-            (f, "beta f(w): f alone misses that pi moves inside of w, too"),
-            (f - c, "beta (f - c): c already is -w f', so it is added"),
-            (-f - c, "-beta (f + c): the sign is turned; a divergence is a cost")):
+            (c, "beta c(w): the sampled form, whose mean is not the gradient of D (see Divergence.sampled)"),
+            (f, "beta f(w): f alone ignores that w depends on pi, too"),
+            (f - c, "beta (f - c): c is already -w f', so it must be added"),
+            (-f - c, "-beta (f + c): the sign is wrong, because a divergence is a cost")):
         if torch.allclose(yours, adv - beta * value):
             return f"You subtract {what}."
-    return "A' = A - beta (f - w f'), at log w = log rho - log pi of each token."
+    return "The right value is A' = A - beta (f - w f'), at log w = log rho - log pi of each token."
 
 
 @pytest.mark.parametrize("name", list(DIVERGENCES))
@@ -29,8 +29,9 @@ def test_same_gradient_as_the_unbiased_loss_sample_by_sample(exercise, name):
     logp, logp_ref = (t.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
                       for t in (logits.requires_grad_(), ref))
     shaped = exercise.shaped_advantage(adv, logp, logp_ref, BETA, name)
-    assert shaped.shape == logp.shape, f"one A' a token, {tuple(logp.shape)}, not {tuple(shaped.shape)}"
-    assert not shaped.requires_grad, "A' must be detached: REINFORCE differentiates log pi only"
+    assert shaped.shape == logp.shape, (
+        f"A' has one value per token, so its shape is {tuple(logp.shape)}, not {tuple(shaped.shape)}")
+    assert not shaped.requires_grad, "A' must be detached, because REINFORCE differentiates only log pi"
     (reinforce,) = torch.autograd.grad(-(shaped * logp).mean(), logits, retain_graph=True)
     loss, _ = grpo_loss(logits, ref, tokens, logp.detach(), adv, tokens.numel(), divergence=name,
                         estimator="unbiased", beta=BETA)
@@ -43,10 +44,10 @@ def test_same_gradient_as_the_unbiased_loss_sample_by_sample(exercise, name):
 
 @pytest.mark.parametrize("name", list(DIVERGENCES))
 def test_in_expectation_it_is_the_exact_divergence(exercise, name):
-    """One token over 9 codes, a reward for each; the mean over a ~ pi is a sum over all codes."""
+    """One token over 9 codes, each with a reward. The mean over a ~ pi is a sum over all codes."""
     V, g = 9, torch.Generator().manual_seed(1)
     z, ref, adv = (torch.randn(V, generator=g, dtype=torch.float64) for _ in range(3))
-    logits = z.expand(V, 1, V).clone().requires_grad_()                  # row v: if code v is drawn
+    logits = z.expand(V, 1, V).clone().requires_grad_()                  # row v: code v is sampled
     tokens, pi = torch.arange(V)[:, None], z.softmax(0)[:, None, None]
     logp, logp_ref = (t.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
                       for t in (logits, ref.expand(V, 1, V)))
@@ -57,7 +58,7 @@ def test_in_expectation_it_is_the_exact_divergence(exercise, name):
     (exact,) = torch.autograd.grad(loss, logits)
     difference = (pi * (reinforce - exact)).sum(0).abs().max()
     assert difference < 1e-10, (
-        f"{name}: the mean over a ~ pi of -A' grad log pi is {difference:.1e} away from that of "
+        f"{name}: the mean over a ~ pi of -A' grad log pi differs by {difference:.1e} from that of "
         "grpo_loss(estimator='exact'). "
         + diagnosis(shaped, adv[:, None], (logp_ref - logp).detach(), BETA, DIVERGENCES[name]))
 

@@ -11,13 +11,13 @@ STEPS, BUDGET = 20, .1                           # .1 of a range of 2: 13 of 255
 
 @pytest.fixture(scope="module")
 def wrong():
-    """The shipped judge, 16 clean pictures, and a caption for each that the reader finds to be false."""
+    """Return the shipped judge, 16 clean images, and for each a caption that is false by the reader."""
     from common import config
     from tiny import shapes
     judge = load_models(config.locate("assets/tiny_base.pt"), torch.device("cpu"))[2]
     pairs = shapes.random_scenes(32, random.Random(0))
     images = shapes.render([scene for _, scene in pairs])
-    captions = [pairs[i - 1][0].text for i in range(32)]                       # the neighbour's
+    captions = [pairs[i - 1][0].text for i in range(32)]                       # the neighbor's
     rows = (reader(images, captions) == 0).nonzero()[:16, 0]
     return judge, images[rows], [captions[i] for i in rows]
 
@@ -28,46 +28,46 @@ def test_budget_is_kept(exercise, wrong):
     for budget in (BUDGET, .02):
         hacked = exercise.hack(judge, images, captions, 4, budget)
         assert hacked.shape == images.shape and not hacked.requires_grad, "same shape, no gradient"
-        assert torch.equal(images, before), "hack must not write into the pictures that it was given"
-        assert hacked.abs().max() <= 1, "a picture lives in [-1,1]; clamp after each step"
+        assert torch.equal(images, before), "hack must not write into the images that it gets"
+        assert hacked.abs().max() <= 1, "the images must stay in [-1,1]: clamp after each step"
         change = (hacked - images).abs().max().item()
-        assert change <= budget + 1e-6, f"one pixel moved by {change:.3f}, the budget is {budget}"
+        assert change <= budget + 1e-6, f"a pixel changed by {change:.3f}, but the budget is {budget}"
 
 
 def test_judge_is_convinced_and_the_reader_is_not(exercise, wrong):
     judge, images, captions = wrong
     hacked = exercise.hack(judge, images, captions, STEPS, BUDGET)
     noise = BUDGET * torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).sign()
-    scores = [judge(x, captions).mean().item() for x in (images, hacked, (images + noise).clamp(-1, 1))]
+    rewards = [judge(x, captions).mean().item() for x in (images, hacked, (images + noise).clamp(-1, 1))]
     read = reader(hacked, captions).mean().item()
-    found = (f"judge before {scores[0]:.3f}, after {scores[1]:.3f}, with noise of that size "
-             f"{scores[2]:.3f}; reader before 0, after {read:.3f}")
+    found = (f"judge before {rewards[0]:.3f}, after {rewards[1]:.3f}, with noise of the same size "
+             f"{rewards[2]:.3f}; reader before 0, after {read:.3f}")
     print(found)
-    assert scores[1] > scores[0] + .2, (
-        f"the judge should rise by .2 or more (ours: by .43). {found}. Ascent, not descent? Is the "
-        "step large enough to reach the border of the budget? Is each picture held against its own caption?")
-    assert read == 0, f"pictures became right: that is no hack but painting. {found}"
+    assert rewards[1] > rewards[0] + .2, (
+        f"the judge's reward should rise by .2 or more (ours rises by .43). {found}. Ascent, not descent? "
+        "Does the step reach the border of the budget? Is each image compared with its own caption?")
+    assert read == 0, f"the images now show their captions, so this is no hack. {found}"
 
 
 def curves(steps=120, seed=0):
-    """Noise of a standard deviation of .05 for two curves, as lists."""
+    """Return noise with a standard deviation of .05 for two curves, as lists."""
     g = torch.Generator().manual_seed(seed)
     return (.05 * torch.randn(2, steps, generator=g, dtype=torch.float64)).tolist()
 
 
 def test_detect_finds_the_step(exercise):
-    # rewards rise by .01 a step. heldout is flat to step 50, then falls by .01 a step. From t = 59 its mean
-    # over ten steps is .5 - .01 (t - 54.5), and that of 20 steps before .5, until t = 70. So the fall is .045
-    # at 59 and .055 at 60.
+    # rewards rise by .01 per step. heldout is flat until step 50, then falls by .01 per step. From t = 59 on
+    # its mean over ten steps is .5 - .01 (t - 54.5). The mean of 20 steps earlier is .5 until t = 70. So the
+    # fall is .045 at step 59 and .055 at step 60.
     rewards = [.01 * t for t in range(120)]
     heldout = [.5 - .01 * max(0, t - 50) for t in range(120)]
     step = exercise.detect(rewards, heldout)
     assert step == 60, (
-        f"by hand the first step is 60, you say {step}. (Means end *at* t: y[t-9] .. y[t], so the first step "
-        "that can show anything is 29. 59 or less: is the margin .05 kept? 51: do your means start at t?)")
+        f"the first step is 60 by hand, you return {step}. (Means end *at* t: y[t-9] .. y[t], so the first "
+        "step that can show anything is 29. 59 or less: is the margin .05 kept? 51: do means start at t?)")
     noisy = [[a + b for a, b in zip(*pair)] for pair in zip((rewards, heldout), curves())]
     step = exercise.detect(*noisy)
-    assert step is not None and 50 <= step <= 75, f"with noise it should show between 50 and 75, not {step}"
+    assert step is not None and 50 <= step <= 75, f"with noise it shows between 50 and 75, not at {step}"
 
 
 def test_detect_is_silent_where_there_is_no_hacking(exercise):
@@ -75,8 +75,8 @@ def test_detect_is_silent_where_there_is_no_hacking(exercise):
     for name, pair in dict(healthy=(up, up), collapse=(down, down), blind=(flat, down), trade=(down, up),
                            short=(up[:20], down[:20])).items():
         assert exercise.detect(*pair) is None, (
-            f"{name}: hacking is a reward that rises *while* the held-out reward falls; you say "
+            f"{name}: hacking means that the reward rises *while* the held-out reward falls; you return "
             f"{exercise.detect(*pair)}")
     for seed in range(3):
         assert exercise.detect(*curves(seed=seed)) is None, (
-            "two flat, noisy curves: compare means over ten steps, or noise will look like hacking")
+            "these are two flat, noisy curves. Compare means over ten steps, or noise looks like hacking.")

@@ -7,7 +7,7 @@ import torch
 
 
 def test_all_subsets_one_by_one(exercise):
-    # of 4, 1, 2 the pairs have the maxima 4, 4, 2
+    # the pairs of 4, 1, 2 have the maxima 4, 4, 2
     assert exercise.best_of_n(torch.tensor([4., 1., 2.]), 2) == pytest.approx(10 / 3, abs=1e-6), (
         "rewards 4, 1, 2 and n = 2: the maxima of pairs are 4, 4, 2, so the estimate is 10/3. Did you sort?")
     rewards = torch.randn(7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -27,14 +27,15 @@ def test_unbiased_and_less_noisy_than_groups(exercise):
     groups = rewards.view(draws, m // n, n).amax(2).mean(1)                                # as in evaluate.py
     right, error = n / (n + 1), yours.std().item() / draws ** .5                     # E max of n uniforms
     assert abs(yours.mean().item() - right) < 5 * error, (
-        f"the best of {n} uniform numbers is {right:.4f} on average; over {draws} draws of {m} you estimate "
-        f"{yours.mean():.4f} +- {error:.4f}, which is biased")
+        f"the best of {n} uniform numbers is {right:.4f} on average; over {draws} sets of {m} you estimate "
+        f"{yours.mean():.4f} +- {error:.4f}, so your estimate is biased")
     assert yours.std() < groups.std(), (
-        f"all subsets must be less noisy than {m // n} groups: std {yours.std():.4f} and {groups.std():.4f}")
+        f"the mean over all subsets must be less noisy than that over {m // n} groups, but its std is "
+        f"{yours.std():.4f}, and that of the groups is {groups.std():.4f}")
 
 
 def test_kl_of_a_base_with_many_outcomes(exercise):
-    """K outcomes, equally likely, ranked 1 .. K by reward: P(best of n is i) = (i/K)^n - ((i-1)/K)^n."""
+    """For K equally likely outcomes, ranked 1 .. K by reward, P(best of n is i) = (i/K)^n - ((i-1)/K)^n."""
     K = 20000
     edges = torch.arange(K + 1, dtype=torch.float64) / K
     for n in (1, 2, 4, 8, 64):
@@ -52,7 +53,7 @@ def test_kl_by_monte_carlo(exercise):
     g = torch.Generator().manual_seed(2)
     best = torch.randint(K, (draws, n), generator=g).amax(1)
     p = torch.bincount(best, minlength=K).double() / draws
-    measured = torch.special.xlogy(p, p * K).sum().item() - (K - 1) / (2 * draws)    # less the plug-in bias
+    measured = torch.special.xlogy(p, p * K).sum().item() - (K - 1) / (2 * draws)    # minus the plug-in bias
     yours = exercise.kl_of_best_of_n(n)
     assert math.isclose(yours, measured, abs_tol=.01), (
-        f"{draws} times the best of {n} out of {K} outcomes: the KL is {measured:.4f}, you give {yours:.4f}")
+        f"the best of {n} of {K} outcomes, {draws} times: the KL is {measured:.4f}, you give {yours:.4f}")

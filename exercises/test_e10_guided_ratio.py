@@ -9,7 +9,7 @@ SCALE = 3.
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["fp32", "fp64"])
 def sampled(request):
-    """A tiny GPT, every weight random, and 8 images that it drew at SCALE: gpt, tokens, logp, cond, mask."""
+    """Return gpt, tokens, logp, cond, mask: a tiny GPT with random weights, and 8 images sampled at SCALE."""
     cfg = GPTConfig(dim=32, n_layer=2, n_head=2, multiple_of=8, vocab_size=37, block_size=16, caption_dim=12,
                     cls_token_num=5)
     gpt, g = GPT(cfg), torch.Generator().manual_seed(0)
@@ -23,7 +23,7 @@ def sampled(request):
 
 
 def by_hand(sampled, scale):
-    """The largest |pi/pi_old - 1|, with the two branches run apart and put together here."""
+    """Return the largest |pi/pi_old - 1|, with two separate forward passes that are combined here."""
     gpt, tokens, logp, cond, mask = sampled
     with torch.no_grad():
         conditional = gpt(tokens, cond, mask)
@@ -32,30 +32,31 @@ def by_hand(sampled, scale):
     return (pi / logp.exp() - 1).abs().max().item()
 
 
-def test_scored_as_sampled_the_ratio_is_one(exercise, sampled):
+def test_computed_as_sampled_the_ratio_is_one(exercise, sampled):
     yours = exercise.ratio_error(*sampled, SCALE)
     assert isinstance(yours, float), "return a float (.item())"
     assert 0 <= yours < 1e-4, (
-        f"sampled and scored at scale {SCALE}, the ratio must be 1 to 1e-4; you find it off by {yours:.2g}. "
-        f"(Without guidance it is {by_hand(sampled, 1):.2g}: did you pass cfg_scale on?)")
+        f"sampled and computed at scale {SCALE}, the ratio must be 1 to 1e-4; yours is off by {yours:.2g}. "
+        f"(Without guidance it is off by {by_hand(sampled, 1):.2g}. Did you pass cfg_scale on?)")
 
 
-def test_scored_without_guidance_it_is_not(exercise, sampled):
+def test_computed_without_guidance_it_is_not(exercise, sampled):
     yours, right = exercise.conditional_only_error(*sampled, SCALE), by_hand(sampled, 1)
     guided = exercise.ratio_error(*sampled, SCALE)
     print(f"largest |pi/pi_old - 1|: with guidance {guided:.1e}, without {yours:.1f}")
     assert yours == pytest.approx(right, rel=1e-3), (
-        f"scored by the conditional logits the largest |pi/pi_old - 1| is {right:.4g}, you give {yours:.4g}")
-    assert yours > 1, "and that is large: a token has at least twice the probability that it was drawn with"
+        f"with the conditional logits, the largest |pi/pi_old - 1| is {right:.4g}; you give {yours:.4g}")
+    assert yours > 1, "the error is large: some token has over twice the probability that it was sampled with"
 
 
 def test_each_scale_has_its_own_ratio(exercise, sampled):
-    """Scoring at a scale that is nearly right is wrong as well; at scale 1 both functions are one."""
+    """A scale that is nearly right is wrong as well. At scale 1 both functions are equal."""
     gpt, _, _, cond, mask = sampled
     for scale in (2.5, 4.):
         yours, right = exercise.ratio_error(*sampled, scale), by_hand(sampled, scale)
         assert yours == pytest.approx(right, rel=1e-3), (
-            f"drawn at {SCALE}, scored at {scale}: the error is {right:.4g}, you give {yours:.4g}")
+            f"sampled at {SCALE}, computed at {scale}: the error is {right:.4g}; you give {yours:.4g}")
     plain = gpt.generate(cond, mask, generator=torch.Generator().manual_seed(1), return_logp=True)
     for f in (exercise.ratio_error, exercise.conditional_only_error):
-        assert f(gpt, *plain, cond, mask, 1.) < 1e-4, "drawn without guidance, both ways of scoring are right"
+        assert f(gpt, *plain, cond, mask, 1.) < 1e-4, (
+            "without guidance in the sampler, both functions must find a ratio of 1")

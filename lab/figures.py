@@ -1,26 +1,36 @@
-"""Figures of the divergences, and films of runs."""
+"""Figures of the divergences, and films of runs.
+
+    python -m lab.figures                      the curves of the divergences, to out/divergences.png, and the
+                                               check of every gradient in divergences.py
+    python -m lab.figures --demo               nine policies of ten tokens that learn, to out/demo.gif
+    python -m lab.figures out/run1 out/run2    samples of runs side by side while they train, to out/film.gif
+
+A film shows how diversity changes during training. Each of its frames is an evaluation, so train the runs
+with frequent evaluations, for example --eval_interval=10.
+"""
 import glob
 import os
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from common import config
 from common.config import UserError
-from common.images import LINE, PAD
+from common.images import LINE, PAD, pyplot
 from divergences import DIVERGENCES, STRENGTH, check_gradients
 
-WIDEST = 1624                              # pixels: a film, which is shrunk to that
+WIDEST = 1624                              # pixels: a wider film is shrunk to this width
 
 
 def plot(path):
-    """Three panels against x: c(w) of sampled and g(w) of unbiased and exact, by which a token's advantage is
-    lowered, and the force U'(x) of sampled on a reference token."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Save a PNG with three panels against x = log w: c(w), g(w), and the force U'(x) of the sampled forms.
+
+    divergences.py defines c, g and U'. Each curve is multiplied by STRENGTH, so all have one slope at x = 0.
+    """
+    plt = pyplot()
     x = torch.linspace(-6, 2.5, 400, dtype=torch.float64)
     figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
     for name, d in DIVERGENCES.items():
@@ -29,11 +39,11 @@ def plot(path):
         axes[0].plot(x, strength * d.weight(x), label=label)
         axes[1].plot(x, strength * (d.f(x) + d.c(x)), label=label)
         axes[2].plot(x, -strength * d.weight(x) / x.exp(), label=label)
-    axes[0].set(title="taken off the advantage: c(w), sampled", ylabel="c(w)", ylim=(-8, 6))
+    axes[0].set(title="subtracted from the advantage: c(w), sampled", ylabel="c(w)", ylim=(-8, 6))
     axes[1].set(title="g(w), unbiased and exact", ylabel="g(w)", ylim=(-8, 6))
     axes[2].set(title="force on a token of the reference, $U'(x)$, sampled", ylabel="U'(x)", ylim=(-6.5, 3))
     for axis in axes:
-        axis.set_xlabel("x = log(reference / policy); right: a lost token")
+        axis.set_xlabel("x = log(reference / policy); x > 0: a suppressed token")
         axis.axhline(0, color="grey", lw=.6)
         axis.axvline(0, color="grey", lw=.6)
         axis.legend(frameon=False)
@@ -41,25 +51,29 @@ def plot(path):
     plt.close(figure)
 
 
-# ---- a policy small enough to see --------------------------------------------------------------------------
-# One softmax over ten tokens, reward 1 for one of them, and the objective E_pi[r] - beta D(pi, rho).
+# ---- The demo: one softmax over ten tokens, a reward of 1 for token 4, the objective E_pi[r] - beta D ------
 RHO = torch.tensor([.30, .22, .15, .10, .08, .06, .04, .025, .015, .01], dtype=torch.float64)
 REWARD = torch.zeros(10, dtype=torch.float64).index_fill_(0, torch.tensor(4), 1.)
+FORMS = [(name, estimator) for estimator in ("sampled", "unbiased", "exact") for name in DIVERGENCES]
 
 
 def shaping(name, estimator, logp, logq):
-    """What a token's reward r is lowered by, per beta: c for sampled, g for the others, so that the gradient
-    in the logits is pi (r - beta c) or pi (r - beta g), less its mean."""
+    """Return what beta multiplies before it is subtracted from the reward of each token, [10].
+
+    This is c for `sampled` and g for the other estimators. With h = r - beta c or r - beta g, the mean
+    gradient of the objective in the logits is pi (h - E_pi[h]).
+    """
     d, x = DIVERGENCES[name], logq - logp
     return d.c(x) if estimator == "sampled" else d.f(x) + d.c(x)
 
 
 def fixed_point(name, estimator, beta, steps=5000, rate=.1):
-    """Where the mean update comes to rest: pi [10]. Every token then has the same r - beta g (or r - beta c).
+    """Return the policy pi [10] at which the mean update is zero.
 
-    Closed forms: exact (or unbiased) reverse KL rests at rho exp(r/beta) / Z; sampled reverse KL, which
-    descends the forward KL, at beta rho / (l - r), with l such that it sums to 1. The rest is found by
-    following that in the logits, which is the natural gradient: fast where pi is small, too.
+    There every token has the same r - beta g (or r - beta c). Two cases have a closed form. For exact or
+    unbiased reverse KL, pi = rho exp(r/beta) / Z. Sampled reverse KL descends the forward KL, so its fixed
+    point is pi = beta rho / (l - r), where l makes pi sum to 1. This function finds all cases by adding
+    r - beta g to the logits repeatedly. This is natural gradient ascent, which is fast even for small pi.
     """
     logq, z = RHO.log(), RHO.log()
     for _ in range(steps):
@@ -70,66 +84,86 @@ def fixed_point(name, estimator, beta, steps=5000, rate=.1):
     return z.softmax(0)
 
 
+def update(z, name, estimator, beta, batch, generator):
+    """Return the gradient of the objective in the logits z [10], estimated from `batch` sampled tokens.
+
+    The baseline is the mean over the samples. For `exact` only the reward is estimated.
+    """
+    logp = z.log_softmax(0)
+    pi, penalty = logp.exp(), beta * shaping(name, estimator, logp, RHO.log())
+    a = torch.multinomial(pi, batch, replacement=True, generator=generator)
+    value = (REWARD if estimator == "exact" else REWARD - penalty)[a]
+    of_token = torch.zeros(10, dtype=torch.float64).index_add_(0, a, value - value.mean()) / batch
+    gradient = of_token - pi * of_token.sum()                              # grad log pi(a) = 1[a] - pi
+    return gradient - pi * (penalty - (pi * penalty).sum()) if estimator == "exact" else gradient
+
+
 def demo(path, steps=1500, frames=60, batch=16, rate=.5, strength=.25, seed=0):
-    """A GIF of nine policies that learn from the same seeds, `batch` sampled tokens a step; beta = strength
-    times STRENGTH. Bars: the policy; black lines: the reference; red marks: the fixed points."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.animation import FuncAnimation, PillowWriter
-    cells = [(name, estimator) for estimator in ("sampled", "unbiased", "exact") for name in DIVERGENCES]
+    """Save a GIF of nine policies that learn, each from `batch` sampled tokens per step.
+
+    All use the same random numbers. beta is strength * STRENGTH. Blue bars show the policy, black outlines
+    the reference, and red marks the fixed points.
+    """
+    plt = pyplot()
     beta = {name: strength * STRENGTH[name] for name in DIVERGENCES}
-    logq = RHO.log()
-    z = {cell: logq.clone() for cell in cells}
-    g = {cell: torch.Generator().manual_seed(seed) for cell in cells}
-
-    def advance():
-        for name, estimator in cells:
-            cell = name, estimator
-            logp = z[cell].log_softmax(0)
-            pi, shape = logp.exp(), beta[name] * shaping(name, estimator, logp, logq)
-            a = torch.multinomial(pi, batch, replacement=True, generator=g[cell])
-            # the policy gradient from samples, with their mean as a baseline; grad log pi(a) = 1[a] - pi
-            value = (REWARD if estimator == "exact" else REWARD - shape)[a]
-            share = torch.zeros(10, dtype=torch.float64).index_add_(0, a, value - value.mean()) / batch
-            step = share - pi * share.sum()
-            if estimator == "exact":
-                step = step - pi * (shape - (pi * shape).sum())
-            z[cell] = z[cell] + rate * step
-
-    figure, axes = plt.subplots(3, 3, figsize=(9, 6.5), sharex=True, sharey=True, layout="constrained")
-    bars = {}
-    for axis, (name, estimator) in zip(axes.flat, cells):
-        bars[name, estimator] = axis.bar(range(10), RHO.tolist(), color="tab:blue")
-        axis.bar(range(10), RHO.tolist(), fill=False, edgecolor="black", lw=.8)
-        rest = fixed_point(name, estimator, beta[name]).tolist()
-        axis.plot(range(10), rest, "_", color="tab:red", ms=11, mew=2)
+    figure, axes = plt.subplots(3, 3, figsize=(9, 6.5), dpi=70, sharex=True, sharey=True)
+    figure.subplots_adjust(left=.06, right=.99, top=.96, bottom=.09, wspace=.04, hspace=.2)
+    bars, moving = {}, []              # draw() omits animated artists, so that everything else is drawn once
+    for axis, (name, estimator) in zip(axes.flat, FORMS):
+        bars[name, estimator] = axis.bar(range(10), RHO.tolist(), color="tab:blue", animated=True)
+        outlines = axis.bar(range(10), RHO.tolist(), fill=False, edgecolor="black", lw=.8, animated=True)
+        marks = axis.plot(range(10), fixed_point(name, estimator, beta[name]).tolist(), "_", color="tab:red",
+                          ms=11, mew=2, animated=True)
+        moving += [*bars[name, estimator], *outlines, *marks]
         axis.set_title(f"{name} (beta {beta[name]:g}), {estimator}", fontsize=9)
-        axis.set(yscale="log", ylim=(5e-4, 1.2))                           # rare tokens are the point
-    axes[2, 1].set_xlabel("step 0")
+        axis.set(yscale="log", ylim=(5e-4, 1.2))                           # rare tokens stay visible
+        axis.minorticks_off()
+    label = figure.supxlabel("step 0", fontsize=10, animated=True)
     figure.canvas.draw()
-    figure.set_layout_engine("none")                       # laid out once, not again for every frame
+    background = figure.canvas.copy_from_bbox(figure.bbox)
 
-    def frame(i):
-        for _ in range(steps // frames if i else 0):
-            advance()
-        for cell, drawn in bars.items():
-            for bar, height in zip(drawn, z[cell].softmax(0).tolist()):
+    def frame(step):
+        for form, bars_of_form in bars.items():
+            for bar, height in zip(bars_of_form, z[form].softmax(0).tolist()):
                 bar.set_height(height)
-        axes[2, 1].set_xlabel(f"token (number 4 is rewarded), step {i * (steps // frames)}")
-    film = FuncAnimation(figure, frame, frames=frames + 1, init_func=lambda: None)
-    film.save(path, PillowWriter(fps=10), dpi=70)
+        label.set_text(f"token (token 4 is rewarded), step {step}")
+        figure.canvas.restore_region(background)
+        for artist in (*moving, label):
+            figure.draw_artist(artist)
+        return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+
+    z = {form: RHO.log() for form in FORMS}
+    generators = {form: torch.Generator().manual_seed(seed) for form in FORMS}
+    images = [frame(0)]
+    for i in range(1, frames + 1):
+        for _ in range(steps // frames):
+            for form in FORMS:
+                z[form] = z[form] + rate * update(z[form], *form, beta[form[0]], batch, generators[form])
+        images.append(frame(i * (steps // frames)))
     plt.close(figure)
+    save_gif(images, path, 100)
+
+
+def save_gif(frames, path, milliseconds):
+    """Save a list of Pillow images as a GIF that loops. The last frame is shown four times as long."""
+    # One palette for all frames makes the file half as large, and still parts of the image do not flicker.
+    palette = frames[-1].quantize(64, kmeans=3)
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
+                   duration=[milliseconds] * (len(frames) - 1) + [4 * milliseconds])
 
 
 def film(runs, path, milliseconds=700):
-    """Run folders -> a GIF of their samples_STEP.png side by side, at the steps that all of them have."""
+    """Save a GIF with the samples of run folders side by side, at the steps that all runs have evaluated.
+
+    The samples are the files samples_STEP.png. Raises UserError where the runs share fewer than two steps.
+    """
     steps = [{int(found[1]): name for name in glob.glob(os.path.join(glob.escape(run), "samples_*.png"))
               if (found := re.search(r"_(\d+)\.png$", name))} for run in runs]
     common = sorted(set.intersection(*map(set, steps)))
     if len(common) < 2:
-        raise UserError(f"a film needs two sampled steps that all runs have, these have {len(common)}: "
-                        f"{' '.join(runs)}")
+        raise UserError(f"a film needs two sampled steps that all runs have, but {' '.join(runs)} share "
+                        f"{len(common)}. Train the runs with the same --eval_interval.")
     frames = []
     for step in common:
         grids = [Image.open(found[step]) for found in steps]
@@ -140,48 +174,37 @@ def film(runs, path, milliseconds=700):
             canvas.paste(g, (x, LINE))
         canvas.thumbnail((WIDEST, canvas.height), Image.LANCZOS)
         frames.append(canvas)
-    # One palette for all frames: the file is half as large, and what stands still does not flicker.
-    palette = frames[-1].quantize(64, kmeans=3)
-    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
-                   duration=[milliseconds] * (len(frames) - 1) + [4 * milliseconds])
+    save_gif(frames, path, milliseconds)
 
 
 @dataclass(frozen=True)
 class Config:
-    runs: tuple = ()                   # run folders, given as bare words
-    out: str = "out/film.gif"          # where the film goes
-
-
-def check(cfg):
-    if not cfg.runs:
-        raise UserError("name at least one run: python pictures.py out/tiny_none out/tiny_js")
-    config.named(cfg, out=".gif")
+    runs: tuple = ()                   # run folders, given as bare words: make a film of them
+    demo: bool = False                 # make the demo
+    out: str = ""                      # file of the figure; "" = out/divergences.png, demo.gif or film.gif
 
 
 def main(argv):
     cfg, _ = config.load(Config, argv, positional="runs")
-    check(cfg)
-    os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
-    film(cfg.runs, cfg.out)
-    print(f"{cfg.out}: {' | '.join(cfg.runs)}")
+    if cfg.demo and cfg.runs:
+        raise UserError(f"--demo takes no runs, got {' '.join(cfg.runs)}. Give either --demo or runs.")
+    out = cfg.out or ("out/demo.gif" if cfg.demo else "out/film.gif" if cfg.runs else "out/divergences.png")
+    ending = ".gif" if cfg.demo or cfg.runs else ".png"
+    if not out.lower().endswith(ending):
+        raise UserError(f"--out must name a file that ends in {ending}, got {out!r}.")
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    if cfg.demo:
+        demo(out)
+        print(f"{out}: blue bars: the policy; black: the reference; red: where the mean update is zero")
+    elif cfg.runs:
+        film(cfg.runs, out)
+        print(f"{out}: {' | '.join(cfg.runs)}")
+    else:
+        plot(out)
+        for claim, error in check_gradients().items():
+            print(f"{claim:45s} largest error {error:.1e}")
+        print(f"curves: {out}")
 
 
 if __name__ == "__main__":
     config.run(main)
-
-def divergences_main():
-    import os
-    import sys
-    os.makedirs("out", exist_ok=True)
-    if sys.argv[1:] == ["--demo"]:
-        demo("out/demo.gif")
-        print("out/demo.gif: bars: the policy; black: the reference; red: where the mean update rests")
-    elif sys.argv[1:]:
-        print("error: divergences.py takes --demo or nothing", file=sys.stderr)
-        raise SystemExit(2)
-    else:
-        plot("out/divergences.png")
-        for claim, difference in check_gradients().items():
-            print(f"{claim:45s} largest difference {difference:.1e}")
-        print("curves: out/divergences.png")

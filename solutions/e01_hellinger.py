@@ -1,10 +1,11 @@
 """Solution 1.
 
-f(w) = 1 - 2 sqrt w + w;  f'(w) = 1 - 1/sqrt w, which is 0 at w = 1 as it should;  c = -w f' = sqrt w - w.
-pi f(rho/pi) = (sqrt pi - sqrt rho)^2. Summed, that is 2 - 2 sum sqrt(pi rho); as a sum of squares it loses no
-digits where pi is near rho.
-f''(w) = 1/2 w^(-3/2), so f''(1) = 1/2: half as strong as a KL, and beta must be doubled.
-Worth seeing: a lost token (w large) is pulled back in proportion to w, an overdone one (w small) is let go.
+f(w) = 1 - 2 sqrt w + w, and f'(w) = 1 - 1/sqrt w, which is 0 at w = 1 as required. So c = -w f' = sqrt w - w.
+pi f(rho/pi) = (sqrt pi - sqrt rho)^2. The sum over all codes equals 2 - 2 sum sqrt(pi rho), but a sum of
+squares loses no digits where pi is near rho.
+f''(w) = 1/2 w^(-3/2), so f''(1) = 1/2. Hellinger is half as strong as a KL, so beta must be doubled.
+Note the shape of c. A suppressed token (w large) is pulled back in proportion to w. For a boosted token (w
+small) c goes to 0.
 """
 from divergences import Divergence
 

@@ -1,11 +1,13 @@
 """Solution 2.
 
-To first order the numerator is, with x = log w,
-    a -> 0:   a x - a w + a               over -a:       w - x - 1       reverse KL
-    a -> 1:   (a - 1) (w x - w + 1)       over a - 1:    w x - w + 1     forward KL
-f' = (w^(a-1) - 1) / (a - 1), so c = -w f' = (w - w^a) / (a - 1); a -> 1: -w x. At a = 0 nothing divides by 0.
+To first order the numerator of f_a is, with x = log w,
+    a -> 0:   a x - a w + a               divided by -a:       w - x - 1       reverse KL
+    a -> 1:   (a - 1) (w x - w + 1)       divided by a - 1:    w x - w + 1     forward KL
+f' = (w^(a-1) - 1) / (a - 1), so c = -w f' = (w - w^a) / (a - 1). For a -> 1, c = -w x. For a = 0,
+c needs no limit.
 D  = (sum pi^(1-a) rho^a - a - (1 - a)) / (a (a - 1)).
-The force on the policy (section 3 of divergences.py) is f - w f' = (1 - w^a) / a: -x at a = 0, 1 - w at 1.
+The coefficient g of the gradient of D (Divergence.unbiased) is f - w f' = (1 - w^a) / a. This is -x
+at a = 0, and 1 - w at a = 1.
 """
 
 

@@ -1,9 +1,9 @@
 """Solution 3.
 
 grad D = E_pi[(f - w f') s] and c = -w f', so grad D = E_pi[(f + c) s]. The loss -A log pi + beta D has the
-mean gradient E_pi[-A s + beta (f + c) s] = E_pi[-(A - beta (f + c)) s]: REINFORCE with A' = A - beta (f + c).
-reverse_kl: f + c = -log w = log pi - log rho, the familiar "reward minus beta log-ratio" of PPO.
-The sampled form of section 1 has c alone, without f: that is not the gradient of D.
+mean gradient E_pi[-A s + beta (f + c) s] = E_pi[-(A - beta (f + c)) s]. This is REINFORCE with A' = A - beta
+(f + c). For reverse_kl, f + c = -log w = log pi - log rho, which is PPO's familiar "reward minus beta times
+log-ratio". The sampled form has c alone, without f, and this is not the gradient of D.
 """
 from divergences import DIVERGENCES
 

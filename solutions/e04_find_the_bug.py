@@ -1,9 +1,9 @@
 """Solution 4.
 
-min(r, clip r) A is not min(r A, clip(r) A): a negative A turns the order round, so the smaller r gives the
-*better* offer. With the bug, tokens with A < 0 had no brake on the way down (r < 1 - eps kept its gradient)
-and no pull back on the way up (r > 1 + eps had none). So: first multiply, then take the minimum.
-At r = 1 both are the same, so no run with one inner epoch can show it.
+min(r, clip r) A is not min(r A, clip(r) A). A negative A reverses the order, so the smaller r then gives the
+*better* value. With the bug, tokens with A < 0 kept their gradient at r < 1 - eps, so nothing stopped them on
+the way down. At r > 1 + eps they had no gradient, so nothing pulled them back. The fix: first multiply, then
+take the minimum. At r = 1 both forms are equal, so no run with one inner epoch can show the bug.
 """
 import torch
 

@@ -1,10 +1,10 @@
 """Solution 5.
 
-Under an L-infinity budget the best step of a given size is along the *sign* of the gradient: each pixel pays
-for itself, so each takes its whole allowance. Projection onto the budget and onto [-1,1] is two clamps.
-On the checker's 16 pictures with false captions, budget .1 (13 of 255 grey levels), 20 steps: the judge goes
-from -.31 to +.12 (true captions have about +.36), the reader stays at 0, and noise of the same size moves the
-judge by .01.
+Under an L-infinity budget, the best step of a given size follows the *sign* of the gradient, because each
+pixel has a budget of its own and can use all of it. The projection onto the budget and onto [-1,1] is two
+clamps. The checker uses 16 images with false captions, budget .1 (13 of 255 gray levels), and 20 steps. The
+judge's reward rises from -.31 to +.12, where true captions have about +.36. The reader stays at 0. Noise of
+the same size changes the judge's reward by .01.
 """
 import torch
 

@@ -1,9 +1,9 @@
 """Solution 6.
 
-The mean over all subsets is unbiased because each subset is n independent samples. Once sorted, r_(i) is the
-maximum of C(i-1, n-1) of the C(m,n) subsets (ties do no harm: give equal rewards any order).
-KL = int_0^1 n u^(n-1) log(n u^(n-1)) du = log n + (n-1) E[log u], where E[log u] = int n u^(n-1) log u du
-= -1/n. Best of 8 costs 1.20 nat: hold that against the column "KL to the base" of README.md.
+The mean over all subsets is unbiased, because each subset is a set of n independent samples. After sorting,
+r_(i) is the maximum of C(i-1, n-1) of the C(m,n) subsets. Ties do no harm: equal rewards may take any order.
+KL = int_0^1 n u^(n-1) log(n u^(n-1)) du = log n + (n-1) E[log u], where E[log u] = int n u^(n-1) log u du =
+-1/n. The best of 8 has a KL of 1.20 nat. Compare this with the column "KL to the base" of README.md.
 """
 import math
 

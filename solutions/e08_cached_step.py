@@ -1,8 +1,9 @@
 """Solution 8.
 
-Row t of causal attention sees keys 0 .. t, which are cache[:t+1] once k is written. A slice replaces the
-mask: the future is not hidden, it is not looked at. At t = 0 the softmax runs over one number, so y = v.
-All T steps cost 1 + 2 + .. + T scores; running all rows again at each would cost 1 + 4 + .. + T^2.
+Row t of causal attention sees keys 0 .. t, which are cache[:t+1] once k is written. So a slice replaces the
+mask, and later places are not read at all. At t = 0 the softmax runs over one number, so y = v.
+All T steps compute 1 + 2 + .. + T logits. Without a cache, each step computes all rows again:
+1 + 4 + .. + T^2 logits.
 """
 import torch.nn.functional as F
 

@@ -1,9 +1,9 @@
 """Solution 10.
 
-generate recorded log pi_old under guidance; teacher forcing at the same cfg_scale computes the same logits,
-so the ratio is 1 but for rounding (which guidance enlarges: cond - uncond is multiplied by s). Without
-guidance pi is another distribution, and the ratio says how much another. A mean could hide a few tokens; the
-largest cannot.
+generate recorded log pi_old under guidance. Teacher forcing at the same cfg_scale computes the same logits,
+so the ratio is 1 except for rounding. (Guidance multiplies cond - uncond by s, and so enlarges the rounding.)
+Without guidance, pi is another distribution, and the ratio measures the difference. A mean could hide a few
+tokens. The maximum cannot.
 """
 import torch
 

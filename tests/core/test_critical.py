@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.config import UserError
 from critical import critical_tokens, dynamic_weight, entropy_gradient, group_similarity
 
 ONE_HOT = torch.eye(2, 8)                                           # two codes at right angles: cosine 0 or 1
@@ -22,7 +21,7 @@ def random_case(side=16, B=8, V=50, seed=0):
 
 
 def slow_gradient(entropy, side):
-    """One token at a time, as in words; entropy is a list of T numbers."""
+    """The same, computed one token at a time. entropy is a list of T numbers."""
     h = [list(entropy[i * side:(i + 1) * side]) for i in range(side)]
 
     def smooth(i, j):
@@ -39,7 +38,7 @@ def slow_gradient(entropy, side):
 
 
 def slow_pick(entropy, tokens, codebook, group_size, side, share):
-    """The three picks in words, one sequence and one position at a time -> list of sets."""
+    """Return the three picks as a list of sets, computed one sequence and one position at a time."""
     T, out = side * side, []
     k = int(share * T)
     for b in range(len(tokens)):
@@ -59,37 +58,37 @@ def slow_pick(entropy, tokens, codebook, group_size, side, share):
 
 
 def test_four_by_four_by_hand():
-    """A peak at row 1, column 1. Token (2,0) sees it above to the right, with only three to average, so
-    row 1 is  0 .2 .2 0,  row 2 is  1/3 .2 .2 0,  the others 0. Steepest is the drop from 1/3 below (2,0), at
-    position 12, which is just inside 1 .. 12."""
+    """A peak at row 1, column 1. Token (2,0) has the peak at its upper right and averages only three tokens.
+    So row 1 is  0 .2 .2 0,  row 2 is  1/3 .2 .2 0,  and the other rows are 0. The steepest change is the drop
+    from 1/3 below (2,0), at position 12, which is just inside the middle 1 .. 12."""
     entropy = torch.zeros(1, 16)
     entropy[0, 5] = 1
     gradient = entropy_gradient(entropy, 4)[0].view(4, 4)
     assert gradient[:, 0].tolist() == pytest.approx([0, math.hypot(1 / 6, .2), 2 / 15, 1 / 3])
     assert gradient[:, 1].tolist() == pytest.approx([.2, math.hypot(.1, .1), math.hypot(.1, 1 / 15), .2])
     tokens = torch.zeros(2, 16, dtype=torch.long)
-    tokens[1, 7] = 1                                                # the two pictures differ at 7 only
+    tokens[1, 7] = 1                                                # the two images differ only at 7
     mask = critical_tokens(entropy.expand(2, 16), tokens, ONE_HOT, 2, 4)
     assert mask.dtype == torch.bool and positions(mask) == [{0, 12, 7}] * 2
 
 
 def test_ten_by_ten_step_edge_by_hand():
-    """Entropy 0 left of column 5, 1 from there on. Averaged over the past, columns 3 to 6 are 0 .2 .6 1, and
-    the slopes of columns 3 to 6 are .1 .3 .4 .2; row 1 is a little steeper, for row 0 is averaged otherwise.
-    Rows 0 and 9 are outside the middle: so column 5 of rows 1 to 8, then column 4 of rows 1 and 2."""
+    """The entropy is 0 left of column 5, and 1 from there on. Smoothed, columns 3 to 6 are 0 .2 .6 1, and
+    their slopes are .1 .3 .4 .2. Row 1 is a little steeper, because row 0 has no neighbors above. Rows 0 and
+    9 are outside of the middle. So `edge` is column 5 of rows 1 to 8, and then column 4 of rows 1 and 2."""
     entropy = (torch.arange(100) % 10 >= 5).float().expand(3, 100)
     edge = {15, 25, 35, 45, 55, 65, 75, 85, 14, 24}
     tokens = torch.zeros(3, 100, dtype=torch.long)
     tokens[2, 50:60] = 1
     tokens[2, :3] = 1                                               # `first` takes these before `variety` can
-    # variety: nine of 50..59 (55 is taken), and of the rest, where all agree, the first that is free
+    # variety: nine of 50..59 (55 is taken), then the first free position, as all agree at the others
     assert positions(critical_tokens(entropy, tokens, ONE_HOT, 3, 10)) == [
         set(range(10)) | edge | {50, 51, 52, 53, 54, 56, 57, 58, 59} | {10}] * 3
 
 
-def test_one_odd_position_among_identical_pictures():
-    """Mean cosine over pairs: 1 where all four agree; 0 in 3 of 6 pairs where one is odd; in 4 of 6 at two
-    against two."""
+def test_one_odd_position_among_identical_images():
+    """The mean cosine over pairs is 1 where all four images agree. Where one image differs, 3 of 6 pairs have
+    the cosine 0. Where two images have one code and two the other, 4 of 6 pairs have it."""
     tokens = torch.zeros(8, 16, dtype=torch.long)
     tokens[2, 9], tokens[6, 3], tokens[6:, 4] = 1, 1, 1
     similar = group_similarity(tokens, ONE_HOT, 4)
@@ -118,9 +117,9 @@ def test_seventy_five_of_256():
     entropy, tokens, codebook = random_case()
     mask = critical_tokens(entropy, tokens, codebook, 4, 16)
     assert mask.sum(1).tolist() == [75] * 8 and mask[:, :25].all()
-    assert not torch.equal(mask[0], mask[1])                        # outlines differ from picture to picture
-    # By far the steepest are the last 27 now: but no edge is looked for there, and variety, where all tie,
-    # takes the first that is free.
+    assert not torch.equal(mask[0], mask[1])                        # outlines differ between images
+    # Now the last 27 positions are the steepest by far, but they are outside of the middle. All positions tie
+    # for variety, so it takes the first free ones.
     entropy[:, 229:] *= 1000
     assert entropy_gradient(entropy, 16).topk(10)[1].min() > 200
     mask = critical_tokens(entropy, torch.zeros_like(tokens), codebook, 4, 16)
@@ -128,12 +127,12 @@ def test_seventy_five_of_256():
 
 
 def test_the_order_of_a_group_does_not_matter():
-    """Two codes, G = 8: some 70 of 256 positions have four of each and tie, but for the rounding of sums, and
-    that changes with the order. The earliest of them must win."""
+    """With two codes and G = 8, about 70 of 256 positions have four of each code, so they tie. The rounding
+    of sums, which depends on the order, must not break the tie. The earliest positions must win."""
     entropy, tokens, codebook = random_case(V=2, seed=1)
     entropy = entropy[:1].expand(8, -1)
     mask = critical_tokens(entropy, tokens, codebook, 8, 16)
-    assert (mask == mask[0]).all()                                  # one entropy, so one mask for the group
+    assert (mask == mask[0]).all()                                  # one entropy gives one mask for the group
     for seed in range(20):
         order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
         assert torch.equal(critical_tokens(entropy, tokens[order], codebook, 8, 16), mask)
@@ -147,12 +146,12 @@ def test_two_groups_are_two_calls():
 
 
 @pytest.mark.parametrize("change, error, part", [
-    (dict(share=.01), UserError, "between 1 and a third of the 16 tokens, not 0.01"),
-    (dict(share=.5), UserError, "not 0.5"), (dict(share=-.1), UserError, "not -0.1"),
+    (dict(share=.01), ValueError, "between 1 and a third of the 16 tokens, got 0.01"),
+    (dict(share=.5), ValueError, "got 0.5"), (dict(share=-.1), ValueError, "got -0.1"),
     (dict(side=5), ValueError, "5"), (dict(group_size=3), ValueError, "multiple of a group of 3"),
     (dict(group_size=1), ValueError, "group of 1"), (dict(entropy=torch.zeros(8, 15)), ValueError, "8, 15"),
 ])
-def test_what_does_not_fit_is_said(change, error, part):
+def test_arguments_that_do_not_fit_are_refused(change, error, part):
     entropy, tokens, codebook = random_case(4)
     arguments = dict(entropy=entropy, tokens=tokens, codebook=codebook, group_size=2, side=4) | change
     with pytest.raises(error, match=part):
@@ -174,7 +173,7 @@ def logps(B=3, T=12):
 
 
 def test_dynamic_weight_by_hand():
-    # ratios e^.1, e^-.2, and e^.5 for the clipped third; then their running mean
+    # The ratios are e^.1, e^-.2, and e^.5, which is clipped. The weights are their running mean.
     weight = dynamic_weight(torch.tensor([[-1., -2., -1.]]), torch.tensor([[-1.1, -1.8, -3.]]))
     a, b, c = math.exp(.1), math.exp(-.2), math.exp(.5)
     assert weight[0].tolist() == pytest.approx([a, (a + b) / 2, (a + b + c) / 3])
@@ -198,7 +197,7 @@ def test_no_gradient_where_clipped():
 
 
 def test_what_the_weight_adds_to_the_gradient():
-    """Formula and numbers of the docstring. At ratio 1 the policy term is -A pi / stop_grad(pi), A = 1."""
+    """Formula and numbers of the docstring, for A = 1. At ratio 1 the policy term is -pi / stop_grad(pi)."""
     def force(logp, logp_ref, mask):
         loss = -(mask * dynamic_weight(logp, logp_ref) * (logp - logp.detach()).exp()).sum()
         return -torch.autograd.grad(loss, logp)[0]

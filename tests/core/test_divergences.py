@@ -1,7 +1,7 @@
 """python -m pytest tests/core/test_divergences.py
 
 These tests verify every claim of divergences.py, in float64. They compare closed forms with autograd, and
-values with torch.distributions. Expectations are exact sums over the vocabulary, so no test depends on sampling.
+values with torch.distributions. Expectations are exact sums over the vocabulary, not averages of samples.
 """
 import inspect
 import math

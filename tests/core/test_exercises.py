@@ -1,7 +1,7 @@
 """python -m pytest tests/core/test_exercises.py
 
-An exercise is worth nothing if its checker lets an empty stub pass, or refuses the solution. Both are run
-here, all checkers in one process each. A stub that somebody has begun to solve is skipped, but not in CI.
+A checker must refuse an empty stub and accept the solution. These tests run all checkers on the stubs and on
+the solutions, in one process each. A stub that somebody has begun to solve is skipped, except in CI.
 """
 import os
 import pathlib
@@ -18,7 +18,7 @@ BUG_HUNT = "e04_find_the_bug"
 
 
 def outcomes(folder, solutions):
-    """{exercise: {test: None if it passed, else the message}} of all checkers, on stubs or solutions."""
+    """Return {exercise: {test: None if passed, else the message}} of all checkers, on stubs or solutions."""
     env = {k: v for k, v in os.environ.items() if k not in ("SOLUTIONS", "PYTEST_ADDOPTS")}
     env |= {"OMP_NUM_THREADS": "1"} | ({"SOLUTIONS": "1"} if solutions else {})
     report = folder / "report.xml"
@@ -48,7 +48,7 @@ def test_ten_exercises_each_with_checker_solution_and_a_line_in_the_index():
     assert NAMES == sorted(p.stem for p in (ROOT / "solutions").glob("*.py"))
     index = (ROOT / "exercises" / "README.md").read_text(encoding="utf-8")
     assert NAMES == sorted(re.findall(r"\]\((e\d+_\w+)\.py\)", index))
-    for name in NAMES:                          # the command that checks it is named where it is needed
+    for name in NAMES:                          # each file names the command that checks the exercise
         for path in (f"{name}.py", f"test_{name}.py"):
             text = (ROOT / "exercises" / path).read_text(encoding="utf-8")
             assert f"python -m pytest exercises/test_{name}.py" in text.split('"""')[1], path
@@ -58,13 +58,13 @@ def test_ten_exercises_each_with_checker_solution_and_a_line_in_the_index():
 def test_stub_fails_its_checker(name, on_stubs):
     text = (ROOT / "exercises" / f"{name}.py").read_text(encoding="utf-8")
     if text.count("your turn") < len(re.findall(r"^def ", text, re.MULTILINE)) and not os.environ.get("CI"):
-        pytest.skip("somebody is at work on this one")
+        pytest.skip("somebody has begun to solve this exercise")
     results = on_stubs[name]
     assert results
-    if name == BUG_HUNT:       # at ratio 1 the bug does not show, which is the point; all else must see it
+    if name == BUG_HUNT:       # at ratio 1 the bug does not show, but all other tests must find it
         assert [test for test, message in results.items() if message is None] == [
             "test_at_ratio_one_it_is_reinforce"]
-    else:                      # for the right reason, too: not because the checker is broken
+    else:                      # each test must fail because of the stub, not because the checker is broken
         for test, message in results.items():
             assert message and "NotImplementedError: your turn" in message, (test, message)
 
