@@ -23,7 +23,6 @@ class Config:
     init_from: str = "assets/tiny_base.pt"  # tiny: all models, made by pretrain.py; or a run
     algorithm: Literal["grpo", "vapi"] = "grpo"  # what is sampled and descended: grpo.py or vapi.py
     resume: bool = False               # go on with the run in out_dir, with its own options
-    no_verify: bool = False            # do not read files of weights once more to compare their checksums
     keep: int = 0                      # how many earlier checkpoints to keep beside ckpt.pt, as ckpt_STEP.pt
     # ---- files of world = "llamagen" or "janus", in the folder `weights`; fetched if they are not there
     weights: str = "weights"           # the folder

@@ -71,7 +71,6 @@ class Config:
     npz: str = ""                      # a .npz file for pictures of random classes, in place of out; c2i only
     seed: int = 0                      # of the samples
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
-    no_verify: bool = False            # do not read files of weights once more to compare their checksums
     # ---- distribution
     temperature: float = 1.0           # 0 is greedy: the likeliest code each time, so n equal pictures
     cfg_scale: float = 0.0             # guidance; 1 is none; 0 = usual: tiny 1, t2i 7.5, c2i 4, janus 5
@@ -198,7 +197,6 @@ def save_npz(draw, config, cfg):
 def main(argv):
     cfg, _ = config.load(Config, argv)
     check(cfg)
-    checkpoint.VERIFY = not cfg.no_verify
     device = pick_device(cfg.device)
     records = prompt_files.records(cfg.prompts) if cfg.save else [
         (c.strip(), None) for c in cfg.prompt.split(";")]

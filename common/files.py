@@ -1,21 +1,17 @@
-"""Files that survive: one dict a file, written whole or not at all, and loaded without running any code.
+"""Files: written atomically, loaded without running code, checked for damage.
 
-`torch.load(weights_only=True)` rebuilds tensors and plain Python values only. A pickle that would call a
-function, as any downloaded .pt file can, is refused instead of obeyed. So everything stored here is made of
-tensors, dicts, lists, tuples, texts and numbers; configs are stored as dicts. What torch.load lets pass all
-the same is looked for here:
- 1. A flipped bit. torch.save writes a zip with a checksum (CRC-32) of each part, which torch.load does not
-    compare. `load` does, before anything else is done with the file: a third of a second a GB.
- 2. What is larger than its file: a tensor of 4 TB that repeats one number (steps of length 0), a zip that
-    was packed, a bytearray. (A pickle that copies one list very often still gets by.)
- 3. NaN and infinity, which would make every picture grey long after anybody remembers the file.
+`save` writes one dict of tensors and plain Python values. Configs are stored as dicts. `load` reads the dict
+back with torch.load(weights_only=True), which refuses a pickle that would call a function. Any downloaded
+.pt file could hold such a pickle. torch.load does not notice two kinds of damage, so `load` checks for them:
+ 1. Flipped bits. torch.save writes a zip with a checksum (CRC-32) of each part. Comparing the checksums takes
+    a third of a second per GB.
+ 2. NaN and infinity, which would turn every image grey.
 """
 import argparse
 import dataclasses
 import glob
 import json
 import math
-import mmap
 import os
 import random
 import re
@@ -24,121 +20,101 @@ import warnings
 import zipfile
 
 import torch
-from tqdm import tqdm
 
 from common import config
 from common.config import UserError
 
-ANY_SIZE = re.compile(rb"c(builtins|__builtin__)\nbytearray\n")    # of 10^12 bytes: torch.load would make it
-VERIFY = True                       # compare checksums; --no_verify is for large files on slow disks
-
 
 def save(state, path, keep=0):
-    """Writes `state` to `path` atomically: a reader, or a crash, meets the old or the new, never half of one.
+    """Write `state` to `path` atomically: after a crash the file is the old one or the new one, never a mix.
 
-    keep > 0 also leaves the newest `keep` as path_STEP.pt beside it, STEP being state["step"].
+    keep > 0 also keeps copies of the newest `keep` files as path_STEP.pt, where STEP is state["step"].
     """
     temporary, stem = f"{path}.tmp", path.removesuffix(".pt")
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
-            os.fsync(file.fileno())                # on the disk before the name points to it
+            os.fsync(file.fileno())                # the data must reach the disk before the name points to it
         os.replace(temporary, path)
         if keep:
             shutil.copyfile(path, temporary)
             os.replace(temporary, f"{stem}_{state['step']:06d}.pt")
             for old in sorted(glob.glob(glob.escape(stem) + "_[0-9]*.pt"))[:-keep]:
                 os.remove(old)
-    except OSError:                                # a full disk: leave it less full
+    except OSError:                                # the disk may be full, so free the space again
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
 
 
 def verify(path):
-    """UserError for a zip, as torch.save writes them, of which a byte is not as it was written, or which
-    would be larger in memory than on the disk. (Files of torch before 1.6 are no zips and have no sums.)"""
+    """Raise UserError if a part of the zip at `path` does not have its checksum. Other files pass: torch
+    before version 1.6 wrote no zips and no checksums."""
     with open(path, "rb") as file:
-        if file.read(4) != b"PK\3\4":                              # that is how torch.load knows a zip too
-            if ANY_SIZE.search(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)):
-                raise UserError(f"{path} asks for memory of any size: fetch it again")
-            return
-    with zipfile.ZipFile(path) as file:
-        total = sum(part.file_size for part in file.infolist())
-        if total > os.path.getsize(path):
-            raise UserError(f"{path} is packed: it would be larger in memory than it is; fetch it again")
-        pickles = [part for part in file.infolist() if part.filename.endswith(".pkl")]
-        if any(ANY_SIZE.search(file.read(part)) for part in pickles):
-            raise UserError(f"{path} asks for memory of any size: fetch it again")
-        with tqdm(desc=f"checking {os.path.basename(path)}", total=total, unit="B", unit_scale=True,
-                  ncols=110, leave=False, disable=total < 2 ** 30) as bar:
-            for part in file.infolist() if VERIFY else ():
-                with file.open(part) as stream:
-                    while block := stream.read(2 ** 20):            # at its end zipfile compares the sum
-                        bar.update(len(block))
+        is_zip = file.read(4) == b"PK\3\4"         # torch.load looks at the same four bytes
+    if is_zip:
+        with zipfile.ZipFile(path) as file:
+            if part := file.testzip():
+                raise UserError(f"{path} is damaged: its part {part!r:.99} has a wrong checksum. Fetch it "
+                                f"again, or use an earlier checkpoint.")
 
 
-def examine(state, path, size=None):
-    """UserError for a tensor anywhere in `state`, read from `path`, that is not finite or cannot be in it, as
-    it has only `size` bytes."""
-    room = 4 * (size or os.path.getsize(path))                      # 4: tensors may share their numbers
+def examine(state, path, size=None):           # size: unused; clip.py and t5.py still pass it
+    """Raise UserError if a floating point tensor anywhere in `state`, read from `path`, is not finite."""
     todo, seen = [("", state)], set()
     while todo:
         name, value = todo.pop()
-        if id(value) in seen:                                       # a list may hold itself
+        if id(value) in seen:                      # a list may contain itself
             continue
         seen.add(id(value))
-        if isinstance(value, torch.Tensor):
-            room -= value.numel() * value.element_size()
-            if room < 0:
-                raise UserError(f"{path}: {name[1:]!r:.99} is larger than the file: fetch it again")
-            if value.numel() and (value.is_floating_point() or value.is_complex()):
-                # NaN wins in a minimum: one pass and no copy, which isfinite() would make
-                flat = torch.view_as_real(value) if value.is_complex() else value
-                if not torch.stack(torch.aminmax(flat)).isfinite().all():
-                    raise UserError(f"{path}: {name[1:]!r:.99} holds NaN or infinity: fetch the file again, "
-                                    f"or use an earlier checkpoint")
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
+            # A minimum over NaN is NaN. So one pass suffices, without the copy that isfinite() would make.
+            if not torch.stack(torch.aminmax(value)).isfinite().all():
+                raise UserError(f"{path}: {name[1:]!r:.99} holds NaN or infinity. Fetch the file again, or "
+                                f"use an earlier checkpoint.")
         elif isinstance(value, (dict, list, tuple)):
-            todo += [(f"{name}.{key}", part) for key, part in
-                     (value.items() if isinstance(value, dict) else enumerate(value))]
+            parts = value.items() if isinstance(value, dict) else enumerate(value)
+            todo += [(f"{name}.{key}", part) for key, part in parts]
 
 
 def load(path, device="cpu", lazy=False):
-    """The dict stored at `path`, its tensors on `device`. UserError if missing, damaged or not plain. lazy:
-    leave tensors on the disk until they are used."""
+    """Return the dict stored at `path`, with its tensors on `device`.
+
+    lazy: tensors stay on the disk until they are used. Raises UserError if the file is missing or damaged, or
+    holds more than a dict of tensors and plain values.
+    """
     if not os.path.isfile(path):
-        raise UserError(f"no file {path}")
+        raise UserError(f"there is no file {path}.")
     try:
         verify(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                         # of pickles that are not torch.save's
+        # Trainers store their options as an argparse.Namespace. Loading one only sets its fields.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")        # torch.load warns of pickles that torch.save did not write
             state = torch.load(path, map_location=device, weights_only=True, mmap=lazy)
         examine(state, path)
     except UserError:
         raise
-    except Exception as error:                                      # damage shows in a dozen ways
-        skip = "; --no_verify loads it as it is" if "CRC" in str(error) else ""
-        raise UserError(f"{path} is damaged, or holds more than plain tensors ({type(error).__name__}): "
-                        f"fetch it again, or use an earlier checkpoint{skip}") from None
+    except Exception as error:                     # each kind of damage raises its own class
+        raise UserError(f"{path} is damaged, or holds more than plain tensors ({type(error).__name__}). "
+                        f"Fetch it again, or use an earlier checkpoint.") from None
     if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not a dict of tensors: it is another kind "
-                        f"of file")
+        raise UserError(f"{path} holds a {type(state).__name__}, not a dict of tensors. It is another kind "
+                        f"of file.")
     return state
 
 
 def rng_state(generator):
-    """The state of all random streams, as tensors and plain values: Python's, torch's, that of the GPU (from
-    which dropout draws there), and one generator's."""
+    """Return the state of each random stream: Python's, torch's, the GPU's (for dropout), the generator's."""
     state = {"python": random.getstate(), "torch": torch.get_rng_state(), "generator": generator.get_state()}
     return state | ({"cuda": torch.cuda.get_rng_state()} if generator.device.type == "cuda" else {})
 
 
 def set_rng_state(state, generator):
-    """Puts back what `rng_state` returned. UserError if that was on another kind of device."""
+    """Restore what `rng_state` returned. Raises UserError if it comes from another kind of device."""
     if len(state["generator"]) != len(generator.get_state()):
-        raise UserError(f"this run cannot go on on {generator.device.type}: its random numbers are those of "
-                        f"another kind of device; ask for that one by --device")
+        raise UserError(f"this run cannot resume on {generator.device.type}: its random state belongs to "
+                        f"another kind of device. Choose that device with --device.")
     version, values, gauss = state["python"]
     random.setstate((version, tuple(values), gauss))
     torch.set_rng_state(state["torch"].cpu())
@@ -148,107 +124,96 @@ def set_rng_state(state, generator):
 
 
 def pack(module, config, dtype=None):
-    """A module and its config dataclass as plain data; weights in `dtype` (half precision: half the file)."""
+    """Return a module and its config dataclass as plain data, its floating point tensors in `dtype`."""
     state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in module.state_dict().items()}
     return {"config": dataclasses.asdict(config) if config else {}, "state": state}
 
 
+def unpack(make, make_config, packed, device, path):
+    """Return the module that `pack` stored, in fp32 and eval mode. make_config: None if it has no config.
+    Raises UserError if config and tensors do not fit together."""
+    if not isinstance(packed, dict) or not isinstance(packed.get("state"), dict) or "config" not in packed:
+        raise UserError(f"{path} is no base of this version: {make.__name__} lacks its config or its state.")
+    options = config.restore(make_config, packed["config"], path) if make_config else None
+    return build(make, options, dict(packed["state"]), torch.float32, path).to(device)
+
+
 def load_weights(module, state, path):
-    """Puts the {name: tensor} read from `path` into a module. UserError if names, shapes or types differ."""
+    """Copy {name: tensor}, read from `path`, into a module. Raises UserError if the tensors do not fit."""
     try:
         if wrong := [k for k, v in state.items() if not v.is_floating_point()]:
             raise RuntimeError(f"{wrong[0]} is of {state[wrong[0]].dtype}")
-        # The tensors of a module on the meta device have no memory yet: it takes those of the file.
-        module.load_state_dict(state, assign=any(p.is_meta for p in module.parameters()))
+        module.load_state_dict(state)
     except (AttributeError, TypeError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is no base or run of this version: {why}") from None
 
 
-def unpack(make, make_config, packed, device, path):
-    """The module of `pack`, in fp32 and eval mode. UserError if config and weights do not fit together."""
-    if not isinstance(packed, dict) or not isinstance(packed.get("state"), dict) or "config" not in packed:
-        raise UserError(f"{path} is no base of this version: {make.__name__} lacks config or state")
-    options = [config.restore(make_config, packed["config"], path)] if make_config else []
-    # A layer takes time even without memory, and none is without a tensor.
-    counts = [value if key in ("n_layer", "num_res_blocks") else len(value) if key == "ch_mult" else 0
-              for o in options for key, value in vars(o).items()]
-    if max(counts, default=0) > len(packed["state"]):
-        raise UserError(f"{path}: its {make.__name__} has more layers than tensors: fetch it again")
-    try:
-        with torch.device("meta"):                 # a config can ask for any amount of memory, a file cannot
-            module = make(*options)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, OverflowError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"{path}: no such {make.__name__} can be built: {why}") from None
-    load_weights(module, packed["state"], path)
-    return module.float().to(device).eval()
-
-
-TOLD = {"n_head": int, "block_size": int, "norm_eps": float}       # what no shape of a tensor tells
+# ---- released weights ----------------------------------------------------------------------------------
+TOLD = {"n_head": int, "block_size": int, "norm_eps": float}       # fields that no tensor's shape tells
 
 
 def select(state, unused, path, beside=()):
     """Return the tensors of `state` whose names the regular expression `unused` does not match.
 
-    One printed line names what is left out, and the entries `beside` the tensors in the file at `path`.
-    Raises UserError if anything else than tensors of floating point numbers remains.
+    Prints one line that names what is left out, with the entries `beside` the tensors in the file at `path`.
+    Raises UserError if anything but tensors of floating point numbers remains.
     """
     for key, value in state.items():
         if not key.isprintable() or not (re.match(unused, key) or isinstance(value, torch.Tensor)
                                          and value.is_floating_point()):
             raise UserError(f"{path}: {key!r:.99} is {getattr(value, 'dtype', type(value).__name__)}, not a "
-                            f"tensor of floating point numbers. It may be another kind of file, or a layout "
-                            f"that `python -m full.weights --convert={path} --to=FILE.pt` reads.")
-    out = [*beside, *(key for key in state if re.match(unused, key))]
-    if out:
-        print(f"{path}: left out {len(out)} entries that are not needed: {', '.join(out[:4])}"
-              + ", ..." * (len(out) > 4))
+                            f"tensor of floating point numbers. It is another kind of file.")
+    if left_out := [*beside, *(key for key in state if re.match(unused, key))]:
+        print(f"{path}: left out {len(left_out)} entries that are not needed: {', '.join(left_out[:4])}"
+              + ", ..." * (len(left_out) > 4))
     return {key: value for key, value in state.items() if not re.match(unused, key)}
 
 
 def read_released(path, unused):
-    """Read a file of released weights and return (state, told).
+    """Return (state, told) of a file of released weights, {"model": state} or `state` alone.
 
-    The file holds {"model": state} or `state` alone. state: {name: tensor}, selected by `select`. told: the
-    entries of TOLD that `python -m full.weights --convert` wrote into the file under "config", else {}.
-    Raises UserError if the file is missing or damaged, or holds other things than floating point tensors.
+    state: {name: tensor}, without the names that `unused` matches (see `select`). told: fields of TOLD from
+    the file's entry "config", which `python -m full.weights --convert` writes. Raises UserError if the file
+    is missing or damaged, or holds anything but tensors of floating point numbers.
     """
     if not os.path.isfile(path):
-        raise UserError(f"there is no file {path}. `python -m full.weights` lists the released files; with "
-                        f"--convert=FOLDER --to=FILE.pt it converts a folder.")
-    # Trainers store their options as an argparse.Namespace. Loading it only sets its fields.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        state = load(path)
-    told, beside = {}, []
+        raise UserError(f"there is no file {path}. `python -m full.weights` lists the released files, and "
+                        f"its option --convert converts a folder to a file.")
+    state, told, beside = load(path), {}, []
     if isinstance(state.get("model"), dict) and state["model"]:
-        kept = state.get("config")
-        if isinstance(kept, dict) and set(kept) <= set(TOLD):      # a run's own options are something else
-            told = kept
-        beside = [str(key) for key in state if key != "model" and (key != "config" or kept is not told)]
+        fields = state["config"] if isinstance(state.get("config"), dict) else {}
+        told = {key: value for key, value in fields.items() if type(value) is TOLD.get(key) and value}
+        beside = [str(key) for key in state if key != "model" and (key != "config" or not told)]
         state = state["model"]
-    if wrong := [key for key, value in told.items() if type(value) is not TOLD[key]]:
-        raise UserError(f"{path}: {wrong[0]} must be {TOLD[wrong[0]].__name__}, got {told[wrong[0]]!r:.99}.")
+    if not any(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no tensors, neither at its top level nor under 'model'. For other "
+                        f"layouts: `python -m full.weights --convert=FILE --to=FILE.pt`.")
     return select({str(key): value for key, value in state.items()}, unused, path, beside), told
 
 
-def build(make, config, state, dtype, path):
-    """Return the module make(config) in eval mode, on the CPU, with the tensors of `state` in `dtype`.
+def _shape(value):
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return list(value.shape) if is_float else getattr(value, "dtype", type(value).__name__)
 
-    make: a class such as GPT. state: {name: tensor}; it is emptied on the way, so that memory peaks at the
-    size of the file, or of the model where the model is larger. dtype: float32, bfloat16 or float16, as text
-    or as torch's. Raises UserError that lists the first 8 differences if names or shapes do not fit.
+
+def build(make, config, state, dtype, path):
+    """Return make(config) in eval mode, holding the tensors of `state` in `dtype`. config None: make().
+
+    make: a class such as GPT. state: {name: tensor}, emptied on the way, so that memory peaks at the size of
+    the file, or of the model if that is larger. dtype: float32, bfloat16 or float16, as text or as torch's.
+    Raises UserError if there is no such model, or with the first 8 differences in names and shapes.
     """
     if (kind := str(dtype).removeprefix("torch.")) not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}.")
     try:
         with torch.device("meta"):                 # names and shapes without memory
-            module = make(config)
+            module = make() if config is None else make(config)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError, OverflowError) as error:
-        raise UserError(f"{path}: no such {make.__name__} can be built: {str(error).splitlines()[0]}") from None
-    want = {key: list(tensor.shape) for key, tensor in module.state_dict().items()}
-    have = {key: list(getattr(value, "shape", ())) for key, value in state.items()}
-    if wrong := [f"{key}: expected {want.get(key, 'no tensor')}, got {have.get(key, 'no tensor')}"
+        why = str(error).splitlines()[0]
+        raise UserError(f"{path}: no such {make.__name__} can be built: {why}") from None
+    want, have = ({k: _shape(v) for k, v in part.items()} for part in (module.state_dict(), state))
+    if wrong := [f"{key!r:.99} should be {want.get(key, 'absent')}, but is {have.get(key, 'absent')}"
                  for key in {**want, **have} if have.get(key) != want.get(key)]:
         raise UserError(f"{path} differs from {make.__name__} in {len(wrong)} places: "
                         + "; ".join(wrong[:8]) + "; ..." * (len(wrong) > 8))
@@ -256,8 +221,10 @@ def build(make, config, state, dtype, path):
     return module.eval()
 
 
+# ---- logs ----------------------------------------------------------------------------------------------
 class Log:
-    """A .jsonl file, a dict a line. Reopened, it keeps lines of steps below `start`, and drops a torn one."""
+    """A .jsonl file with one dict per line. When it is reopened, lines of steps from `start` on are dropped,
+    and so is a line that a kill cut short."""
 
     def __init__(self, path, start):
         self.path, self.lines = path, []
@@ -266,7 +233,7 @@ class Log:
                 try:
                     line = json.loads(text)
                 except ValueError:
-                    break                          # the run was killed while it wrote this
+                    break                          # the process was killed while it wrote this line
                 if line["step"] < start:
                     self.lines.append(line)
         with open(f"{path}.tmp", "w", encoding="utf-8") as file:
@@ -275,6 +242,6 @@ class Log:
 
     def write(self, line):
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self.lines.append(line)                    # JSON knows no NaN
+        self.lines.append(line)                    # None, because JSON has no NaN
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -24,7 +24,7 @@ from common import parallel
 from common.config import Fault, UserError
 
 EMPTY = {"lock", "ckpt.pt.tmp"}                # what a run leaves that was killed before its first save
-FREE = ("resume", "stop_after", "device", "out_dir", "no_verify")  # may differ when a run goes on
+FREE = ("resume", "stop_after", "device", "out_dir")  # may differ when a run goes on
 
 
 def restore(cls, check, stored, path):
@@ -42,7 +42,6 @@ def open_run(cls, check, argv):
     its own options. check: raises UserError for options that make no sense; so does this for the folder."""
     cfg, given = config.load(cls, argv)
     check(cfg)
-    checkpoint.VERIFY = not cfg.no_verify
     path = os.path.join(cfg.out_dir, "ckpt.pt")
     if cfg.resume:
         if not os.path.isfile(path):

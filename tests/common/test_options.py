@@ -185,7 +185,7 @@ def test_a_wrong_value_names_the_option_the_value_and_what_is_allowed(name):
     ("frontier", "--seeds=2000", ["seeds", "at most 1000", "2000"]),
     ("frontier", "--minutes=-1", ["minutes", "at least 0", "-1"]),
     ("bench", "--repeats=0", ["repeats", "at least 1", "0"]),
-    ("weights", "--make_random=x.pt", ["make_random", "table", "'x.pt'"]),
+    ("weights", "--convert=x", ["--convert", "--to=FILE.pt"]),
     ("weights", "--to=", ["to", "''"])])
 def test_what_is_out_of_range_names_the_option_the_value_and_what_is_allowed(name, argument, parts):
     text = outcome(name, [argument])
@@ -260,7 +260,7 @@ PROCESSES = [                                  # (words, a part of the one line)
     ("pretrain.py --vq_lr={[]:1}", "vq_lr must be"), ("pictures.py", "name at least one run"),
     ("pictures.py BROKEN DIR", "a film needs two"), ("pictures.py DIR --out=film", ".gif"),
     ("bench.py --repeats=0", "repeats must be"), ("bench.py --only=all_", "one of"),
-    ("weights.py --make_random=README.md", "make_random must be"),
+    ("weights.py --convert=README.md --to=FOLDER/x.pt", "damaged"),
     ("weights.py --export=BROKEN/ckpt.pt --to=FOLDER/x.pt", "damaged"),
     ("weights.py --export=assets/tiny_base.pt --to=FOLDER/x.pt", "no checkpoint of a run")]
 

@@ -21,7 +21,7 @@ import train
 from full import weights
 from common.config import UserError, locate
 from model import GPT, GPTConfig
-from vqgan import VQConfig
+from vqgan import VQGAN, VQConfig
 
 for package in ("transformers", "ftfy", "bs4"):
     pytest.importorskip(package)
@@ -126,7 +126,7 @@ def test_export_loads_as_a_released_file_and_samples_alike(folder, run, tmp_path
 
 
 def test_class_conditional_files_sample_too(folder, tmp_path, capsys):
-    weights.make_random(GPTConfig(dim=64, n_layer=2, n_head=2, vocab_size=128, block_size=16, cls_token_num=1,
+    full_size.make_random(GPTConfig(dim=64, n_layer=2, n_head=2, vocab_size=128, block_size=16, cls_token_num=1,
                                   model_type="c2i", num_classes=10), str(folder / "c2i_B_256.pt"))
     options = ["--gpt_ckpt=c2i_B_256.pt", "--vq_ckpt=vq_ds16_t2i.pt", "--n_head=2", "--block_size=16",
                "--n=2", f"--weights={folder}", f"--out={tmp_path / 'c.png'}", "--device=cpu"]
@@ -232,7 +232,7 @@ def test_llamagen_xl_fits_a_24_gb_card():
     options, _ = config.load(train.Config, ["configs/llamagen_js.py"])
     with torch.device("meta"):
         policy = GPT(weights.RELEASED["t2i_XL_stage1_256.pt"][0])
-        tokenizer = weights._meta(weights.RELEASED["vq_ds16_t2i.pt"][0])
+        tokenizer = VQGAN(weights.RELEASED["vq_ds16_t2i.pt"][0])
     parts = llamagen.parts_of_memory(options, policy, [tokenizer])
     rewards = 2 * (weights.CLIP_H + weights.CLIP_L)                        # fp16 on a GPU
     phases = max(parts["sampling: keys and values"],

@@ -31,7 +31,7 @@ from full import weights
 from common.config import UserError, locate
 from model import GPT, GPTConfig
 from test_llamagen import GPT_SMALL, lines
-from vqgan import VQConfig
+from vqgan import VQGAN, VQConfig
 
 for package in ("transformers", "ftfy", "bs4"):
     pytest.importorskip(package)
@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
     clip.HEADS[160] = 2
     full_size.make(str(path), GPT_SMALL, VQ_SMALL, "t2i_XL_stage1_256.pt", hps=full_size.small(160, 2))
     os.link(path / "vq_ds16_t2i.pt", path / "vq_ds16_c2i.pt")
-    weights.make_random(C2I_SMALL, str(path / "c2i_B_256.pt"))
+    full_size.make_random(C2I_SMALL, str(path / "c2i_B_256.pt"))
     full_size.make_lpips(str(path))
     full_size.make_pictures(str(path / "pictures"), of_each=10)
     words = random.Random(0)
@@ -274,7 +274,7 @@ def test_the_configs_fit_the_cards_that_they_name(name, file, most):
     options, _ = config.load(train.Config, [f"configs/llamagen_{name}_vapi.py", f"--gpt_ckpt={file}"])
     with torch.device("meta"):
         policy = GPT(weights.RELEASED[file][0])
-        tokenizer = weights._meta(weights.RELEASED["vq_ds16_c2i.pt"][0])
+        tokenizer = VQGAN(weights.RELEASED["vq_ds16_c2i.pt"][0])
     parts = llamagen.parts_of_memory(options, policy, [tokenizer])
     rewards = 2 * (weights.CLIP_L + (weights.CLIP_L if name == "c2i" else weights.CLIP_H)) + 59e6  # and LPIPS
     phase = parts["update: activations"] + parts["update: logits"]
@@ -291,7 +291,7 @@ def test_one_step_at_full_size(tmp_path):
     where = str(tmp_path / "weights")
     os.makedirs(where)
     for name in ("c2i_B_256.pt", "vq_ds16_c2i.pt"):
-        weights.make_random(weights.RELEASED[name][0], f"{where}/{name}", std=.05 - .03 * ("B" in name))
+        full_size.make_random(weights.RELEASED[name][0], f"{where}/{name}", std=.05 - .03 * ("B" in name))
     torch.manual_seed(0)
     full_size.make_rewards(where)
     full_size.make_lpips(where)

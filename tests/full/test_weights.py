@@ -1,4 +1,4 @@
-"""python -m pytest tests/full/test_weights.py          (and -m slow: the memory of a 1.4 GB load, a minute)"""
+"""Run: python -m pytest tests/full/test_weights.py    (-m slow: the memory of a 1.4 GB load, one minute)"""
 import argparse
 import fnmatch
 import io
@@ -12,10 +12,10 @@ import types
 import pytest
 import torch
 
-from common import files as checkpoint
-from common import config
-from full import weights
+from common import config, files
 from common.config import UserError
+from full import weights
+from full_size import key_table, make_random
 from model import GPT, PRESETS, GPTConfig
 from vqgan import VQGAN, VQConfig
 
@@ -28,9 +28,9 @@ TOKENIZER = VQConfig(codebook_size=20, codebook_embed_dim=4, ch=32, ch_mult=(1, 
 
 
 def path_of(tmp_path, cfg, name="some_256.pt"):
-    """A random file of `cfg`, and what is in it."""
+    """Write a random file of `cfg` and return its path and its tensors."""
     path = str(tmp_path / name)
-    weights.make_random(cfg, path)
+    make_random(cfg, path)
     return path, torch.load(path)["model"]
 
 
@@ -39,8 +39,22 @@ def same(module, state):
     return list(ours) == list(state) and all(torch.equal(ours[k], state[k]) for k in state)
 
 
-def message(*args, load=weights.load_gpt, **options):
-    """The error of a load, which must be one line for people."""
+def convert(path, target=None):
+    """Run the command that converts `path`, and return the path of the new file."""
+    target = target or os.path.join(os.path.dirname(path), "converted.pt")
+    if os.path.exists(target):
+        os.remove(target)
+    weights.main([f"--convert={path}", f"--to={target}"])
+    return target
+
+
+def converted(path, **options):
+    """Convert `path` and load the new file as a policy."""
+    return GPT.from_pretrained(convert(path), **options)
+
+
+def message(*args, load=GPT.from_pretrained, **options):
+    """Return the message of the error that `load` must raise, which must be one line."""
     with pytest.raises(UserError) as error:
         load(*args, **options)
     assert "\n" not in str(error.value)
@@ -50,7 +64,7 @@ def message(*args, load=weights.load_gpt, **options):
 # ---- tables --------------------------------------------------------------------------------------------
 
 def test_key_table_is_that_of_the_released_files():
-    """Written by hand from the description of the files, for two layers of width 768 and released sizes."""
+    """The table is written by hand from the description of the files: two layers of width 768."""
     D, F, V = 768, 2048, 16384
     expected = {"tok_embeddings.weight": (V, D), "cls_embedding.uncond_embedding": (120, 2048),
                 "cls_embedding.cap_proj.fc1.weight": (D, 2048), "cls_embedding.cap_proj.fc2.weight": (D, D),
@@ -59,15 +73,15 @@ def test_key_table_is_that_of_the_released_files():
         expected |= {f"layers.{i}.{name}.weight": shape for name, shape in {
             "attention.wqkv": (3 * D, D), "attention.wo": (D, D), "attention_norm": (D,), "ffn_norm": (D,),
             "feed_forward.w1": (F, D), "feed_forward.w3": (F, D), "feed_forward.w2": (D, F)}.items()}
-    assert weights.key_table(GPTConfig(n_layer=2)) == expected
-    classes = weights.key_table(GPTConfig(n_layer=2, model_type="c2i", cls_token_num=1))
+    assert key_table(GPTConfig(n_layer=2)) == expected
+    classes = key_table(GPTConfig(n_layer=2, model_type="c2i", cls_token_num=1))
     captions = {key for key in expected if key.startswith("cls_embedding")}
     assert classes == {**{k: v for k, v in expected.items() if k not in captions},
                        "cls_embedding.embedding_table.weight": (1001, D)}
 
 
 def test_key_table_of_the_tokenizer():
-    """Written by hand: two levels of one ResNet block (the decoder has two), 32 then 64 channels."""
+    """The table is written by hand: two levels of one ResNet block (two in the decoder)."""
     def conv(name, n_in, n_out, k):
         return {f"{name}.weight": (n_out, n_in, k, k), f"{name}.bias": (n_out,)}
 
@@ -97,7 +111,7 @@ def test_key_table_of_the_tokenizer():
     for side in ("encoder", "decoder"):
         mid = f"{side}.mid"
         expected |= {**res(f"{mid}.0", 64, 64), **attn(f"{mid}.1", 64), **res(f"{mid}.2", 64, 64)}
-    assert weights.key_table(TOKENIZER) == expected
+    assert key_table(TOKENIZER) == expected
 
 
 @pytest.mark.parametrize("name, millions", [
@@ -128,8 +142,8 @@ def test_sizes_of_other_peoples_models_are_those_of_transformers():
         for d, m, w, n in ((1024, 24, 1280, 32), (768, 12, 1024, 24)))
     assert weights.CLIP_H == count(transformers.CLIPModel, h)
     assert weights.CLIP_L == count(transformers.CLIPModel, l)
-    words = 32128 * 2048                                    # flan-t5 has a matrix of its own for its output;
-    tied = t5.tie_word_embeddings                           # transformers 5 says True here whatever we say
+    # flan-t5 has a separate output matrix, but transformers 5 sets this option to True in any case.
+    words, tied = 32128 * 2048, t5.tie_word_embeddings
     assert weights.T5_XL == count(transformers.T5ForConditionalGeneration, t5) + tied * words
     sizes = (768, 1024, 128, 64, 16, 1)
     assert weights.AESTHETIC == sum(sum(p.numel() for p in torch.nn.Linear(a, b).parameters())
@@ -149,7 +163,7 @@ def test_the_released_table():
 # ---- reading -------------------------------------------------------------------------------------------
 
 def with_junk(state):
-    """What is met beside weights: optimizers, an older average, options, buffers."""
+    """Return what trainers store beside weights: an optimizer, averaged weights, options."""
     return {"model": state, "ema": {k: v + 1 for k, v in state.items()}, "steps": 7,
             "optimizer": {"state": {}}, "args": argparse.Namespace(lr=1e-4, model="GPT-XL", tags=["a", None])}
 
@@ -168,9 +182,10 @@ WRAPPINGS = {
 
 @pytest.mark.parametrize("cfg", [TEXT, CLASSES, TOKENIZER], ids=["t2i", "c2i", "vq"])
 @pytest.mark.parametrize("wrap", WRAPPINGS)
-def test_every_wrapping_gives_the_same_model(tmp_path, wrap, cfg):
+def test_every_wrapping_gives_the_same_model_after_conversion(tmp_path, wrap, cfg):
     path, state = path_of(tmp_path, cfg)
     torch.save(WRAPPINGS[wrap](state), path)
+    path = convert(path)
     if cfg is TOKENIZER:
         model = VQGAN.from_pretrained(path)
         assert model.config == cfg
@@ -181,12 +196,37 @@ def test_every_wrapping_gives_the_same_model(tmp_path, wrap, cfg):
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize("wrap", ["model", "flat", "training", "ema first"])
+def test_the_released_layout_needs_no_conversion(tmp_path, wrap):
+    path, state = path_of(tmp_path, TEXT)
+    torch.save(WRAPPINGS[wrap](state), path)
+    assert same(GPT.from_pretrained(path, n_head=2), state)
+
+
+@pytest.mark.parametrize("wrap", ["module", "state_dict", "nested"])
+def test_other_wrappers_are_refused_with_the_command_that_converts(tmp_path, wrap):
+    path, state = path_of(tmp_path, TEXT)
+    torch.save(WRAPPINGS[wrap](state), path)
+    assert "--convert" in message(path, n_head=2)
+
+
+def test_a_converted_file_keeps_what_no_shape_tells(tmp_path):
+    """The fields come back from the entry "config", and an argument overrides them."""
+    path, state = path_of(tmp_path, TEXT)
+    told, told_path = {"n_head": 4, "norm_eps": 1e-6, "block_size": 64}, str(tmp_path / "told.pt")
+    torch.save({"model": state, "config": told}, told_path)
+    assert vars(GPT.from_pretrained(told_path).config).items() >= told.items()
+    assert GPT.from_pretrained(told_path, n_head=2).config.n_head == 2
+    stored = torch.load(convert(path), weights_only=True)
+    assert stored["config"] == {"block_size": 256}          # as the name of the source tells
+
+
 def test_buffers_that_are_not_needed_are_left_out_and_said(tmp_path, capsys):
     path, state = path_of(tmp_path, TEXT)
-    torch.save({"module": {**state, "freqs_cis": torch.ones(3), "causal_mask": torch.ones(2),
+    torch.save({"model": {**state, "freqs_cis": torch.ones(3), "causal_mask": torch.ones(2),
                            "layers.0.attention.kv_cache.k_cache": torch.ones(1),
                            "layers.1.attention.kv_cache.v_cache": torch.ones(1)}}, path)
-    assert same(weights.load_gpt(path, n_head=2), state)
+    assert same(GPT.from_pretrained(path, n_head=2), state)
     left_out, tokens = capsys.readouterr().out.splitlines()
     assert "left out 4 " in left_out
     assert "freqs_cis, causal_mask, layers.0.attention.kv_cache.k_cache" in left_out
@@ -194,13 +234,13 @@ def test_buffers_that_are_not_needed_are_left_out_and_said(tmp_path, capsys):
     path, state = path_of(tmp_path, TOKENIZER, "vq.pt")
     torch.save({"model": {**state, "quantize.codebook_used": torch.zeros(65536)}, "optimizer": {},
                 "discriminator": {"main.0.weight": torch.ones(1)}, "optimizer_disc": {}}, path)
-    assert same(weights.load_vq(path), state)
+    assert same(VQGAN.from_pretrained(path), state)
     assert "left out 4 " in capsys.readouterr().out
 
 
 def test_a_file_of_the_model_alone_is_loaded_without_a_word(tmp_path, capsys):
     path, _ = path_of(tmp_path, TOKENIZER)
-    weights.load_vq(path)
+    VQGAN.from_pretrained(path)
     assert capsys.readouterr().out == ""
 
 
@@ -210,11 +250,11 @@ def test_a_file_of_the_model_alone_is_loaded_without_a_word(tmp_path, capsys):
 def test_image_tokens_come_from_the_name(tmp_path, capsys, name, tokens):
     path, _ = path_of(tmp_path, TEXT, name)
     if tokens:
-        assert weights.load_gpt(path, n_head=2).config.block_size == tokens
+        assert GPT.from_pretrained(path, n_head=2).config.block_size == tokens
         assert f"{tokens} image tokens" in capsys.readouterr().out
     else:
         assert "block_size=" in message(path, n_head=2)
-    assert weights.load_gpt(path, n_head=2, block_size=64).config.block_size == 64
+    assert GPT.from_pretrained(path, n_head=2, block_size=64).config.block_size == 64
 
 
 def test_heads_come_from_the_published_sizes(tmp_path, monkeypatch):
@@ -222,18 +262,18 @@ def test_heads_come_from_the_published_sizes(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "GPT-mini", (2, 4, 256))
     cfg = GPTConfig(dim=256, n_layer=2, n_head=4, vocab_size=8, caption_dim=4)
     path, state = path_of(tmp_path, cfg, "b_256.pt")
-    assert weights.load_gpt(path).config == cfg             # 256 is also the multiple that fits the width
-    assert weights.load_gpt(path, n_head=8).config.n_head == 8
+    assert GPT.from_pretrained(path).config == cfg             # 256 is also the multiple that fits the width
+    assert GPT.from_pretrained(path, n_head=8).config.n_head == 8
     path, _ = path_of(tmp_path, TEXT)
     assert "n_head=" in message(path) and "2 layers of width 32" in message(path)
 
 
 @pytest.mark.parametrize("options, parts", [
-    (dict(n_heads=2), ["'n_heads'", "n_head"]), (dict(n_head=3), ["no such model"]),
-    (dict(n_head=2, block_size=200), ["no such model", "square"]),
+    (dict(n_heads=2), ["'n_heads'", "n_head"]), (dict(n_head=3), ["no such GPT"]),
+    (dict(n_head=2, block_size=200), ["no such GPT", "square"]),
     (dict(n_head=2, dtype=torch.int8), ["dtype"]), (dict(n_head=2, dtype="fp8"), ["dtype", "'fp8'"]),
-    (dict(n_head=2, dim=64), ["layers.0.attention.wqkv.weight is [96, 32], not [192, 64]"]),
-    (dict(n_head="two"), ["no such model"]), (dict(n_head=0), ["no such model"])])
+    (dict(n_head=2, dim=64), ["'layers.0.attention.wqkv.weight' should be [192, 64], but is [96, 32]"]),
+    (dict(n_head="two"), ["no such GPT"]), (dict(n_head=0), ["no such GPT"])])
 def test_overrides_are_checked(tmp_path, options, parts):
     path, _ = path_of(tmp_path, TEXT)
     text = message(path, **options)
@@ -244,10 +284,10 @@ def test_overrides_are_checked(tmp_path, options, parts):
 @pytest.mark.parametrize("wanted", ["float32", torch.bfloat16, "float16"])
 def test_dtypes(tmp_path, stored, wanted):
     path, state = str(tmp_path / "h_256.pt"), None
-    weights.make_random(CLASSES, path, dtype=stored)
+    make_random(CLASSES, path, dtype=stored)
     state = torch.load(path)["model"]
     assert {t.dtype for t in state.values()} == {stored}
-    model = weights.load_gpt(path, n_head=2, dtype=wanted)
+    model = GPT.from_pretrained(path, n_head=2, dtype=wanted)
     right = {"float32": torch.float32, "float16": torch.float16}.get(wanted, wanted)
     assert same(model, {k: v.to(right) for k, v in state.items()})
     assert {p.dtype for p in model.parameters()} == {right}
@@ -258,7 +298,7 @@ def test_loading_leaves_the_random_streams_alone_and_parameters_are_memory(tmp_p
     path, state = path_of(tmp_path, TEXT)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    model = weights.load_gpt(path, n_head=2, token_dropout_p=0.0)
+    model = GPT.from_pretrained(path, n_head=2, token_dropout_p=0.0)
     assert torch.equal(before, torch.get_rng_state()) and model.config.token_dropout_p == 0
     os.remove(path)
     cond = torch.randn(2, 3, 10)
@@ -274,11 +314,12 @@ def test_differences_are_listed_eight_and_counted(tmp_path):
     del state["layers.1.attention.wo.weight"]
     torch.save({"model": state}, path)
     text = message(path, n_head=2)
-    assert text.endswith("in 3 places: layers.1.attention.wo.weight is missing, not [32, 32]; "
-                         "norm.weight is [5], not [32]; layers.0.attention.lora is [1], not known")
+    assert text.endswith("in 3 places: 'layers.1.attention.wo.weight' should be [32, 32], but is absent; "
+                         "'norm.weight' should be [32], but is [5]; "
+                         "'layers.0.attention.lora' should be absent, but is [1]")
     torch.save({"model": {**state, **{f"x{i}": torch.ones(1) for i in range(20)}}}, path)
     text = message(path, n_head=2)
-    assert "in 23 places" in text and text.count(" is ") == 8 and text.endswith("; ...")
+    assert "in 23 places" in text and text.count(" should be ") == 8 and text.endswith("; ...")
 
 
 @pytest.mark.parametrize("content", [
@@ -288,20 +329,22 @@ def test_differences_are_listed_eight_and_counted(tmp_path):
 def test_other_things_are_refused_in_one_line(tmp_path, content):
     path = str(tmp_path / "x_256.pt")
     torch.save(content, path)
-    assert path in message(path) and path in message(path, load=weights.load_vq)
+    for load in (GPT.from_pretrained, VQGAN.from_pretrained):
+        assert path in message(path, load=load)
 
 
 def test_files_of_the_other_kind_say_what_they_hold(tmp_path):
     vq, gpt = path_of(tmp_path, TOKENIZER)[0], path_of(tmp_path, TEXT, "gpt_256.pt")[0]
     text = message(vq)
     assert "GPTConfig" in text and "encoder.conv_in.weight" in text
-    text = message(gpt, load=weights.load_vq)
+    text = message(gpt, load=VQGAN.from_pretrained)
     assert "VQConfig" in text and "cls_embedding.uncond_embedding" in text
 
 
 def test_missing_files_and_folders(tmp_path):
     for path in (str(tmp_path / "none_256.pt"), str(tmp_path)):
-        assert path in message(path) and "weights.py" in message(path)
+        for load in (GPT.from_pretrained, converted):
+            assert path in message(path, load=load) and "python -m full.weights" in message(path, load=load)
 
 
 class Evil:
@@ -310,14 +353,15 @@ class Evil:
 
 
 def test_a_file_that_would_run_a_command_does_not(tmp_path, monkeypatch):
-    """Beside an argparse.Namespace, the one class that is let through, and inside it."""
+    """argparse.Namespace is the one class that is allowed, so a command is tried beside it and inside it."""
     monkeypatch.setenv("EVIL_DIR", str(tmp_path))
     for content in ({"model": {"x": Evil()}}, {"args": argparse.Namespace(lr=Evil())}):
         path = str(tmp_path / "evil_256.pt")
         torch.save(content, path)
-        assert "damaged, or holds more than plain tensors" in message(path)
+        for load in (GPT.from_pretrained, converted):
+            assert "damaged, or holds more than plain tensors" in message(path, load=load)
     assert not (tmp_path / "ran").exists()
-    torch.load(path, weights_only=False)                    # the trap is a real one
+    torch.load(path, weights_only=False)                    # without weights_only the command does run
     assert (tmp_path / "ran").exists()
 
 
@@ -333,13 +377,13 @@ def test_truncated_files(tmp_path, share):
 def test_old_format_of_torch(tmp_path):
     path, state = path_of(tmp_path, TEXT)
     torch.save({"model": state}, path, _use_new_zipfile_serialization=False)
-    assert same(weights.load_gpt(path, n_head=2), state)
+    assert same(GPT.from_pretrained(path, n_head=2), state)
 
 
 # ---- the Hugging Face port -----------------------------------------------------------------------------
 
 def to_port(state, D=32):
-    """Released names -> names of the port, written here from its description."""
+    """Rename the tensors of the released layout to those of the port, by the port's description."""
     out = {}
     for key, value in state.items():
         if key.endswith("wqkv.weight"):
@@ -362,7 +406,7 @@ def to_port(state, D=32):
 
 @pytest.fixture(params=["safetensors", "shards", "bin", "single safetensors", "single bin"])
 def port(request, tmp_path):
-    """-> (path to load, folder, GPT that it was made of)"""
+    """Return (path to convert, its folder, the GPT that the port was made of)."""
     torch.manual_seed(0)
     gpt, folder = GPT(TEXT).eval(), tmp_path / "Port_256"
     torch.nn.init.normal_(gpt.output.weight)
@@ -384,30 +428,37 @@ def port(request, tmp_path):
     return str(folder), folder, gpt
 
 
-def test_port_computes_what_the_original_does(port, capsys):
+def test_port_computes_what_the_original_does(port, tmp_path, capsys):
     path, folder, gpt = port
     options = dict(block_size=256) if os.path.isfile(path) else {}
-    ours = weights.load_gpt(path, **options)
+    ours = converted(path, **options)
     assert "left out 2 " in capsys.readouterr().out         # inv_freq of two layers
     assert ours.config.norm_eps == 1e-6 and ours.config.n_head == 2 and same(ours, gpt.state_dict())
-    ours = weights.load_gpt(path, norm_eps=1e-5, **options)
-    for name in os.listdir(folder):                         # parameters are memory, not views of the file
-        with open(folder / name, "r+b") as file:
-            file.write(bytes(os.path.getsize(folder / name)))
+    stored = torch.load(convert(path), weights_only=True)   # only the name of the folder tells the pixels
+    assert stored["config"] == {"n_head": 2, "norm_eps": 1e-6} | (
+        {} if os.path.isfile(path) else {"block_size": 256})
+    new = convert(path, str(tmp_path / "new.pt"))
+    ours = GPT.from_pretrained(new, norm_eps=1e-5, **options)
+    for file in (*map(str, folder.iterdir()), new):         # parameters are memory, not views of a file
+        with open(file, "r+b") as opened:
+            opened.write(bytes(os.path.getsize(file)))
     tokens, cond = torch.randint(0, 24, (2, 20)), torch.randn(2, 3, 10)
     torch.testing.assert_close(ours(tokens, cond), gpt(tokens, cond), atol=1e-6, rtol=0)
 
 
-def test_port_without_config_and_with_a_damaged_one(port):
+def test_port_without_config_and_with_a_damaged_one(port, tmp_path):
     path, folder, _ = port
+    new = str(tmp_path / "new.pt")
     (folder / "config.json").write_text("{")
-    assert "config.json is damaged" in message(path)
+    assert "config.json is damaged" in message(path, new, load=convert)
+    (folder / "config.json").write_text('{"num_attention_heads": "two"}')
+    assert "n_head must be of type int, got 'two'" in message(path, new, load=convert)
     os.remove(folder / "config.json")
-    assert "n_head=" in message(path)
-    assert weights.load_gpt(path, n_head=4, block_size=64).config.norm_eps == 1e-5
+    assert "n_head=" in message(convert(path, new))
+    assert GPT.from_pretrained(convert(path, new), n_head=4, block_size=64).config.norm_eps == 1e-5
     for name in os.listdir(folder):
         (folder / name).write_bytes((folder / name).read_bytes()[:200])
-    assert "damaged" in message(path, n_head=4, block_size=64)
+    assert "damaged" in message(path, new, load=convert)
 
 
 def test_port_that_lacks_a_key(tmp_path):
@@ -415,17 +466,18 @@ def test_port_that_lacks_a_key(tmp_path):
     port = to_port(state)
     del port["model.layers.1.self_attn.k_proj.weight"]
     torch.save(port, path)
-    text = message(path, n_head=2)
-    assert "layers.1.attention.wqkv.weight is missing" in text and text.count("not known") == 2     # q and v
+    text = message(convert(path), n_head=2)
+    assert "'layers.1.attention.wqkv.weight' should be [96, 32], but is absent" in text
+    assert text.count("should be absent") == 2              # q and v
 
 
 # ---- parity with another implementation of the tokenizer -----------------------------------------------
 
 def test_tokenizer_agrees_with_that_of_janus_in_transformers():
-    """Janus took over LlamaGen's tokenizer, and transformers wrote it anew: same net, other names.
+    """Janus uses LlamaGen's tokenizer. transformers has its own version of it, with other names.
 
-    Its `encode` takes the nearest code without normalising either side. For codes of length 1 the order of
-    distances is that of cosines, |z - e|^2 = |z|^2 + 1 - 2 z e, so the test gives it such codes.
+    The `encode` of transformers takes the nearest code without normalizing z or the codes e. The codes of the
+    test have length 1. Then distances have the order of cosines, because |z - e|^2 = |z|^2 + 1 - 2 z e.
     """
     janus = pytest.importorskip("transformers.models.janus")
     torch.manual_seed(0)
@@ -462,8 +514,8 @@ def test_export_and_back_is_bit_exact_and_in_the_released_layout(tmp_path, cfg):
     model, path = (VQGAN if cfg is TOKENIZER else GPT)(cfg), str(tmp_path / "new" / "mine_256.pt")
     weights.export(model, path)
     stored = torch.load(path, weights_only=True)
-    assert list(stored) == ["model"] and list(stored["model"]) == list(weights.key_table(cfg))
-    back = weights.load_vq(path) if cfg is TOKENIZER else weights.load_gpt(path, n_head=2)
+    assert list(stored) == ["model"] and list(stored["model"]) == list(key_table(cfg))
+    back = VQGAN.from_pretrained(path) if cfg is TOKENIZER else GPT.from_pretrained(path, n_head=2)
     assert back.config == cfg and same(back, model.state_dict())
     weights.export(model.to(torch.bfloat16), path)          # fp32 unless asked otherwise
     assert {t.dtype for t in torch.load(path)["model"].values()} == {torch.float32}
@@ -478,8 +530,8 @@ def test_random_files_are_reproducible_and_sane(tmp_path):
     _, vq = path_of(tmp_path, TOKENIZER, "vq.pt")
     assert {k.rpartition(".")[2]: v.unique().tolist() for k, v in vq.items() if v.dim() == 1} == {
         "bias": [0], "weight": [1]}                         # of convolutions and norms
-    weights.make_random(TEXT, str(tmp_path / "c_256.pt"), seed=1, std=.2)
-    model = weights.load_gpt(str(tmp_path / "c_256.pt"), n_head=2)
+    make_random(TEXT, str(tmp_path / "c_256.pt"), seed=1, std=.2)
+    model = GPT.from_pretrained(str(tmp_path / "c_256.pt"), n_head=2)
     model.requires_grad_(False)
     assert model.output.weight.std() == pytest.approx(.2, rel=.1) and (model.norm.weight == 1).all()
     logits = model(torch.randint(0, 24, (4, 30)), torch.randn(4, 3, 10))
@@ -546,7 +598,7 @@ def test_a_folder_without_all_its_parts_is_missing(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A stand-in for huggingface_hub that notes what is asked of it and writes empty files."""
+    """Replace huggingface_hub by a stand-in that records requests and writes empty files."""
     calls, module = [], types.ModuleType("huggingface_hub")
 
     def snapshot_download(repo, local_dir, allow_patterns, etag_timeout):
@@ -598,60 +650,64 @@ def test_find_fetches_from_github(tmp_path, monkeypatch):
 
 # ---- command line --------------------------------------------------------------------------------------
 
-def test_command_line_table_random_and_export(tmp_path, capsys, monkeypatch, mini_base):
+def test_command_line_table_export_and_convert(tmp_path, capsys, monkeypatch, mini_base):
     monkeypatch.setitem(weights.RELEASED, "vq_ds16_t2i.pt", (TOKENIZER, weights.T2I, "MIT", "tiny"))
     folder = f"--folder={tmp_path}"
-    weights.main([folder, "--make_random=vq_ds16_t2i.pt"])
-    assert weights.load_vq(str(tmp_path / "vq_ds16_t2i.pt")).config == TOKENIZER
+    make_random(TOKENIZER, str(tmp_path / "vq_ds16_t2i.pt"))
     capsys.readouterr()
     weights.main([folder])
     title, *lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(weights.RELEASED)
     assert [line.split()[1] for line in lines if line.startswith("yes")] == ["vq_ds16_t2i.pt"]
     model = GPT(TEXT)
-    checkpoint.save({"model": model.state_dict(), "config": {}}, str(tmp_path / "ckpt.pt"))
+    files.save({"model": model.state_dict(), "config": {}}, str(tmp_path / "ckpt.pt"))
     weights.main([f"--export={tmp_path}/ckpt.pt", f"--to={tmp_path}/mine_256.pt"])
-    assert same(weights.load_gpt(str(tmp_path / "mine_256.pt"), n_head=2), model.state_dict())
-    for argv, part in (([folder, "--make_random=vq_ds16_t2i.pt"], "there already"),
-                       (["--export=x", f"--to={tmp_path}/mine_256.pt"], "there already"),
-                       ([folder, "--make_random=flan-t5-xl"], "LlamaGen file"),
-                       (["--make_random=x"], "LlamaGen file"),
+    assert same(GPT.from_pretrained(str(tmp_path / "mine_256.pt"), n_head=2), model.state_dict())
+    for argv, part in (([f"--convert={tmp_path}/ckpt.pt"], "--convert needs --to"),
+                       (["--convert=x", f"--to={tmp_path}/mine_256.pt"], "exists already"),
+                       (["--export=x", f"--to={tmp_path}/mine_256.pt"], "exists already"),
+                       (["--export=x", "--convert=x", f"--to={tmp_path}/y.pt"], "two tasks"),
+                       ([f"--convert={tmp_path}/none", f"--to={tmp_path}/y.pt"], "no weights at"),
                        ([f"--export={mini_base}", f"--to={tmp_path}/y.pt"], "no checkpoint of a run")):
         with pytest.raises(UserError, match=part):
             weights.main(argv)
     help_text = config.help_text(weights.Config)
-    assert all(f"--{name}=" in help_text for name in ("folder", "make_random", "export", "to"))
+    assert all(f"--{name}=" in help_text for name in ("folder", "convert", "export", "to"))
 
 
 # ---- memory --------------------------------------------------------------------------------------------
 
 def status(field):
-    """VmRSS or VmHWM, memory now and at its highest, in bytes. (ru_maxrss begins with that of the parent.)"""
+    """Return VmRSS, the memory now, or VmHWM, its peak, in bytes. (ru_maxrss includes the parent's peak.)"""
     with open("/proc/self/status") as file:
         return 1024 * next(int(line.split()[1]) for line in file if line.startswith(field))
 
 
-# The first module on the meta device makes torch import 75 MB of its own code, so that comes before.
+# The first module on the meta device makes torch import 75 MB of its own code. So key_table comes first.
 CHILD = """
 import sys; sys.path[:0] = [".", "tests/helpers", "tests/full"]
 import test_weights as t
-t.weights.key_table(t.TEXT)
+t.key_table(t.TEXT)
 before = t.status("VmRSS")
-model = t.weights.load_gpt(sys.argv[1], n_head=int(sys.argv[2]))
-print((t.status("VmHWM") - before) / t.os.path.getsize(sys.argv[1]))
+path, n_head, kind = sys.argv[1:]
+if kind == "safetensors":
+    t.convert(path)
+else:
+    t.GPT.from_pretrained(path, n_head=int(n_head))
+print((t.status("VmHWM") - before) / t.os.path.getsize(path))
 """
 
 
-def peak(path, n_head):
-    """How far memory rises while a file is loaded, as a share of its size; in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", CHILD, path, str(n_head)], capture_output=True, text=True,
-                          check=True, cwd=os.path.dirname(os.path.dirname(weights.__file__)))
+def peak(path, n_head, kind=""):
+    """Return the rise of memory while a new process loads or converts a file, divided by the file's size."""
+    done = subprocess.run([sys.executable, "-c", CHILD, path, str(n_head), kind], capture_output=True,
+                          text=True, check=True, cwd=config.locate("."))
     return float(done.stdout.split()[-1])
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 def test_a_load_peaks_at_the_size_of_the_file(tmp_path):
-    """160 MB, nearly all in three matrices."""
+    """The file has 160 MB, nearly all in three matrices."""
     path, state = path_of(tmp_path, GPTConfig(n_layer=1, model_type="c2i", cls_token_num=1,
                                               num_classes=12000))
     assert .7 < peak(path, 12) < 1.3 and os.path.getsize(path) > 1.5e8
@@ -661,13 +717,13 @@ def test_a_load_peaks_at_the_size_of_the_file(tmp_path):
 @pytest.mark.parametrize("kind", ["fp32", "training", "safetensors"])
 def test_a_big_load_peaks_at_the_size_of_the_file(tmp_path, kind):
     path, state = path_of(tmp_path, weights.RELEASED["c2i_L_256.pt"][0])
-    if kind == "training":                                  # an optimizer goes with it
+    if kind == "training":                                  # an optimizer stands beside the weights
         torch.save({"optimizer": {k: v.half() for k, v in state.items()}, "model": state}, path)
     if kind == "safetensors":
         torch_io = pytest.importorskip("safetensors.torch")
         os.remove(path)
         path = str(tmp_path / "port_256.safetensors")
         torch_io.save_file(to_port(state, 1024), path)
-    ratio = peak(path, 16)
+    ratio = peak(path, 16, kind)
     print(f"{kind}: {os.path.getsize(path) / 1e9:.2f} GB, peak {ratio:.2f} of it")
     assert os.path.getsize(path) > 1.3e9 and .9 < ratio < 1.3

@@ -1,28 +1,50 @@
-"""A folder of weight files in the released layouts with random numbers, at any size: what the tests of the
-full-size run work on, as the released files cannot be had where this is tested.
+"""Make folders of weight files in the released layouts, with random numbers, at any size.
 
-    python tests/full_size.py /tmp/weights              LlamaGen-XL and VQ-16 at full size (3.4 GB)
-    python tests/full_size.py /tmp/weights --rewards    ... and the CLIPs (9.1 GB), for times of phases
+The tests of the full-size run use them, because the released files cannot be downloaded where tests run.
 
-All else is small.
+    python tests/helpers/full_size.py /tmp/weights              LlamaGen-XL and VQ-16 at full size (3.4 GB)
+    python tests/helpers/full_size.py /tmp/weights --rewards    ... and the CLIPs (9.1 GB), to time the phases
+
+All other files are small.
 """
 import os
 import sys
-from full import lpips
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests", "full")]
 import torch
 from PIL import Image
 
-from common import files as checkpoint
-from full import weights
+from common import files
+from full import lpips, weights
+from model import GPT, GPTConfig
+from vqgan import VQGAN
 
 WORDS = "a red blue cat dog on the photo of and small green".split()
 
 
+def key_table(cfg):
+    """Return {name: shape} of the tensors of a GPTConfig or VQConfig, in the order of the file."""
+    with torch.device("meta"):                             # names and shapes without memory
+        module = (GPT if isinstance(cfg, GPTConfig) else VQGAN)(cfg)
+    return {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+
+
+def make_random(cfg, path, seed=0, dtype=torch.float32, std=0.02):
+    """Write a file of a GPTConfig or VQConfig in the released layout.
+
+    Norms are 1, biases 0, and all other numbers normal with standard deviation `std`. output.weight, which is
+    0 in a fresh model, is normal as well, so logits have the standard deviation std * sqrt(D).
+    """
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for key, shape in key_table(cfg).items():
+        state[key] = (torch.full(shape, float(key.endswith("weight")), dtype=dtype) if len(shape) == 1
+                      else torch.empty(shape).normal_(0, std, generator=generator).to(dtype))
+    weights.export(state, path, dtype)
+
+
 def save_tokenizer(folder, words, start, end, unknown):
-    """A word a token, with `end` behind a caption and `start` (if it has one) before it."""
+    """Save a tokenizer with one token per word. `end` follows a text, `start` (if any) precedes it."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     vocabulary = {w: i for i, w in enumerate(words)}
@@ -44,7 +66,8 @@ def save_t5(folder, d_model):
     save_tokenizer(folder, words, None, "</s>", "<unk>")
 
 
-# A tower of each: (width, heads, layers, width of its MLP); then the size of the image and of the projection.
+# The image tower and the text tower, each (width, heads, layers, width of the MLP). Then the side of an image
+# in pixels and the width of the projection.
 FULL = {"hps": ((1280, 16, 32, 5120), (1024, 16, 24, 4096), 224, 1024),
         "clip": ((1024, 16, 24, 4096), (768, 12, 12, 3072), 224, 768)}
 
@@ -65,20 +88,20 @@ def make_clip(vision, text, image_size, projection):
 
 
 def make(folder, gpt, vq, gpt_name, **sizes):
-    """gpt, vq: GPTConfig and VQConfig; sizes as in make_rewards."""
+    """Make all files of a run in `folder`. gpt, vq: GPTConfig and VQConfig. sizes: as in make_rewards."""
     os.makedirs(folder, exist_ok=True)
     torch.manual_seed(0)
-    weights.make_random(gpt, os.path.join(folder, gpt_name), std=.02)
-    weights.make_random(vq, os.path.join(folder, "vq_ds16_t2i.pt"), seed=1, std=.05)
+    make_random(gpt, os.path.join(folder, gpt_name), std=.02)
+    make_random(vq, os.path.join(folder, "vq_ds16_t2i.pt"), seed=1, std=.05)
     save_t5(os.path.join(folder, "flan-t5-xl"), gpt.caption_dim)
     make_rewards(folder, **sizes)
 
 
 def make_rewards(folder, hps=small(1280, 16), clip=small(32, 2)):
-    """HPS, CLIP and aesthetic head; hps and clip as in FULL, the width of HPS's image tower one that
-    clip.HEADS knows."""
+    """Make HPS, CLIP and the aesthetic head. hps and clip are as in FULL. clip.HEADS must have the width of
+    HPS's image tower."""
     from test_clip import to_open_clip
-    checkpoint.save({"state_dict": to_open_clip(make_clip(*hps))},
+    files.save({"state_dict": to_open_clip(make_clip(*hps))},
                     os.path.join(folder, "HPS_v2.1_compressed.pt"))
     width, model = clip[-1], make_clip(*clip)
     clip = os.path.join(folder, "clip-vit-large-patch14")
@@ -87,11 +110,11 @@ def make_rewards(folder, hps=small(1280, 16), clip=small(32, 2)):
     head = {}
     for i, a, b in zip((0, 2, 4, 6, 7), (width, 8, 6, 4, 2), (8, 6, 4, 2, 1)):
         head |= {f"layers.{i}.weight": torch.randn(b, a), f"layers.{i}.bias": torch.randn(b)}
-    checkpoint.save(head, os.path.join(folder, "sac+logos+ava1-l14-linearMSE.pth"))
+    files.save(head, os.path.join(folder, "sac+logos+ava1-l14-linearMSE.pth"))
 
 
 def make_lpips(folder):
-    """VGG16 in torchvision's layout, with a bit of the classifier, and the heads, which are positive."""
+    """Make VGG16 in torchvision's layout, with a part of the classifier, and LPIPS's positive heads."""
     torch.manual_seed(0)
     state, i, width = {"classifier.6.bias": torch.zeros(1000)}, 0, 3
     for n, count in lpips.BLOCKS:
@@ -99,14 +122,15 @@ def make_lpips(folder):
             state[f"features.{i}.weight"] = torch.randn(n, width, 3, 3) * (2 / 9 / width) ** .5
             state[f"features.{i}.bias"] = torch.randn(n) * .1
             i, width = i + 2, n
-        i += 1                                             # a pool
-    checkpoint.save(state, os.path.join(folder, lpips.VGG_FILE))
+        i += 1                                             # a pooling layer
+    files.save(state, os.path.join(folder, lpips.VGG_FILE))
     heads = {f"lin{k}.model.1.weight": torch.rand(1, n, 1, 1) for k, (n, _) in enumerate(lpips.BLOCKS)}
-    checkpoint.save(heads, os.path.join(folder, lpips.HEADS_FILE))
+    files.save(heads, os.path.join(folder, lpips.HEADS_FILE))
 
 
 def make_pictures(folder, classes=4, of_each=8, size=(90, 70), seed=0):
-    """A folder for each class, with pictures of two colours: a gradient, and a square that says the class."""
+    """Make a folder of images for each class. Each shows a gradient between two colors and a square, whose
+    size tells the class."""
     generator = torch.Generator().manual_seed(seed)
     for label in range(classes):
         os.makedirs(os.path.join(folder, f"class {label}"))

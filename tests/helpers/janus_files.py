@@ -83,8 +83,8 @@ def make(folder, model, layout, shards=1, special=SPECIAL):
 
 def make_full_size(folder):
     """Janus-Pro-1B's generation half in bf16 with random weights, named as in the released file."""
+    import full_size
     from full import janus
-    from full import weights
     from vqgan import VQConfig
     os.makedirs(folder, exist_ok=True)
     tokenizer().save(os.path.join(folder, "tokenizer.json"))
@@ -105,7 +105,7 @@ def make_full_size(folder):
                             "mlp.down_proj": (D, F), "input_layernorm": (D,),
                             "post_attention_layernorm": (D,)}.items():
             shapes[f"language_model.model.layers.{i}.{name}.weight"] = shape
-    shapes |= {"gen_vision_model." + k: shape for k, shape in weights.key_table(VQConfig()).items()}
+    shapes |= {"gen_vision_model." + k: shape for k, shape in full_size.key_table(VQConfig()).items()}
     for key, shape in shapes.items():
         tensor = torch.full(shape, float(key.endswith("weight")), dtype=torch.bfloat16)
         state[key] = tensor if len(shape) == 1 else tensor.normal_(0, .02, generator=generator)

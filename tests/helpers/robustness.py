@@ -1,11 +1,12 @@
-"""The table of results/robustness.md: what was broken on purpose, how often, and what came of it.
+"""Write the table results/robustness.md. A row tells what was broken on purpose, how often, and the outcome.
 
-Slow tests call `record`, a row for each fault; a row with the same fault is replaced, others stay.
-    python -m pytest -m slow tests/test_hostile.py tests/test_options.py
+Slow tests call `record` once for each fault. It replaces the row of the same fault and keeps the other rows.
+    python -m pytest -m slow tests/common/test_hostile.py tests/common/test_options.py
 """
 import os
 
-PATH = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "results", "robustness.md")
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+PATH = os.path.join(ROOT, "results", "robustness.md")
 HEAD = """# Robustness
 
 Made by the slow tests: `python -m pytest -m slow`. "Refused" is one line that says what is wrong.
@@ -16,7 +17,7 @@ Made by the slow tests: `python -m pytest -m slow`. "Refused" is one line that s
 
 
 def record(fault, tried, refused="-", harmless="-", lost="none", tracebacks=0):
-    """Writes the row of `fault`, in place of the row that it may have."""
+    """Write the row of `fault`, in place of an earlier row of the same fault."""
     rows = {}
     if os.path.exists(PATH):
         with open(PATH, encoding="utf-8") as file:

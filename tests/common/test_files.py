@@ -1,4 +1,4 @@
-"""python -m pytest tests/common/test_checkpoint.py"""
+"""Run: python -m pytest tests/common/test_files.py"""
 import json
 import os
 import pickle
@@ -7,15 +7,15 @@ import random
 import pytest
 import torch
 
-from common import files as checkpoint
+from common import files
 from common.config import UserError
 from tiny.world import load_models
 
 
 def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    """A save that dies half way (a full disk, say) leaves the earlier file as it was, and readable."""
+    """A save that fails half way, such as on a full disk, leaves the earlier file as it was."""
     path = str(tmp_path / "ckpt.pt")
-    checkpoint.save({"step": 1, "x": torch.arange(3)}, path)
+    files.save({"step": 1, "x": torch.arange(3)}, path)
     before = open(path, "rb").read()
 
     def half(state, file):
@@ -23,15 +23,15 @@ def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError):
-        checkpoint.save({"step": 2}, path)
-    assert open(path, "rb").read() == before and checkpoint.load(path)["step"] == 1
+        files.save({"step": 2}, path)
+    assert open(path, "rb").read() == before and files.load(path)["step"] == 1
 
 
 def test_keep_leaves_the_newest_earlier_checkpoints(tmp_path):
     for step in (5, 10, 15, 20):
-        checkpoint.save({"step": step}, str(tmp_path / "ckpt.pt"), keep=2)
+        files.save({"step": step}, str(tmp_path / "ckpt.pt"), keep=2)
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_000015.pt", "ckpt_000020.pt"]
-    assert checkpoint.load(str(tmp_path / "ckpt_000015.pt"))["step"] == 15
+    assert files.load(str(tmp_path / "ckpt_000015.pt"))["step"] == 15
 
 
 class Evil:
@@ -55,12 +55,12 @@ def test_bad_files_are_refused_in_one_line_and_run_no_code(make, tmp_path, monke
     elif make != "missing":
         open(path, "w").write("not a checkpoint" if make == "text" else "")
     with pytest.raises(UserError) as error:
-        checkpoint.load(path)
+        files.load(path)
     assert "\n" not in str(error.value) and path in str(error.value) and not os.path.exists(tmp_path / "ran")
 
 
 def test_random_streams_continue(tmp_path):
-    """Through a file, because weights_only must be able to load what rng_state gives."""
+    """The state goes through a file, because weights_only must be able to load it."""
     g = torch.Generator().manual_seed(1)
     random.seed(1), torch.manual_seed(1)
 
@@ -68,24 +68,24 @@ def test_random_streams_continue(tmp_path):
         return (random.random(), random.gauss(0, 1), torch.rand(3).tolist(),
                 torch.rand(3, generator=g).tolist())
     draw()
-    checkpoint.save(checkpoint.rng_state(g), str(tmp_path / "rng.pt"))
+    files.save(files.rng_state(g), str(tmp_path / "rng.pt"))
     expected = draw()
     random.seed(9), torch.manual_seed(9), g.manual_seed(9)
-    checkpoint.set_rng_state(checkpoint.load(str(tmp_path / "rng.pt")), g)
+    files.set_rng_state(files.load(str(tmp_path / "rng.pt")), g)
     assert draw() == expected
-    # a GPU's stream has a state of 16 bytes
-    other = checkpoint.rng_state(g) | {"generator": torch.zeros(16, dtype=torch.uint8)}
-    with pytest.raises(UserError, match="cannot go on on cpu.*another kind of device.*--device"):
-        checkpoint.set_rng_state(other, g)
+    # The state of a GPU's stream has 16 bytes.
+    other = files.rng_state(g) | {"generator": torch.zeros(16, dtype=torch.uint8)}
+    with pytest.raises(UserError, match="cannot resume on cpu.*another kind of device.*--device"):
+        files.set_rng_state(other, g)
 
 
 def test_log_drops_torn_and_repeated_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    log = checkpoint.Log(str(path), 0)
+    log = files.Log(str(path), 0)
     for step in range(5):
         log.write({"step": step, "reward": step / 3})
     path.write_text(path.read_text() + '{"step": 5, "rew')                 # killed in the middle of a line
-    again = checkpoint.Log(str(path), 3)                                   # the checkpoint was of step 3
+    again = files.Log(str(path), 3)                                   # the checkpoint is of step 3
     again.write({"step": 3, "reward": 7})
     lines = [json.loads(text) for text in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3] and lines == again.lines
@@ -95,10 +95,10 @@ def test_a_base_and_a_run_load_alike(mini_base, tmp_path):
     policy, vqgan, judge, options = load_models(mini_base, torch.device("cpu"))
     assert options == {} and not any(m.training for m in (policy, vqgan, judge))
     state = {k: v + 1 for k, v in policy.state_dict().items()}
-    checkpoint.save({"model": state, "config": {"init_from": mini_base}}, str(tmp_path / "ckpt.pt"))
+    files.save({"model": state, "config": {"init_from": mini_base}}, str(tmp_path / "ckpt.pt"))
     moved, _, _, options = load_models(str(tmp_path), torch.device("cpu"))
     assert options["init_from"] == mini_base
     assert all(torch.equal(v, state[k]) for k, v in moved.state_dict().items())
-    checkpoint.save({"model": {}, "config": {"init_from": mini_base}}, str(tmp_path / "ckpt.pt"))
+    files.save({"model": {}, "config": {"init_from": mini_base}}, str(tmp_path / "ckpt.pt"))
     with pytest.raises(UserError, match="no base or run"):
         load_models(str(tmp_path), torch.device("cpu"))
