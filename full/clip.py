@@ -1,24 +1,25 @@
-"""The rewards of the full-size run: four published judges of pictures, all of them built on CLIP.
+"""The rewards of the full-size world: four published models that judge images, all of them built on CLIP.
 
-  hps        HPSv2.1, arXiv 2306.09341: cosine of picture and caption under a CLIP ViT-H/14 tuned on what
-             people preferred. On its own benchmark SD 1.4 gets .2535 on average, SDXL .3063.
-  pickscore  PickScore v1, arXiv 2305.01569: the same with other people, as exp(logit_scale) * cosine.
-  clipscore  any CLIP, arXiv 2104.08718: 100 max(cosine, 0). Does the picture show what the caption says?
-  aesthetic  LAION's aesthetic predictor v2: a head on CLIP ViT-L/14's image vector. It sees no caption.
+  hps        HPSv2.1, arXiv 2306.09341: cosine of image and prompt under a CLIP ViT-H/14 that was tuned on
+             people's preferences. On its own benchmark SD 1.4 gets .2535 on average, and SDXL .3063.
+  pickscore  PickScore v1, arXiv 2305.01569: the same with other preferences, as exp(logit_scale) * cosine.
+  clipscore  any CLIP, arXiv 2104.08718: 100 max(cosine, 0). Does the image show what the prompt says?
+  aesthetic  LAION's aesthetic predictor v2: a head on CLIP ViT-L/14's image vector. It sees no prompt.
 
-CLIP, arXiv 2103.00020, is two transformers into one space: a picture's vector is read at a class token, a
-caption's at its end-of-text token, and both are scaled to length 1. transformers has it; what is left is what
-moves a score without any error: how a picture becomes 224 x 224, and which weight goes where.
+CLIP (arXiv 2103.00020) has two transformers, its towers, which map images and texts into one space. An image
+vector is read at a class token, a text vector at an end-of-text token. Vectors are scaled to length 1.
+The package transformers implements CLIP. This file adds what can change a reward without raising an error:
+how an image becomes 224 x 224 pixels, and which weight of a file belongs where.
 
-    score = clip.build("hps", {"model": "HPS_v2.1_compressed.pt", "tokenizer": "CLIP-ViT-H-14"})
-    score(images, captions)            # images [B,3,H,W] in about [-1,1], B captions -> [B]
+    reward = clip.build("hps", {"model": "HPS_v2.1_compressed.pt", "tokenizer": "clip-vit-large-patch14"})
+    reward(images, prompts)            # images [B,3,H,W] in about [-1,1], B prompts -> rewards [B]
 
 Departures from the official code:
- 1. Pictures come from a decoder as floats. They are clamped, but not rounded to 8 bits.
- 2. Captions are not repaired by ftfy and html.unescape, as in open_clip. Plain text is the same.
- 3. HPS does not pad a picture whose longest side is 224 already; here it is padded too.
- 4. HPS runs under autocast. Here the towers run in `dtype`; unit vectors, cosines and the head are fp32.
- 5. CLIPScore's paper has 2.5 for our 100, and prepends "A photo depicts" to the caption.
+ 1. Images come from a decoder as floats. They are clamped, but not rounded to 8 bits.
+ 2. Prompts are not repaired by ftfy and html.unescape, as in open_clip. For plain text nothing changes.
+ 3. HPS does not pad an image whose longest side is already 224 pixels. Here it is padded too.
+ 4. HPS runs under autocast. Here the towers run in `dtype`. Unit vectors, cosines and the head are in fp32.
+ 5. CLIPScore's paper uses the factor 2.5 instead of 100, and prepends "A photo depicts" to the text.
 """
 import contextlib
 import math
@@ -27,21 +28,24 @@ import os
 import torch
 import torch.nn.functional as F
 
-from common import files as checkpoint
+from common import files
 from common.config import UserError
 
-NAMES = ("hps", "pickscore", "clipscore", "aesthetic")
-MEAN = torch.tensor([.48145466, .4578275, .40821073])[:, None, None]       # of CLIP's own training pictures
+CLIP = "clip-vit-large-patch14"     # OpenAI's; HPS and PickScore use its tokenizer
+FILES = {                           # names in full/weights.py of the files that each reward needs
+    "hps": {"model": "HPS_v2.1_compressed.pt", "tokenizer": CLIP},
+    "pickscore": {"model": "PickScore_v1", "tokenizer": CLIP},
+    "clipscore": {"model": CLIP, "tokenizer": CLIP},
+    "aesthetic": {"model": CLIP, "head": "sac+logos+ava1-l14-linearMSE.pth"}}
+MEAN = torch.tensor([.48145466, .4578275, .40821073])[:, None, None]       # of CLIP's own training images
 STD = torch.tensor([.26862954, .26130258, .27577711])[:, None, None]
 
 
 def pad_square(images, size, antialias=True):
-    """HPS: [B,3,H,W] in [0,1] -> [B,3,size,size], the whole picture in the middle of black (zeros).
-
-    An odd line of padding goes right or below. antialias: True is the official ResizeMaxSize with torchvision
-    >= 0.17: Pillow's cubic (a = -.5), wide enough to cover all pixels that become one. With older versions it
-    was False: 4 x 4 pixels decide (a = -.75). As there, the cubic may overshoot [0,1] a little.
-    """
+    """Fit whole images into a black square, as HPS does: [B,3,H,W] in [0,1] -> [B,3,size,size].
+    An odd line of padding goes right or below. antialias=True is the official ResizeMaxSize with torchvision
+    >= 0.17: Pillow's cubic (a = -.5), wide enough for all pixels that become one. Older versions had no
+    antialias: 4 x 4 pixels decide (a = -.75). As in the official code, the cubic may leave [0,1] a little."""
     h, w = (round(side * (size / max(images.shape[2:]))) for side in images.shape[2:])
     images = F.interpolate(images, (h, w), mode="bicubic", antialias=antialias)
     top, left = (size - h) // 2, (size - w) // 2
@@ -49,16 +53,16 @@ def pad_square(images, size, antialias=True):
 
 
 def crop_square(images, size, antialias=True):
-    """The other three: [B,3,H,W] in [0,1] -> [B,3,size,size] in [0,1], the middle at shortest side `size`.
-    Clamped, because CLIP's own code resizes 8-bit pictures, which cannot overshoot."""
+    """Scale the shortest side to `size` and crop the middle, for the other three rewards: [B,3,H,W] in [0,1]
+    -> [B,3,size,size] in [0,1]. Clamped, because CLIP's code resizes 8-bit images, which stay in range."""
     h, w = (size * side // min(images.shape[2:]) for side in images.shape[2:])
     images = F.interpolate(images, (h, w), mode="bicubic", antialias=antialias)
     top, left = (h - size) // 2, (w - size) // 2
     return images[:, :, top:top + size, left:left + size].clamp(0, 1)
 
 
-HEADS = {1280: 16}            # of a vision tower, by its width: ViT-H has heads of 80, its text tower of 64
-STARTS = (                    # open_clip's start of a name, and CLIPModel's (pre_layrnorm is its spelling)
+HEADS = {1280: 16}            # heads of an image tower, by width: ViT-H has heads of 80, its text tower of 64
+STARTS = (                    # prefixes of names: open_clip's, CLIPModel's (which does spell pre_layrnorm)
     ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
     ("visual.conv1.", "vision_model.embeddings.patch_embedding."),
     ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
@@ -73,31 +77,30 @@ INSIDE = ((".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."), (".mlp.c_fc.
 
 
 def from_open_clip(state):
-    """{name: tensor} in open_clip's layout -> the same in CLIPModel's. Names of neither stay as they are."""
+    """Rename {name: tensor} from the layout of open_clip to that of CLIPModel. Unknown names stay."""
     out = {}
     for key, value in state.items():
         start, name = next(((a, b) for a, b in STARTS if key.startswith(a)), ("", ""))
         name += key[len(start):]
         for a, b in INSIDE:
             name = name.replace(a, b)
-        if ".attn.in_proj_" in name:                       # query, key and value below one another
+        if ".attn.in_proj_" in name:                       # stacked rows of query, key and value
             for part, third in zip("qkv", value.chunk(3)):
                 out[name.replace(".attn.in_proj_", f".self_attn.{part}_proj.")] = third
-        else:                                              # x @ proj there, Linear's x @ weight.T here
+        else:                                              # open_clip has x @ proj, a Linear x @ weight.T
             out[name] = value.T if key in ("visual.proj", "text_projection") else value
     return out
 
 
 def open_clip_config(state, heads=None):
-    """The CLIPConfig of weights in open_clip's layout: every size from the shapes of the tensors, but `heads`
-    of the vision tower, which no shape tells. Without it HEADS must know the width, else ValueError."""
+    """Return the CLIPConfig of weights in open_clip's layout. Shapes tell all but the number of heads of the
+    image tower. Raises ValueError if `heads` does not give this number and HEADS lacks the width."""
     from transformers import CLIPConfig
     width, _, patch, _ = state["visual.conv1.weight"].shape
     vocab, words = state["token_embedding.weight"].shape
     heads = heads or HEADS.get(width)
     if heads is None or words % 64:
-        raise ValueError(f"unknown number of heads in towers of width {width} and {words}; "
-                         f"ViT-H/14's are 1280 and 1024 wide")
+        raise ValueError(f"unknown number of heads at widths {width} and {words}; ViT-H/14 has 1280 and 1024")
 
     def tower(blocks, width, heads, **sizes):
         return dict(sizes, hidden_size=width, num_attention_heads=heads, hidden_act="gelu",
@@ -111,8 +114,8 @@ def open_clip_config(state, heads=None):
 
 
 @contextlib.contextmanager
-def _blame(what):
-    """Whatever goes wrong inside is said in one line: torch, json, safetensors each raise their own kinds."""
+def _explain(what):
+    """Turn every exception inside into a UserError of one line, which begins with `what`."""
     try:
         yield
     except UserError:
@@ -123,139 +126,124 @@ def _blame(what):
         raise UserError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
 
 
-def _fits(clip_config, size):
-    """ValueError if a CLIPModel needs more than the `size` bytes on the disk: transformers would make up the
-    rest, and a config can ask for any amount of memory."""
-    from transformers import CLIPModel
-    layers = max(tower.num_hidden_layers for tower in (clip_config.vision_config, clip_config.text_config))
-    with torch.device("meta"):
-        if layers > 1000 or 2 * sum(p.numel() for p in CLIPModel(clip_config).parameters()) > size:
-            raise ValueError(f"its config asks for more than its {size:,} bytes hold")
-
-
 def load_clip(path, heads=None):
-    """The CLIPModel in a folder of the Hugging Face hub, or in a .pt file like HPS_v2.1_compressed.pt.
+    """Load the CLIPModel in a folder of the Hugging Face Hub, or in a file of open_clip, as HPS is. Raises
     UserError if it is missing or damaged, or if names or shapes of weights do not fit."""
-    with _blame(f"{path} is neither a folder of a CLIPModel nor a file in open_clip's layout"):
+    with _explain(f"{path} is neither a folder of a CLIPModel nor a file in open_clip's layout"):
         import safetensors
         import transformers
         transformers.logging.set_verbosity_error()         # it would print a page where we raise one line
-        source, options, files = path, {}, [path]
+        source, options = path, {}
         if os.path.isdir(path):
-            files = [os.path.join(path, name) for name in os.listdir(path)]
-            options = {"config": transformers.CLIPConfig.from_pretrained(path, local_files_only=True)}
-            for file in files:
+            for file in (os.path.join(path, name) for name in os.listdir(path)):
                 if file.endswith(".bin"):
-                    checkpoint.verify(file)
-                if file.endswith(".safetensors"):          # integers would become floats without a word
+                    files.verify(file)
+                if file.endswith(".safetensors"):          # transformers converts integers to floats silently
                     with safetensors.safe_open(file, "pt") as opened:
                         kinds = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}
                     if wrong := [k for k in kinds if "F" not in kinds[k] and not k.endswith("position_ids")]:
-                        raise UserError(f"{file}: {wrong[0]!r:.99} is {kinds[wrong[0]]}, no floats")
+                        raise UserError(f"{file}: {wrong[0]!r:.99} must hold floats, got {kinds[wrong[0]]}")
         else:
-            source, state = None, checkpoint.load(path)["state_dict"]
-            if strange := [k for k, v in state.items() if not k.isprintable() or not v.is_floating_point()]:
-                raise UserError(f"{path}: {strange[0]!r:.99} is {state[strange[0]].dtype}, no floats")
+            source, state = None, files.load(path)["state_dict"]
+            if wrong := [k for k, v in state.items() if not k.isprintable() or not v.is_floating_point()]:
+                raise UserError(f"{path}: {wrong[0]!r:.99} must hold floats, got {state[wrong[0]].dtype}")
             options = {"config": open_clip_config(state, heads), "state_dict": from_open_clip(state)}
-        size = sum(map(os.path.getsize, files))
-        _fits(options["config"], size)
         model, info = transformers.CLIPModel.from_pretrained(
             source, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    # transformers only warns of what does not fit and leaves it random, which would be a reward of noise.
+    # transformers only warns of weights that do not fit, and leaves them random. The reward would be noise.
     wrong = [f"{kind} {key}" for kind in ("missing", "mismatched", "unexpected")
              for key in sorted(map(str, info[f"{kind}_keys"])) if not key.endswith("position_ids")]
     if wrong:
         raise UserError(f"{path}: {len(wrong)} weights do not fit, such as: {'; '.join(wrong[:3])}")
-    checkpoint.examine(model.state_dict(), path, size)
+    files.examine(model.state_dict(), path)
     return model
 
 
 def load_head(path, width):
-    """The aesthetic head -> weight [1,width] and bias [1]. Raises UserError.
-    Its five layers have no nonlinearity between them, so that together they are one affine function."""
-    with _blame(f"{path} is no aesthetic head for image vectors of {width} numbers"):
-        state, weight, bias = checkpoint.load(path), torch.ones(1, 1), torch.zeros(1)
+    """Load the aesthetic head as weight [1,width] and bias [1]. Raises UserError.
+    Its five layers have no nonlinearity between them, so together they are one affine function."""
+    with _explain(f"{path} is no aesthetic head for image vectors of {width} numbers"):
+        state, weight, bias = files.load(path), torch.ones(1, 1), torch.zeros(1)
         for i in (7, 6, 4, 2, 0):                          # 1, 3 and 5 were dropout
             w, b = state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]
             if not (w.is_floating_point() and b.is_floating_point()):
-                raise ValueError(f"layers.{i} is {w.dtype}, {b.dtype}, not of floating point numbers")
+                raise ValueError(f"layers.{i} must hold floats, got {w.dtype} and {b.dtype}")
             weight, bias = weight @ w.float(), weight @ b.float() + bias     # weight (w x + b) + bias
         if weight.shape != (1, width) or bias.shape != (1,):
             raise ValueError(f"it maps {tuple(weight.shape)[1:]} numbers")
-        return weight, bias                                # from the end, as this is one row all the time
+        return weight, bias                                # last layer first, so that `weight` stays one row
 
 
 class Reward:
-    """Callable: (images [B,3,H,W] in about [-1,1], B captions) -> scores [B], fp32 on `device`."""
+    """A reward: images [B,3,H,W] in about [-1,1] and B prompts -> rewards [B], in fp32 on `device`."""
 
-    def __init__(self, name, files, device, dtype, antialias, batch):
-        model = load_clip(files["model"])
+    def __init__(self, name, paths, device, dtype, antialias, batch):
+        model = load_clip(paths["model"])
         self.scale = model.logit_scale.float().exp().item()        # before the cast: bf16 would make 100 99
         self.model = model.to(device, dtype).eval().requires_grad_(False)
         self.name, self.device, self.dtype, self.antialias, self.batch = name, device, dtype, antialias, batch
         if name == "aesthetic":
-            self.head = [v.to(device) for v in load_head(files["head"], model.config.projection_dim)]
+            self.head = [v.to(device) for v in load_head(paths["head"], model.config.projection_dim)]
             return
-        with _blame(f"{files['tokenizer']} is no folder of a tokenizer"):
+        with _explain(f"{paths['tokenizer']} is no folder of a tokenizer"):
             from transformers import AutoTokenizer
-            self.tokenizer = AutoTokenizer.from_pretrained(files["tokenizer"], local_files_only=True)
-        # CLIPModel reads a caption at its first end of text. Where an old config wrongly says that this is
-        # token 2, it takes the largest instead, as the end of text is the last of the vocabulary.
+            self.tokenizer = AutoTokenizer.from_pretrained(paths["tokenizer"], local_files_only=True)
+        # CLIPModel reads a text at its first end-of-text token. Old configs wrongly say that this is token 2.
+        # Then CLIPModel takes the largest token instead, because end of text is the last of the vocabulary.
         text = model.config.text_config
         end = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
         if self._ids(["a photo"])[0, -1] != end:
-            raise UserError(f"{files['tokenizer']} does not end captions with token {end}, as it must")
+            raise UserError(f"{paths['tokenizer']} must end texts with token {end}: use its CLIP's tokenizer")
 
-    def _ids(self, captions):
-        """B captions -> token ids [B,L], L <= 77, the context; shorter ones repeat their end of text.
-        Any token would do there, so the tokenizer's pad token does not matter: attention is causal, and the
-        first end of text, which is read, sees only what is before it."""
+    def _ids(self, prompts):
+        """Return token ids [B,L] of B prompts, L <= 77. Shorter rows repeat their end of text, but any token
+        would do: attention is causal, and CLIP reads the first end of text."""
         limit = self.model.config.text_config.max_position_embeddings
-        rows = self.tokenizer(captions, truncation=True, max_length=limit).input_ids
+        rows = self.tokenizer(prompts, truncation=True, max_length=limit).input_ids
         return torch.tensor([row + row[-1:] * (max(map(len, rows)) - len(row)) for row in rows])
 
-    def _unit(self, features):                             # [B,d], from transformers 5 on inside an object
+    def _unit(self, features):                             # [B,d]; since transformers 5, inside an object
         return F.normalize(getattr(features, "pooler_output", features).float(), dim=1)
 
     @torch.no_grad()
     def embed_images(self, images):
-        """images [B,3,H,W] in about [-1,1] -> unit vectors [B,d], fp32; diversity is measured on them too."""
+        """Return unit vectors [B,d], fp32, of images [B,3,H,W] in about [-1,1]. Diversity uses them too."""
         square, out = pad_square if self.name == "hps" else crop_square, []
         for part in images.split(self.batch):
             x = (part.to(self.device).float().clamp(-1, 1) + 1) / 2
             x = square(x, self.model.config.vision_config.image_size, self.antialias)
-            pixels = (x - MEAN.to(self.device)) / STD.to(self.device)  # last: the padding is black, not grey
+            pixels = (x - MEAN.to(self.device)) / STD.to(self.device)  # last, so that the padding is black
             out.append(self._unit(self.model.get_image_features(pixel_values=pixels.to(self.dtype))))
         return torch.cat(out)
 
     @torch.no_grad()
-    def embed_captions(self, captions):
-        """B captions -> unit vectors [B,d], fp32."""
-        ids = [self._ids(captions[i:i + self.batch]) for i in range(0, len(captions), self.batch)]
+    def embed_prompts(self, prompts):
+        """Return unit vectors [B,d], fp32, of B prompts."""
+        ids = [self._ids(prompts[i:i + self.batch]) for i in range(0, len(prompts), self.batch)]
         return torch.cat([self._unit(self.model.get_text_features(input_ids=x.to(self.device))) for x in ids])
 
     @torch.no_grad()
-    def __call__(self, images, captions):
-        if len(images) != len(captions):
-            raise ValueError(f"{len(images)} images, but {len(captions)} captions")
+    def __call__(self, images, prompts):
+        if len(images) != len(prompts):
+            raise ValueError(f"each image needs a prompt, got {len(images)} images, {len(prompts)} prompts")
         vectors = self.embed_images(images)
         if self.name == "aesthetic":
             return F.linear(vectors, *self.head)[:, 0]
-        # The G images of a group share their caption: each one is encoded once.
-        place = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-        cosine = (vectors * self.embed_captions(list(place))[[place[c] for c in captions]]).sum(1)
+        # The G images of a group share their prompt, so each prompt is encoded once.
+        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        cosine = (vectors * self.embed_prompts(list(place))[[place[p] for p in prompts]]).sum(1)
         if self.name == "pickscore":                       # Flow-GRPO divides this by 26, GCPO by 100
             return self.scale * cosine
         return 100 * cosine.clamp(min=0) if self.name == "clipscore" else cosine
 
 
-def build(name, files, device="cpu", dtype=torch.float32, antialias=True, batch=64):
-    """The reward called `name`, frozen, from local files: {"model": ..., "tokenizer": ...} (see `load_clip`).
-    The tokenizer is a folder; aesthetic wants "head" instead, a .pth file. dtype: of the towers' weights.
-    antialias: see `pad_square`. batch: pictures or captions at a time. Raises UserError for bad files."""
-    if name not in NAMES:
-        raise UserError(f"unknown reward {name!r}; there are: {', '.join(NAMES)}")
-    for part in ("model", "head" if name == "aesthetic" else "tokenizer"):
-        if not files.get(part):
-            raise UserError(f"reward {name!r} wants the path of a {part}")
-    return Reward(name, files, device, dtype, antialias, batch)
+def build(name, paths, device="cpu", dtype=torch.float32, antialias=True, batch=64):
+    """Return the frozen reward `name`. paths: {part: path}, with the parts of FILES[name]; the tokenizer is a
+    folder, the head a .pth file, and `load_clip` describes the model. dtype: of the towers. antialias: see
+    `pad_square`. batch: images or prompts at once. Raises UserError for an unknown name or bad files."""
+    if name not in FILES:
+        raise UserError(f"unknown reward {name!r}; choose one of {', '.join(FILES)}")
+    for part in FILES[name]:
+        if not paths.get(part):
+            raise UserError(f"reward {name!r} needs the path of a {part}")
+    return Reward(name, paths, device, dtype, antialias, batch)

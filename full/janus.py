@@ -39,7 +39,7 @@ import torch.nn as nn
 
 from full import llamagen
 import model
-from full import t5
+from full.prompts import need
 from full import weights
 from common.config import UserError
 from model import GPT, Block, RMSNorm
@@ -217,7 +217,7 @@ class Prompts:
 
     def __init__(self, folder):
         path = os.path.join(folder, "tokenizer.json")
-        tokenizers = t5.need("tokenizers")
+        tokenizers = need("tokenizers")
         if not os.path.isfile(path):
             raise UserError(f"no file {path}: it comes with the weights")
         try:

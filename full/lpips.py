@@ -1,4 +1,4 @@
-"""LPIPS, a perceptual distance of two images."""
+"""LPIPS 0.1 on VGG16: a perceptual distance between two images (arXiv 1801.03924, equation 1)."""
 import re
 
 import torch
@@ -9,30 +9,31 @@ from common import files
 from common.config import UserError
 
 VGG_FILE, HEADS_FILE = "vgg16-397923af.pth", "lpips_v0.1_vgg.pth"
-BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))           # width, convolutions; arXiv 1409.1556
-SHIFT, SCALE = (-.030, -.088, -.188), (.458, .448, .450)   # ImageNet's mean and deviation, moved to [-1,1]
+BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))       # (width, convolutions), arXiv 1409.1556
+SHIFT, SCALE = (-.030, -.088, -.188), (.458, .448, .450)         # ImageNet's mean and deviation, for [-1,1]
 
 
 class LPIPS(nn.Module):
-    """LPIPS 0.1 on VGG16, arXiv 1801.03924 eq. 1. Calling it: two of [b,3,H,W] in about [-1,1] -> [b]; the
-    second may be one picture [1,3,H,W], to which all are compared.
+    """The distance of images [b,3,H,W], in about [-1,1], to other images -> [b].
 
-    What five layers see of the two, as unit vectors at every place; the squares of their difference, weighted
-    by what people found different, one weight a channel; the mean over places; the sum over layers.
+    Features of both images are taken at five layers of VGG16. At every position they become unit vectors. The
+    squared differences get one weight per channel, which was learned from people's judgments. The distance is
+    their mean over positions, summed over channels and layers.
 
-    The package `lpips` computes the same (tests/test_data.py holds ours against it). But it wants
-    torchvision, a build of which fits one build of torch only; with the wrong one transformers breaks too.
+    The package `lpips` computes the same, and tests/full/test_lpips.py compares the two. The package needs
+    torchvision, a build of which fits only one build of torch. A wrong build breaks transformers too.
     """
 
     def __init__(self, vgg, heads):
-        """The files of VGG16 (torchvision's) and of the heads. UserError if they are not."""
+        """vgg, heads: paths of torchvision's VGG16 and of the weights per channel. Raises UserError if a file
+        is missing, damaged or of another kind."""
         super().__init__()
         layers, width, self.ends = [], 3, []
         for n, count in BLOCKS:
             for _ in range(count):
                 layers += [nn.Conv2d(width, n, 3, padding=1), nn.ReLU(inplace=True)]
                 width = n
-            self.ends.append(len(layers) - 1)              # what is seen there is compared
+            self.ends.append(len(layers) - 1)              # the layers whose features are compared
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers[:-1])        # numbered as in the file
         self.heads = nn.ModuleList(nn.Conv2d(n, 1, 1, bias=False) for n, _ in BLOCKS)
@@ -42,18 +43,20 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor(SCALE)[:, None, None], persistent=False)
 
     def _take(self, part, path, drop, unused="^$"):
-        """Puts the tensors of a file into `part`, all of them, by their names without what matches `drop`."""
+        """Load the tensors of a file into the module `part`. Tensors whose names match `unused` are skipped.
+        What matches `drop` is removed from the other names, which must then be exactly those of `part`."""
         state = {k: v for k, v in files.load(path).items() if not re.match(unused, str(k))}
         try:
             if wrong := [k for k, v in state.items() if not v.is_floating_point()]:
                 raise RuntimeError(f"{wrong[0]} holds no floating point numbers")
             part.load_state_dict({re.sub(drop, "", k): v for k, v in state.items()})
         except (AttributeError, TypeError, RuntimeError) as error:
-            raise UserError(f"{path} is not what LPIPS needs, see `python weights.py`: "
+            raise UserError(f"{path} is not what LPIPS needs, see `python -m full.weights`: "
                             f"{' '.join(str(error).split())[:200]}") from None
 
     @torch.no_grad()
     def forward(self, images, others):
+        """Compare images [b,3,H,W] to others [b,3,H,W], or all of them to one [1,3,H,W] -> distances [b]."""
         x = torch.cat([images, others]).to(self.shift.dtype)                                 # [2b or b+1,...]
         x = (x - self.shift) / self.scale
         total, heads = 0, dict(zip(self.ends, self.heads))

@@ -1,51 +1,60 @@
-"""Captions from a file, for instance assets/prompts.txt: what `--prompts=` takes.
+"""Read prompts from a file, such as assets/prompts.txt. The option `--prompts=` names the file.
 
-    .txt            a caption a line; blank lines and comments, lines of `#` and a space, are skipped
-    .jsonl .json    a line each, or a list: of texts, or of records {"prompt": "...", ...}
-    .csv .tsv       a table; its first line names the fields
+    .txt            one prompt per line; blank lines and comments are skipped
+    .jsonl .json    one value per line, or a list of values: a text, or a record {"prompt": "...", ...}
+    .csv .tsv       a table, whose first line names the fields
 
-Of a record the field prompt, caption or text is read, the first that is there, in upper or lower case.
-Files are UTF-8; captions are kept to the letter, but for white space around them ("#1 on the wall" is one).
+The prompt of a record is its first field of prompt, caption and text, in upper or lower case. Comments begin
+with `#` and a space, so "#1 on the wall" is a prompt. Files are in UTF-8, and prompts are stripped.
 """
 import csv
+import importlib
 import json
 import os
 
 from common.config import UserError, locate
 
 
+def need(name):
+    """Import the optional package `name`. Raises UserError if it, or a package that it needs, is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"no package {error.name or name}: pip install -r requirements-full.txt") from None
+
+
 def field(record, *names):
-    """The key of a record that is the first of `names` that is there, or None. ValueError for no record."""
-    if not isinstance(record, dict) or None in record:                     # None: cells beyond the last field
-        raise ValueError("neither a text nor a record (in a table, a caption with a comma wants quotes)")
+    """Return the record's key that comes first in `names`, or None. ValueError if the record is no dict."""
+    if not isinstance(record, dict) or None in record:         # csv puts surplus cells under the key None
+        raise ValueError("it is neither a text nor a record; in a table, a text with a comma needs quotes")
     return next((k for f in names for k in record if k.strip().lower() == f), None)
 
 
 def caption_of(record):
-    """The caption of a record; ValueError says why there is none."""
+    """Return the stripped prompt or caption of a record. Raises a ValueError that says why there is none."""
     key = field(record, "prompt", "caption", "text")
     if key is None:
-        raise ValueError("no field prompt, caption or text; there are: " + ", ".join(map(repr, record)))
-    caption = record[key]                               # d800 to dfff: where bytes end up that are no UTF-8
+        raise ValueError(f"no field prompt, caption or text; its fields are {', '.join(map(repr, record))}")
+    caption = record[key]                                    # d800 to dfff stand for bytes that are not UTF-8
     if not isinstance(caption, str) or not caption.strip() or any(0xd800 <= ord(c) < 0xe000 for c in caption):
-        raise ValueError(f"{key!r} must be a text in UTF-8, and not a blank one, but is {caption!a:.60}")
+        raise ValueError(f"{key!r} must be a text in UTF-8 that is not blank, got {caption!a:.60}")
     return caption.strip()
 
 
 def records(path, read=caption_of, tables=(".csv", ".tsv")):
-    """File -> [(what `read` makes of a record, the record)]; that of a bare text is {"prompt": text}. Raises
-    UserError. tables: kinds of files whose first line names the fields (data.py has a .tsv without)."""
+    """Return [(read(record), record)] for each entry. A bare text counts as {"prompt": text}. `tables` are
+    endings of files whose first line names the fields. Raises UserError, also for a ValueError of `read`."""
     path, kind, out, entries, n = locate(path), os.path.splitext(path)[1].lower(), [], (), 0
     if kind not in (".txt", ".jsonl", ".json", ".csv", ".tsv"):
-        raise UserError(f"{path}: captions are read from .txt, .jsonl, .json, .csv and .tsv files")
+        raise UserError(f"{path}: unknown kind of file {kind!r}; use .txt, .jsonl, .json, .csv or .tsv")
     if not os.path.isfile(path):
-        raise UserError(f"no file {path}")
+        raise UserError(f"there is no file {path}: check the path")
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             entries = (csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",", strict=True)
                        if kind in tables else json.load(file) if kind == ".json" else file)
             if kind == ".json" and not isinstance(entries, list):
-                raise ValueError("the file must be a list")
+                raise ValueError(f"the file must hold a list, got a {type(entries).__name__}")
             for n, entry in enumerate(entries, 1):
                 if entries is file and entry.split(None, 1)[:1] in ([], ["#"]):
                     continue
@@ -57,10 +66,10 @@ def records(path, read=caption_of, tables=(".csv", ".tsv")):
         place = f", {'entry' if kind == '.json' else 'line'} {n}" if n else ""
         raise UserError(f"{path}{place}: {error}") from None
     if not out:
-        raise UserError(f"{path} holds no captions")
+        raise UserError(f"{path} has no entries: it needs at least one")
     return out
 
 
 def read(path):
-    """The captions alone. (What else a record holds is for rewards like GenEval's.) Raises UserError."""
-    return [caption for caption, _ in records(path)]
+    """Return the prompts of a file, without the other fields of its records. Raises UserError."""
+    return [prompt for prompt, _ in records(path)]

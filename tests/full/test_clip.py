@@ -1,7 +1,7 @@
 """python -m pytest tests/full/test_clip.py
 
-Needs transformers for most tests (pip install -r requirements-full.txt), but no weights: every CLIP here is
-tiny and random.
+Most tests need the package transformers (pip install -r requirements-full.txt). No test needs released
+weights: every CLIP here is tiny and random.
 """
 import os
 import shutil
@@ -17,13 +17,13 @@ from full import clip
 from common.config import UserError
 
 WORDS = ["<unk>", "a", "photo", "of", "red", "blue", "cat", "dog", "and", "small", "<start>", "<end>"]
-CAPTIONS = ["a red cat", "a photo of a dog", "small blue dog and a red cat and a small photo of a cat"]
+PROMPTS = ["a red cat", "a photo of a dog", "small blue dog and a red cat and a small photo of a cat"]
 MEAN = np.array([.48145466, .4578275, .40821073], np.float32).reshape(3, 1, 1)
 STD = np.array([.26862954, .26130258, .27577711], np.float32).reshape(3, 1, 1)
 
 
 def tiny_clip(**text):
-    """A CLIPModel of 2 layers a tower; text: what its text_config has differently."""
+    """Return a random CLIPModel with 2 layers per tower. text: overrides of its text_config."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)                       # cosines of both signs
     vision = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, intermediate_size=40,
@@ -33,14 +33,14 @@ def tiny_clip(**text):
                    eos_token_id=11), **text}
     model = transformers.CLIPModel(transformers.CLIPConfig(
         vision_config=vision, text_config=text, projection_dim=24)).eval()
-    with torch.no_grad():                      # away from a fresh model's zeros and ones, which hide mistakes
+    with torch.no_grad():                      # the zeros and ones of a fresh model would hide mistakes
         for parameter in model.parameters():
             parameter += .2 * torch.randn_like(parameter)
     return model
 
 
 def to_open_clip(model):
-    """CLIPModel -> weights in open_clip's names and layout, written down from open_clip's modules."""
+    """Return a CLIPModel's weights in open_clip's layout. The names are copied from open_clip's modules."""
     m = model.state_dict()
     out = {"logit_scale": m["logit_scale"], "text_projection": m["text_projection.weight"].t().contiguous(),
            "positional_embedding": m["text_model.embeddings.position_embedding.weight"],
@@ -67,7 +67,7 @@ def to_open_clip(model):
 
 
 def open_clip_tower(state, prefix, x, heads, causal):
-    """The blocks of an open_clip tower, run from its weights: pre-norm, around PyTorch's own attention."""
+    """Run the blocks of an open_clip tower from its weights, with pre-norm and PyTorch's own attention."""
     width, length = x.shape[2], x.shape[1]
     mask = torch.triu(torch.full((length, length), -torch.inf), 1) if causal else None
     for i in range(2):
@@ -95,22 +95,22 @@ def open_clip_image(state, pixels):
 
 @torch.no_grad()
 def open_clip_text(state, ids):
-    """ids [B,8], filled up with 0 as open_clip does; the largest id is the end of text."""
+    """ids [B,8] are padded with 0, as open_clip pads them. The largest id is the end of text."""
     x = state["token_embedding.weight"][ids] + state["positional_embedding"]
     x = open_clip_tower(state, "", x, 2, causal=True)
     x = F.layer_norm(x, (128,), state["ln_final.weight"], state["ln_final.bias"])
     return x[torch.arange(len(ids)), ids.argmax(1)] @ state["text_projection"]
 
 
-def by_hand(captions):
-    """Token ids as open_clip makes them: start, words, end, cut to 8 with the end kept, then zeros."""
-    rows = [[10] + [WORDS.index(w) for w in c.split()][:6] + [11] for c in captions]
+def by_hand(prompts):
+    """Return token ids as open_clip makes them: start, words, end, zeros. Long texts keep their end."""
+    rows = [[10] + [WORDS.index(w) for w in p.split()][:6] + [11] for p in prompts]
     return torch.tensor([row + [0] * (8 - len(row)) for row in rows])
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Paths of a tiny CLIP as a folder and as an open_clip file, its tokenizer, and an aesthetic head."""
+    """Return paths of a tiny CLIP (a folder, an open_clip file), its tokenizer, and an aesthetic head."""
     transformers = pytest.importorskip("transformers")
     import tokenizers
     root, model = tmp_path_factory.mktemp("clip"), tiny_clip()
@@ -134,7 +134,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def make(files, monkeypatch):
-    """build(name, which model of `files`, options) of tiny rewards."""
+    """Return build(name, key of a model in `files`, options), which builds tiny rewards."""
     monkeypatch.setitem(clip.HEADS, 32, 2)
 
     def build(name, model=None, **options):
@@ -144,8 +144,8 @@ def make(files, monkeypatch):
     return build
 
 
-def pictures(n, height=28, width=28, seed=0):
-    """Smooth pictures that leave [-1,1] in places."""
+def smooth_images(n, height=28, width=28, seed=0):
+    """Return smooth images [n,3,height,width] that leave [-1,1] in places."""
     coarse = 1.5 * torch.randn(n, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
     return F.interpolate(coarse, (height, width), mode="bicubic")
 
@@ -154,12 +154,12 @@ def features(output):
     return getattr(output, "pooler_output", output)
 
 
-# The key map
+# ---- names of weights
 
 
 def test_open_clip_weights_give_the_features_of_the_clip_that_they_came_from(files):
     model, loaded = tiny_clip(), clip.load_clip(files["hps.pt"], heads=2)
-    state, pixels, ids = to_open_clip(model), torch.randn(3, 3, 28, 28), by_hand(CAPTIONS)
+    state, pixels, ids = to_open_clip(model), torch.randn(3, 3, 28, 28), by_hand(PROMPTS)
     assert {k: v.tolist() for k, v in loaded.state_dict().items()} == {
         k: v.tolist() for k, v in model.state_dict().items()}
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_open_clip_weights_give_the_features_of_the_clip_that_they_came_from(fil
 
 
 def test_the_full_size_is_vit_h_14():
-    """Names and shapes of HPS_v2.1_compressed.pt, from ViT-H-14.json and the modules of the official code."""
+    """The table has names and shapes of HPS_v2.1_compressed.pt, by ViT-H-14.json and the official code."""
     transformers = pytest.importorskip("transformers")
     shapes = {"logit_scale": (), "text_projection": (1024, 1024), "positional_embedding": (77, 1024),
               "token_embedding.weight": (49408, 1024), "visual.class_embedding": (1280,),
@@ -201,23 +201,23 @@ def test_the_full_size_is_vit_h_14():
         16, 77, 49407, "gelu")
 
 
-# Pictures
+# ---- preprocessing of images
 
 
 def pil_resize(image, height, width):
-    """[3,H,W] in [0,1], each channel through Pillow's bicubic in floating point."""
+    """Resize [3,H,W] in [0,1] by Pillow's bicubic, each channel as floats."""
     return torch.stack([torch.from_numpy(np.array(Image.fromarray(c.numpy()).resize(
         (width, height), Image.BICUBIC))) for c in image])
 
 
-def test_hps_shows_the_whole_picture_on_black():
-    image = (pictures(1, 256, 256).clamp(-1, 1) + 1) / 2
+def test_hps_shows_the_whole_image_on_black():
+    image = (smooth_images(1, 256, 256).clamp(-1, 1) + 1) / 2
     whole = clip.pad_square(image, 224)
     assert whole.shape == (1, 3, 224, 224)
     assert (whole[0] - pil_resize(image[0], 224, 224)).abs().max() < 2 / 255
     image = .5 + image[:, :, :200].repeat(1, 1, 1, 2)[..., :300] / 2       # 300 x 200, nowhere black
     wide, high = clip.pad_square(image, 224), clip.pad_square(image.transpose(2, 3), 224)
-    # 200 * 224 / 300 = 149.3 lines, so 224 - 149 = 75 of padding: 37 above, 38 below
+    # The image takes 200 * 224 / 300 = 149.3 lines. So 224 - 149 = 75 lines are padding: 37 above, 38 below.
     assert wide.shape == (1, 3, 224, 224) and (wide[:, :, :37] == 0).all() and (wide[:, :, 186:] == 0).all()
     assert (wide[0, :, 37:186] - pil_resize(image[0], 149, 224)).abs().max() < 2 / 255
     taller = clip.pad_square(torch.ones(1, 3, 202, 300), 224)              # 150.8 lines, so 151
@@ -227,14 +227,15 @@ def test_hps_shows_the_whole_picture_on_black():
 
 
 def test_without_antialias_four_pixels_decide(make):
-    """At half the size, half way between two pixels: the cubic with a = -.75 weighs (-3, 19, 19, -3) / 32."""
+    """At half the size, a new pixel lies half way between two. The cubic with a = -.75 has the weights
+    (-3, 19, 19, -3) / 32 there."""
     column = torch.rand(448, generator=torch.Generator().manual_seed(1))
     image = column[None, None, :, None].expand(1, 3, 448, 448)
     out, smooth = (clip.pad_square(image, 224, antialias)[0, 0, :, 7] for antialias in (False, True))
     i = 100
     want = (-3 * column[2 * i - 1] + 19 * column[2 * i] + 19 * column[2 * i + 1] - 3 * column[2 * i + 2]) / 32
     assert out[i].item() == pytest.approx(want.item(), abs=1e-5)
-    assert smooth.std() < .9 * out.std()                                   # less noise is left
+    assert smooth.std() < .9 * out.std()                                   # antialias removes noise
     for name in ("hps", "clipscore"):
         a, b = (make(name, antialias=antialias).embed_images(2 * image - 1) for antialias in (False, True))
         assert (a - b).abs().max() > 1e-3
@@ -243,7 +244,7 @@ def test_without_antialias_four_pixels_decide(make):
 @pytest.mark.parametrize("height, width", [(256, 256), (200, 301), (320, 180)])
 def test_usual_preprocessing_is_that_of_the_image_processor(height, width):
     processor = pytest.importorskip("transformers").CLIPImageProcessor()
-    image = (255 * (pictures(1, height, width).clamp(-1, 1) + 1) / 2).round()[0]
+    image = (255 * (smooth_images(1, height, width).clamp(-1, 1) + 1) / 2).round()[0]
     theirs = processor(images=Image.fromarray(image.permute(1, 2, 0).numpy().astype(np.uint8)),
                        return_tensors="np")["pixel_values"][0]
     ours = clip.crop_square(image[None] / 255, 224)[0].numpy()
@@ -252,100 +253,101 @@ def test_usual_preprocessing_is_that_of_the_image_processor(height, width):
 
 
 def test_what_the_towers_get(make):
-    """Clamped to [0,1], made square, and only then normalised, so that the border is (0 - mean) / std."""
-    for name in clip.NAMES:
+    """Images are clamped to [0,1], made square, and then normalized. So the border is (0 - mean) / std."""
+    for name in clip.FILES:
         reward, seen = make(name), []
         encode = reward.model.get_image_features
         reward.model.get_image_features = lambda pixel_values: seen.append(pixel_values) or encode(seen[0])
-        reward.embed_images(torch.full((1, 3, 28, 56), 9.0))           # far too bright: white once clamped
+        reward.embed_images(torch.full((1, 3, 28, 56), 9.0))           # far too bright: white when clamped
         pixels = seen[0][0].numpy()
         assert pixels.shape == (3, 28, 28) and np.allclose(pixels[:, 14], ((1 - MEAN) / STD)[:, 0], atol=1e-4)
         border = (0 if name == "hps" else 1) - MEAN
         assert np.allclose(pixels[:, [0, 6, 21, 27]], border / STD, atol=1e-4)
 
 
-# Scores
+# ---- rewards
 
 
-def cosine(images, captions):
-    """From the open_clip weights alone, for pictures that need no resizing."""
+def cosine(images, prompts):
+    """Return the cosines [B] of images and prompts from the open_clip weights alone, without resizing."""
     state = to_open_clip(tiny_clip())
     pixels = (((images.clamp(-1, 1) + 1) / 2) - torch.from_numpy(MEAN)) / torch.from_numpy(STD)
-    a, b = open_clip_image(state, pixels), open_clip_text(state, by_hand(captions))
+    a, b = open_clip_image(state, pixels), open_clip_text(state, by_hand(prompts))
     return (a * b).sum(1) / a.norm(dim=1) / b.norm(dim=1)
 
 
-def test_scores_are_what_each_reward_makes_of_the_cosine(make):
-    images, captions = pictures(12), CAPTIONS * 4
-    want, scale = cosine(images, captions), tiny_clip().logit_scale.exp().item()
+def test_rewards_are_functions_of_the_cosine(make):
+    images, prompts = smooth_images(12), PROMPTS * 4
+    want, scale = cosine(images, prompts), tiny_clip().logit_scale.exp().item()
     assert images.abs().max() > 1.5 and want.min() < -.05 and want.max() > .05 and scale > 5
-    assert make("hps")(images, captions).tolist() == pytest.approx(want.tolist(), abs=1e-5)
-    assert make("hps", "folder")(images, captions).tolist() == pytest.approx(want.tolist(), abs=1e-5)
-    assert make("pickscore")(images, captions).tolist() == pytest.approx((scale * want).tolist(), abs=1e-3)
-    assert make("clipscore")(images, captions).tolist() == pytest.approx(
+    assert make("hps")(images, prompts).tolist() == pytest.approx(want.tolist(), abs=1e-5)
+    assert make("hps", "folder")(images, prompts).tolist() == pytest.approx(want.tolist(), abs=1e-5)
+    assert make("pickscore")(images, prompts).tolist() == pytest.approx((scale * want).tolist(), abs=1e-3)
+    assert make("clipscore")(images, prompts).tolist() == pytest.approx(
         [100 * max(c, 0) for c in want.tolist()], abs=1e-3)
 
 
-def test_aesthetic_runs_its_five_layers_and_no_caption(make, files):
-    reward, images, state = make("aesthetic"), pictures(4), torch.load(files["head.pth"], weights_only=True)
-    scores = reward(images, ["anything"] * 4)
-    for vector, score in zip(reward.embed_images(images), scores):
+def test_aesthetic_runs_its_five_layers_and_ignores_prompts(make, files):
+    reward, images = make("aesthetic"), smooth_images(4)
+    state = torch.load(files["head.pth"], weights_only=True)
+    rewards = reward(images, ["anything"] * 4)
+    for vector, value in zip(reward.embed_images(images), rewards):
         x = vector.double()
         for i in (0, 2, 4, 6, 7):                                          # one layer after another
             w, b = state[f"layers.{i}.weight"].double(), state[f"layers.{i}.bias"].double()
             x = torch.stack([(row * x).sum() for row in w]) + b
-        assert score.item() == pytest.approx(x.item(), rel=1e-4, abs=1e-4)
-    assert scores.std() > .1 and torch.equal(scores, reward(images, CAPTIONS + CAPTIONS[:1]))
+        assert value.item() == pytest.approx(x.item(), rel=1e-4, abs=1e-4)
+    assert rewards.std() > .1 and torch.equal(rewards, reward(images, PROMPTS + PROMPTS[:1]))
 
 
-@pytest.mark.parametrize("name", clip.NAMES)
-def test_a_score_is_an_image_s_own_and_batches_do_not_matter(make, name):
-    images, captions = pictures(5, 40, 30), CAPTIONS + CAPTIONS[:2]
+@pytest.mark.parametrize("name", clip.FILES)
+def test_a_reward_depends_on_its_own_image_and_not_on_the_batch(make, name):
+    images, prompts = smooth_images(5, 40, 30), PROMPTS + PROMPTS[:2]
     large, small, sizes = make(name), make(name, batch=2), []
     encode = small.model.get_image_features
     small.model.get_image_features = lambda **x: sizes.append(len(x["pixel_values"])) or encode(**x)
-    scores = large(images, captions)
-    assert scores.shape == (5,) and scores.dtype == torch.float32 and not scores.requires_grad
-    assert torch.allclose(small(images, captions), scores, atol=1e-4) and sizes == [2, 2, 1]
-    assert torch.allclose(large(images[3:4], captions[3:4]), scores[3:4], atol=1e-4)
+    rewards = large(images, prompts)
+    assert rewards.shape == (5,) and rewards.dtype == torch.float32 and not rewards.requires_grad
+    assert torch.allclose(small(images, prompts), rewards, atol=1e-4) and sizes == [2, 2, 1]
+    assert torch.allclose(large(images[3:4], prompts[3:4]), rewards[3:4], atol=1e-4)
     vectors = small.embed_images(images)
     assert vectors.shape == (5, 24) and torch.allclose(vectors.norm(dim=1), torch.ones(5))
     assert not large.model.training and not any(p.requires_grad for p in large.model.parameters())
-    with pytest.raises(ValueError, match="5 images, but 1 captions"):
-        large(images, captions[:1])
+    with pytest.raises(ValueError, match="got 5 images, 1 prompts"):
+        large(images, prompts[:1])
 
 
-def test_a_caption_is_encoded_once_for_its_whole_group(make):
+def test_a_prompt_is_encoded_once_for_its_whole_group(make):
     reward, rows = make("hps"), []
     encode = reward.model.get_text_features
     reward.model.get_text_features = lambda input_ids: rows.append(len(input_ids)) or encode(input_ids)
-    images, captions = pictures(9), [CAPTIONS[i] for i in (0, 0, 1, 2, 2, 2, 1, 0, 0)]
-    assert reward(images, captions).tolist() == pytest.approx(cosine(images, captions).tolist(), abs=1e-5)
+    images, prompts = smooth_images(9), [PROMPTS[i] for i in (0, 0, 1, 2, 2, 2, 1, 0, 0)]
+    assert reward(images, prompts).tolist() == pytest.approx(cosine(images, prompts).tolist(), abs=1e-5)
     assert rows == [3]
 
 
-def test_captions_end_with_the_end_of_text_and_what_fills_them_up_does_not_matter(make):
-    """open_clip fills up with zeros to the full context; ours repeats the end of text up to the longest."""
-    reward, ids = make("clipscore"), by_hand(CAPTIONS)
-    assert reward._ids(CAPTIONS[:2]).tolist() == [[10, 1, 4, 6, 11, 11, 11], [10, 1, 2, 3, 1, 7, 11]]
-    assert reward._ids(CAPTIONS)[2].tolist() == ids[2].tolist() and ids[2, -1] == 11          # cut, but ended
+def test_prompts_end_with_the_end_of_text_and_their_padding_does_not_matter(make):
+    """open_clip pads with zeros to the full context. Ours repeats the end of text to the longest prompt."""
+    reward, ids = make("clipscore"), by_hand(PROMPTS)
+    assert reward._ids(PROMPTS[:2]).tolist() == [[10, 1, 4, 6, 11, 11, 11], [10, 1, 2, 3, 1, 7, 11]]
+    assert reward._ids(PROMPTS)[2].tolist() == ids[2].tolist() and ids[2, -1] == 11          # keeps its end
     want = F.normalize(open_clip_text(to_open_clip(tiny_clip()), ids))
-    alone = torch.cat([reward.embed_captions([c]) for c in CAPTIONS])
-    legacy = make("clipscore", "legacy")                               # says that its end of text is token 2
+    alone = torch.cat([reward.embed_prompts([p]) for p in PROMPTS])
+    legacy = make("clipscore", "legacy")                        # its config says that end of text is token 2
     assert legacy.model.config.text_config.eos_token_id == 2
-    for got in (reward.embed_captions(CAPTIONS), alone, legacy.embed_captions(CAPTIONS)):
+    for got in (reward.embed_prompts(PROMPTS), alone, legacy.embed_prompts(PROMPTS)):
         assert torch.allclose(got, want, atol=1e-5)
 
 
-def test_half_precision_weights_keep_scores_in_fp32(make):
-    images = pictures(3)
+def test_half_precision_weights_keep_rewards_in_fp32(make):
+    images = smooth_images(3)
     full, half = make("pickscore"), make("pickscore", dtype=torch.bfloat16)
     assert next(half.model.parameters()).dtype == torch.bfloat16 and half.scale == full.scale
-    a, b = full(images, CAPTIONS), half(images, CAPTIONS)
+    a, b = full(images, PROMPTS), half(images, PROMPTS)
     assert b.dtype == torch.float32 and not torch.equal(a, b) and (a - b).abs().max() < .05 * full.scale
 
 
-# Errors
+# ---- errors
 
 
 def refused(message, name, files):
@@ -355,10 +357,10 @@ def refused(message, name, files):
 
 
 def test_names_and_parts_are_asked_for():
-    refused("unknown reward 'hpsv2'; there are: hps, pickscore, clipscore, aesthetic", "hpsv2", {})
-    refused("wants the path of a model", "hps", {"tokenizer": "y"})
-    refused("wants the path of a tokenizer", "pickscore", {"model": "x", "head": "z"})
-    refused("wants the path of a head", "aesthetic", {"model": "x", "tokenizer": "y"})
+    refused("unknown reward 'hpsv2'; choose one of hps, pickscore, clipscore, aesthetic", "hpsv2", {})
+    refused("needs the path of a model", "hps", {"tokenizer": "y"})
+    refused("needs the path of a tokenizer", "pickscore", {"model": "x", "head": "z"})
+    refused("needs the path of a head", "aesthetic", {"model": "x", "tokenizer": "y"})
 
 
 @pytest.mark.parametrize("edit, message", [
@@ -378,7 +380,7 @@ def test_weights_that_do_not_fit_are_named(make, files, tmp_path, edit, message)
 
 
 def test_heads_are_not_guessed(files):
-    refused("unknown number of heads in towers of width 32 and 128", "hps",
+    refused("unknown number of heads at widths 32 and 128", "hps",
             {"model": files["hps.pt"], "tokenizer": files["tokenizer"]})
 
 
@@ -387,7 +389,7 @@ def test_wrong_files_are_refused_in_one_line(make, files, tmp_path):
     missing, empty, page, other, wide = (str(tmp_path / x) for x in ("no", "empty", "page", "other", "wide"))
     os.mkdir(empty)
     with open(page, "w") as file:
-        file.write("<!DOCTYPE html>")                                      # what a download can leave
+        file.write("<!DOCTYPE html>")                                      # a failed download can leave this
     torch.save({"model": {}}, other)
     for path, message in ((missing, "no file"), (empty, "neither a folder"), (page, "damaged"),
                           (other, "'state_dict'"), (files["head.pth"], "'state_dict'")):
@@ -401,7 +403,7 @@ def test_wrong_files_are_refused_in_one_line(make, files, tmp_path):
 
 
 def test_a_damaged_folder_is_refused(files, tmp_path):
-    """transformers would fill up what is missing with random numbers and go on."""
+    """transformers would fill missing weights with random numbers and continue."""
     safetensors = pytest.importorskip("safetensors.torch")
     folder, weights = str(tmp_path / "folder"), str(tmp_path / "folder" / "model.safetensors")
     paths = {"model": folder, "tokenizer": files["tokenizer"]}
@@ -423,10 +425,10 @@ def test_a_tokenizer_of_another_model_is_refused(make, files, tmp_path):
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<start> $A", special_tokens=[("<start>", 10)])
     tokenizer.save_pretrained(tmp_path / "endless")
-    refused("does not end captions with token 11", "clipscore",
+    refused("must end texts with token 11", "clipscore",
             {"model": files["folder"], "tokenizer": str(tmp_path / "endless")})
 
 
-def test_says_what_to_install(monkeypatch):
+def test_a_missing_package_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)                 # importing it now fails
     refused("pip install -r requirements-full.txt", "hps", {"model": "x.pt", "tokenizer": "y"})

@@ -1,24 +1,18 @@
 """python -m pytest tests/full/test_data.py
 
-Pictures from folders and lists, good and hostile ones; the crop, stated twice; LPIPS against the formula and
-against the package.
+Images are read from folders and lists, good and hostile ones. A second implementation checks the crop.
 """
-import importlib.util
 import itertools
 import os
 import random
-import subprocess
-import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from full import data
-from full import lpips
 import full_size
 from common.config import UserError
 
@@ -45,9 +39,9 @@ def refused(message, function, *args, **options):
 
 # ---- lists -------------------------------------------------------------------------------------------------
 def test_a_folder_of_folders_numbers_its_classes_in_order(folder):
-    os.rename(folder / "class 2", folder / "Zebra")                        # upper case comes first
+    os.rename(folder / "class 2", folder / "Zebra")                        # upper case sorts first
     os.rename(folder / "class 0", folder / "日本 é")
-    (folder / "class 1" / "notes.txt").write_text("no picture")
+    (folder / "class 1" / "notes.txt").write_text("no image")
     (folder / "list.csv").write_text("no class")
     os.rename(folder / "class 1" / "0.png", folder / "class 1" / "UPPER.PNG")
     found, pictures = everything(folder)
@@ -56,7 +50,7 @@ def test_a_folder_of_folders_numbers_its_classes_in_order(folder):
                 for file in os.listdir(folder / name) if file != "notes.txt"]
     assert found == sorted(expected)
     assert len(found) == 12
-    names = [f"n{n:08d}" for n in random.Random(0).sample(range(10 ** 6), 40)]             # in any order
+    names = [f"n{n:08d}" for n in random.Random(0).sample(range(10 ** 6), 40)]             # in random order
     for name in names:
         (folder / "many" / name).mkdir(parents=True)
         os.link(folder / "Zebra" / "0.png", folder / "many" / name / "0.png")
@@ -99,18 +93,18 @@ def test_held_back_are_64_or_a_tenth_and_always_the_same(tmp_path, n, kept):
     random.seed(3)
     before = random.getstate()
     first, second = (data.Pictures(str(tmp_path / "a.tsv"), n - kept) for _ in range(2))
-    assert random.getstate() == before             # the run's stream is another
+    assert random.getstate() == before             # the stream of the run is untouched
     assert len(first.held_back) == kept and first.held_back == second.held_back
     assert len({c for c, _, _ in first.training + first.held_back}) == n
-    refused(f"{n} pictures, of which {kept} are kept", data.Pictures, str(tmp_path / "a.tsv"), n - kept + 1)
+    refused(f"{n} images, of which {kept} are held", data.Pictures, str(tmp_path / "a.tsv"), n - kept + 1)
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.tsv", b"", "holds no captions"), ("a.jsonl", b"", "holds no captions"), ("a.csv", b"", "no captions"),
+    ("a.tsv", b"", "has no entries"), ("a.jsonl", b"", "has no entries"), ("a.csv", b"", "has no entries"),
     ("a.tsv", b"0.png a cat\n", "line 1: no tab between path and caption"),
     ("a.tsv", b"0.png\ta cat\n1.png\t\n", "line 2: no tab"), ("a.tsv", b"\ta cat\n", "line 1: no tab"),
-    ("a.tsv", b"0.png\ta\nno\0where.png\ta cat\n", r"1 of 2 pictures are not there, .*no\\x00where"),
-    ("a.tsv", b"0.png\ta\nx.jpg\ta cat\ny.png\tb", "2 of 3 pictures are not there, .*x.jpg"),
+    ("a.tsv", b"0.png\ta\nno\0where.png\ta cat\n", r"1 of 2 images do not exist, .*no\\x00where"),
+    ("a.tsv", b"0.png\ta\nx.jpg\ta cat\ny.png\tb", "2 of 3 images do not exist, .*x.jpg"),
     ("a.tsv", b"0.png\ta\ngone.png\ta cat\n", r"1 of 2 .*gone\.png"),
     ("a.tsv", b"0.png\ta d\xf6g\n", "line 1: 'caption' must be a text in UTF-8"),
     ("a.tsv", b"\xf6.png\ta dog\n", r"1 of 1 .*udcf6\.png"),
@@ -119,14 +113,14 @@ def test_held_back_are_64_or_a_tenth_and_always_the_same(tmp_path, n, kept):
     ("a.jsonl", b'{"image": 3, "caption": "a cat"}', "line 1: no path"),
     ("a.jsonl", b'{"image": "0.png", "caption": ["", "x"]}', "line 1: 'caption' must be"),
     ("a.jsonl", b'{"image": "0.png", "caption": []}', "line 1: 'caption' must be"),
-    ("a.jsonl", b'{"image": "0.png", "label": -1}', "line 1: 'label' must be a number of a class"),
+    ("a.jsonl", b'{"image": "0.png", "label": -1}', "line 1: 'label' must be the number of a class"),
     ("a.jsonl", b'{"image": "0.png", "label": true}', "line 1: 'label' must be"),
     ("a.jsonl", b'{"image": "0.png", "label": "cat"}', "line 1: 'label' must be"),
-    ("a.jsonl", b'["0.png", "a cat"]', "line 1: neither a text nor a record"),
+    ("a.jsonl", b'["0.png", "a cat"]', "line 1: it is neither a text nor a record"),
     ("a.json", b'[{"path": "0.png", "label": 1}, {"path": "1.png", "text": "a"}]', "1.png' has a caption"),
     ("a.json", b'[{"path": "0.png", "label": 1, "text": "a"}, {"path": "1.png", "label": 2, "text": "a"}]',
      "'a' is the caption of two labels"),
-    ("a.csv", b"image\n0.png\n", "line 2: no field prompt"), ("a.md", b"x", "captions are read from"),
+    ("a.csv", b"image\n0.png\n", "line 2: no field prompt"), ("a.md", b"x", "unknown kind of file '.md'"),
     ("a.tsv", b"0.png\ta cat\n", "too few for a step of 1"),
 ])
 def test_lists_that_are_refused(folder, name, content, message):
@@ -138,30 +132,30 @@ def test_lists_that_are_refused(folder, name, content, message):
 def test_folders_that_are_refused(folder, tmp_path):
     refused("no file or folder .*nowhere", data.Pictures, str(tmp_path / "nowhere"))
     refused("give --data=FOLDER", data.Pictures, "")
-    refused("holds no folders", data.Pictures, str(folder / "class 0"))
-    refused("pictures holds no pictures", data.Pictures, str(tmp_path))    # the parent of a train and a val
-    (folder / "class 1" / "x.jpg").mkdir()         # a folder by the name of a picture is none
+    refused("has no class folders", data.Pictures, str(folder / "class 0"))
+    refused("pictures has no images", data.Pictures, str(tmp_path))        # like the parent of train and val
+    (folder / "class 1" / "x.jpg").mkdir()         # a folder with the name of an image is none
     assert len(everything(folder)[0]) == 12
     (folder / "empty").mkdir()
-    refused("empty holds no pictures", data.Pictures, str(folder))
+    refused("empty has no images", data.Pictures, str(folder))
     os.rmdir(folder / "empty")
-    os.symlink(folder, folder / "loop")            # a class, in which there are only folders
-    refused("loop holds no pictures", data.Pictures, str(folder))
+    os.symlink(folder, folder / "loop")            # a class that has only folders
+    refused("loop has no images", data.Pictures, str(folder))
     os.remove(folder / "loop")
     os.symlink("itself.png", folder / "class 0" / "itself.png")
     refused("symbolic links", data.Pictures, str(folder))
     os.remove(folder / "class 0" / "itself.png")
     os.symlink("nothing.png", folder / "class 0" / "broken.png")
-    assert len(everything(folder)[0]) == 12        # what leads nowhere is no picture
+    assert len(everything(folder)[0]) == 12        # a broken link is no image
     os.rename(folder / "class 1", os.path.join(os.fsencode(folder), b"\xff"))
     refused("'name of a class'|UTF-8", data.Pictures, str(folder))
 
 
-# ---- one picture -------------------------------------------------------------------------------------------
+# ---- one image ---------------------------------------------------------------------------------------------
 def as_published(image, side):
-    """ADM's centre crop in other words: products with matrices of weights, in doubles."""
+    """Compute ADM's center crop in another way: by products with matrices of weights, in doubles."""
     def box(t):
-        return (t >= -.5) & (t < .5)               # of two equally near ones Pillow takes the right one
+        return (t >= -.5) & (t < .5)               # of two equally near pixels, Pillow takes the right one
 
     def cubic(t):                                  # Keys, a = -1/2
         t = np.abs(t)
@@ -171,7 +165,7 @@ def as_published(image, side):
     def resized(x, h, w, kind):
         for axis, m in ((1, w), (0, h)):
             n = x.shape[axis]
-            # [m,n]: how far each old place is from each new one, in units of the wider of the two
+            # [m,n]: distance of each old pixel from each new pixel, in units of the wider of the two
             apart = ((np.arange(m)[:, None] + .5) * n / m - np.arange(n) - .5) / max(n / m, 1)
             weights = kind(apart.round(9)).astype(float)
             x = np.moveaxis(np.tensordot(weights / weights.sum(1, keepdims=True), x, (1, axis)), 0, axis)
@@ -192,18 +186,18 @@ def test_the_crop_is_the_published_one(width, height, side):
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     pixels = np.stack([x * 255 / width, y * 255 / height, 127 + 100 * np.sin(x / 3) * np.cos(y / 5)], 2)
     image = Image.fromarray(pixels.astype(np.uint8))
-    found, expected = data.centre_crop(image, side), as_published(image, side)
+    found, expected = data.center_crop(image, side), as_published(image, side)
     assert found.shape == (3, side, side) and found.dtype == torch.float32 and found.abs().max() <= 1
     apart = np.abs(found.numpy() - expected) * 127.5
-    # Pillow's weights are of 22 bits, so now and then a half is rounded the other way
+    # Pillow's weights have 22 bits, so sometimes a half is rounded the other way.
     assert apart.max() < 1.01 and apart.mean() < .01, (apart.max(), apart.mean())
-    # the middle of a ramp is in the middle, and it goes up to the right and down
+    # The middle of a ramp stays in the middle, and the ramp still rises to the right or downward.
     assert found[0].mean().abs() < .06 and found[1].mean().abs() < .06
     assert (found[0].diff(dim=1) >= 0).all() and (found[1].diff(dim=0) >= 0).all()
 
 
 RED = (200, 30, 60)
-MODES = {  # what is drawn, what must come out
+MODES = {  # mode: (image, expected RGB)
     "L": (Image.new("L", (W, H), 90), (90,) * 3), "1": (Image.new("1", (W, H), 1), (255,) * 3),
     "P": (Image.new("RGB", (W, H), RED).quantize(8), RED),
     "RGBA": (Image.new("RGBA", (W, H), (*RED, 255)), RED),
@@ -225,7 +219,7 @@ def test_all_kinds_of_pixels_become_rgb(tmp_path, mode):
         (found + 1) * 127.5, torch.tensor(expected).float()[:, None, None].expand_as(found), atol=1.01)
 
 
-def test_exif_does_not_turn_a_picture(tmp_path):
+def test_exif_does_not_rotate_an_image(tmp_path):
     image, exif = Image.new("RGB", (40, 40), "black"), Image.Exif()
     image.paste("white", (0, 0, 40, 20))
     exif[0x0112] = 3                               # upside down
@@ -234,7 +228,7 @@ def test_exif_does_not_turn_a_picture(tmp_path):
     assert found[:, :6].min() > .9 and found[:, -6:].max() < -.9
 
 
-def test_damaged_pictures_are_named_in_one_line(folder, tmp_path):
+def test_damaged_images_are_named_in_one_line(folder, tmp_path):
     good = {}
     for kind in ("jpg", "png", "webp", "tif", "bmp", "ppm"):
         path = tmp_path / f"a.{kind}"
@@ -243,7 +237,7 @@ def test_damaged_pictures_are_named_in_one_line(folder, tmp_path):
         assert data.load(str(path), 32).shape == (3, 32, 32)
     rng, kinds = random.Random(0), itertools.cycle(good)
     loaded = [0, 0, 0]
-    for i, kind in zip(range(150), kinds):         # random bytes, cut files, files with some bytes changed
+    for i, kind in zip(range(150), kinds):         # random bytes, cut files, changed bytes
         raw = bytearray(good[kind])
         if i % 3 == 0:
             raw = bytearray(rng.randbytes(400)) if i % 2 else raw[:12] + rng.randbytes(400)
@@ -259,25 +253,25 @@ def test_damaged_pictures_are_named_in_one_line(folder, tmp_path):
             loaded[i % 3] += 1
         except UserError as error:
             assert f"bad {i}" in str(error) and "\n" not in str(error)
-    assert loaded[:2] == [0, 0] and loaded[2] < 50         # a changed pixel is no damage that can be seen
+    assert loaded[:2] == [0, 0] and loaded[2] < 50         # a changed pixel cannot be noticed
     for cut in (good["jpg"][:-200], good["png"][:-200]):
         (tmp_path / "cut.jpg").write_bytes(cut)
-        refused("cut.jpg' cannot be read as a picture", data.load, str(tmp_path / "cut.jpg"), 32)
+        refused("cut.jpg' cannot be read as an image", data.load, str(tmp_path / "cut.jpg"), 32)
 
 
 def test_bombs_strips_and_floats_are_refused(tmp_path):
     Image.new("1", (15000, 15000)).save(tmp_path / "bomb.png")
     refused("bomb.png.*DecompressionBomb", data.load, str(tmp_path / "bomb.png"), 32)
     Image.new("L", (1, 60000)).save(tmp_path / "strip.png")
-    refused("60000 pixels are no picture but a strip", data.load, str(tmp_path / "strip.png"), 256)
+    refused("60000 pixels: one side is over 50 x the other", data.load, str(tmp_path / "strip.png"), 256)
     Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "float.tif")
     refused("floating point", data.load, str(tmp_path / "float.tif"), 32)
-    refused("cannot be read as a picture", data.load, str(tmp_path), 32)   # a folder
+    refused("cannot be read as an image", data.load, str(tmp_path), 32)    # a folder
 
 
-def test_a_large_picture_is_no_reason_to_warn(tmp_path, monkeypatch):
+def test_a_large_image_causes_no_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    for side, end in ((12, "read"), (15, "refused")):      # 144 pixels, and 225: more than twice as many
+    for side, end in ((12, "read"), (15, "refused")):      # 144 pixels, and 225: over twice the limit
         Image.new("RGB", (side, side)).save(tmp_path / "a.png")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -287,137 +281,14 @@ def test_a_large_picture_is_no_reason_to_warn(tmp_path, monkeypatch):
                 refused("DecompressionBombError", data.load, str(tmp_path / "a.png"), 8)
 
 
-def test_what_a_file_is_called_is_not_what_it_is(tmp_path):
-    """PostScript in a .png would have Pillow start Ghostscript; a photo of two pictures (MPO) is a photo."""
+def test_the_content_of_a_file_counts_and_not_its_name(tmp_path):
+    """PostScript in a .png would make Pillow start Ghostscript. A photo of two images (MPO) is a photo."""
     Image.new("RGB", (40, 40), RED).save(tmp_path / "a.eps")
     os.rename(tmp_path / "a.eps", tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").format == "EPS"
     refused("UnidentifiedImageError", data.load, str(tmp_path / "a.png"), 16)
-    images = [Image.new("RGB", (40, 40), colour) for colour in (RED, "black")]
+    images = [Image.new("RGB", (40, 40), color) for color in (RED, "black")]
     for kind in ("mpo", "gif", "webp"):
         path = str(tmp_path / f"b.{kind}")
         images[0].save(path, save_all=True, append_images=images[1:])
-        assert data.load(path, 16)[0].mean() == pytest.approx(200 / 127.5 - 1, abs=.05)     # the first
-
-
-# ---- LPIPS -------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    path = tmp_path_factory.mktemp("lpips")
-    full_size.make_lpips(str(path))
-    return [str(path / name) for name in (lpips.VGG_FILE, lpips.HEADS_FILE)]
-
-
-def test_lpips_is_its_formula(files):
-    """The same once more, in doubles, from the file: a list of convolutions, and sums over everything."""
-    vgg, heads = (torch.load(f, weights_only=True) for f in files)
-    a, b = torch.rand(2, 3, 3, 40, 40) * 2.4 - 1.2
-    mean, std = torch.tensor([.485, .456, .406]).double(), torch.tensor([.229, .224, .225]).double()
-
-    def seen(x):
-        x = ((x.double() + 1) / 2 - mean[:, None, None]) / std[:, None, None]
-        out = []
-        for i in (0, 2, "pool", 5, 7, "pool", 10, 12, 14, "pool", 17, 19, 21, "pool", 24, 26, 28):
-            if i == "pool":
-                out.append(x)
-                x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).amax((3, 5)) if x.shape[2] % 2 == 0 \
-                    else F.max_pool2d(x, 2)
-            else:
-                weight, bias = (vgg[f"features.{i}.{k}"].double() for k in ("weight", "bias"))
-                x = F.conv2d(x, weight, bias, padding=1)
-                x = x * (x > 0)
-        return [y / y.square().sum(1, keepdim=True).sqrt().clamp_min(1e-10) for y in out + [x]]
-    expected = 0
-    for k, (y, z) in enumerate(zip(seen(a), seen(b))):
-        expected = expected + torch.einsum("c,bchw->b", heads[f"lin{k}.model.1.weight"].flatten().double(),
-                                           (y - z) ** 2) / (y.shape[2] * y.shape[3])
-    ours = lpips.LPIPS(*files)
-    found = ours(a, b)
-    assert found.shape == (3,) and found.dtype == torch.float32 and not found.requires_grad
-    assert torch.allclose(found.double(), expected, rtol=1e-4)
-    assert torch.equal(ours(a, a), torch.zeros(3)) and torch.allclose(ours(b, a), found)
-    for k, head in enumerate(ours.heads):          # those of the file, not made up
-        assert torch.equal(head.weight, heads[f"lin{k}.model.1.weight"])
-
-
-PACKAGE = """
-import sys
-import types
-import torch, torch.nn as nn
-{stand_ins}
-import lpips
-vgg, pictures, out = sys.argv[1:]
-model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-state = torch.load(vgg, weights_only=True)
-theirs = {{f"net.slice{{s}}.{{i}}.{{k}}": state[f"features.{{i}}.{{k}}"]
-          for s, (start, end) in enumerate(((0, 4), (4, 9), (9, 16), (16, 23), (23, 30)), 1)
-          for i in range(start, end) for k in ("weight", "bias") if f"features.{{i}}.{{k}}" in state}}
-missing, strange = model.load_state_dict(theirs, strict=False)
-assert not strange and not [k for k in missing if k.startswith("net")]
-torch.save(model(*torch.load(pictures)).flatten().detach(), out)
-"""
-STAND_INS = """
-def vgg16(pretrained=False):
-    layers, width = [], 3
-    for n, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
-        for _ in range(count):
-            layers += [nn.Conv2d(width, n, 3, padding=1), nn.ReLU(inplace=True)]
-            width = n
-        layers += [nn.MaxPool2d(2, 2)]
-    return types.SimpleNamespace(features=nn.Sequential(*layers))
-for name in ("torchvision", "torchvision.models", "scipy", "scipy.ndimage"):
-    sys.modules[name] = types.ModuleType(name)
-sys.modules["torchvision"].models = sys.modules["torchvision.models"]
-sys.modules["torchvision.models"].vgg16 = vgg16
-sys.modules["scipy.ndimage"].zoom = None
-"""
-
-
-def test_lpips_is_that_of_the_package(files, tmp_path):
-    """With the heads that the package brings: its own forward pass, on layers of ours where torchvision's
-    would be, which is all that it takes of torchvision. We read its file as it is (saved by an old torch, on
-    a GPU); byte by byte it is the one that weights.py fetches."""
-    package = importlib.util.find_spec("lpips")
-    if not package:
-        pytest.skip("no package lpips: pip install --no-deps lpips==0.1.4")
-    heads = os.path.join(os.path.dirname(package.origin), "weights", "v0.1", "vgg.pth")
-    paths = [str(tmp_path / name) for name in ("pictures.pt", "out.pt")]
-    a, b = torch.rand(2, 3, 3, 48, 48) * 2 - 1
-    torch.save((a, b), paths[0])
-    done = subprocess.run([sys.executable, "-c", PACKAGE.format(stand_ins=STAND_INS), files[0], *paths],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-900:]
-    theirs, ours = torch.load(paths[1], weights_only=True), lpips.LPIPS(files[0], heads)
-    assert torch.allclose(ours(a, b), theirs, rtol=1e-5) and theirs.min() > 0
-    sums = [head.weight.sum().item() for head in ours.heads]
-    assert sums == pytest.approx([6.926, 8.858, 17.515, 51.521, 47.035], abs=2e-3)     # the published ones
-
-
-@pytest.mark.parametrize("which, change, message", [
-    (0, lambda s: s.pop("features.28.weight"), "Missing key.*28.weight"),
-    (0, lambda s: s.update({"features.30.weight": torch.zeros(1)}), "Unexpected key"),
-    (0, lambda s: s.update({"features.0.weight": torch.zeros(64, 3, 5, 5)}), "size mismatch"),
-    (0, lambda s: s.update({"features.0.bias": torch.zeros(64).int()}), "no floating point"),
-    (0, lambda s: s.update({"features.0.bias": torch.full((64,), torch.nan)}), "NaN"),
-    (1, lambda s: s.pop("lin4.model.1.weight"), "Missing key"),
-    (1, lambda s: s.update({3: 4}), "not what LPIPS"),
-])
-def test_files_that_are_not_lpips_are_refused(files, tmp_path, which, change, message):
-    state, paths = torch.load(files[which], weights_only=True), list(files)
-    change(state)
-    paths[which] = str(tmp_path / "changed.pth")
-    torch.save(state, paths[which])
-    refused(message, lpips.LPIPS, *paths)
-    refused("no file", lpips.LPIPS, *[p + "x" for p in files])
-
-
-def test_vgg16_has_the_parameters_of_the_table():
-    from full import weights
-    layers, width = 0, 3
-    for n, count in lpips.BLOCKS:
-        for _ in range(count):
-            layers, width = layers + 9 * width * n + n, n
-    matrices = sum((a + 1) * b for a, b in ((512 * 49, 4096), (4096, 4096), (4096, 1000)))
-    assert layers + matrices == weights.VGG16
-    assert weights.RELEASED[lpips.HEADS_FILE][0] == 4 * sum(n for n, _ in lpips.BLOCKS)
-    assert weights.RELEASED[lpips.VGG_FILE][0] == 4 * weights.VGG16 == 553_430_176
+        assert data.load(path, 16)[0].mean() == pytest.approx(200 / 127.5 - 1, abs=.05)     # the first frame

@@ -173,7 +173,7 @@ def test_a_damaged_picture_ends_a_run_that_can_go_on(folder, run, tmp_path):
     shutil.copytree(folder / "pictures", tmp_path / "pictures")
     for _, file, _ in data.Pictures(str(tmp_path / "pictures")).training:
         os.truncate(file, 200)
-    with pytest.raises(UserError, match=r"\d.png' cannot be read as a picture"):
+    with pytest.raises(UserError, match=r"\d.png' cannot be read as an image"):
         go(folder, tmp_path / "run", C2I, f"--data={tmp_path / 'pictures'}")
     shutil.copytree(folder / "pictures", tmp_path / "pictures", dirs_exist_ok=True)
     train.main([f"--out_dir={tmp_path / 'run'}", "--resume"])

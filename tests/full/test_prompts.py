@@ -7,7 +7,7 @@ from full import prompts
 from tiny import shapes
 from common.config import UserError
 
-CAPTIONS = ["a red fox, asleep", "Two cats", "a sign that says \"open\""]
+PROMPTS = ["a red fox, asleep", "Two cats", "a sign that says \"open\""]
 
 
 def write(tmp_path, name, content):
@@ -19,8 +19,8 @@ def write(tmp_path, name, content):
 FILES = {
     "a.txt": 'a red fox, asleep\nTwo cats\na sign that says "open"\n',
     "gaps.txt": '# what it is\n#\n\na red fox, asleep  \n \t\n\tTwo cats\n# more\na sign that says "open"',
-    "texts.json": json.dumps(CAPTIONS),
-    "records.json": json.dumps([{"prompt": CAPTIONS[0]}, {"Caption": CAPTIONS[1]}, CAPTIONS[2]], indent=1),
+    "texts.json": json.dumps(PROMPTS),
+    "records.json": json.dumps([{"prompt": PROMPTS[0]}, {"Caption": PROMPTS[1]}, PROMPTS[2]], indent=1),
     "a.jsonl": '{"text": "a red fox, asleep"}\n\n{"id": 3, "text": " Two cats "}\n'
                '"a sign that says \\"open\\""\n',
     "a.csv": 'id,prompt\n1,"a red fox, asleep"\n2,Two cats\n3,"a sign that says ""open"""\n',
@@ -35,20 +35,20 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_every_format_with_and_without_byte_order_mark_and_carriage_returns(tmp_path, name, mark, ends):
     path = write(tmp_path, name, mark + FILES[name].replace("\n", ends).encode())
-    assert prompts.read(path) == CAPTIONS
+    assert prompts.read(path) == PROMPTS
 
 
 @pytest.mark.parametrize("record, caption", [
     ({"text": "c", "caption": "b", "prompt": "a"}, "a"), ({"text": "c", "caption": "b"}, "b"),
     ({"tag": "x", "text": "c"}, "c"), ({" PROMPT ": "a", "text": "c"}, "a"),
     ({"prompts": "x", "Text": "c"}, "c")])
-def test_the_first_field_of_prompt_caption_text_counts(tmp_path, record, caption):
+def test_the_first_field_of_prompt_caption_text_is_read(tmp_path, record, caption):
     assert prompts.records(write(tmp_path, "a.jsonl", json.dumps(record))) == [(caption, record)]
     table = ",".join(record) + "\n" + ",".join(record.values()) + "\n"
     assert prompts.records(write(tmp_path, "a.csv", table)) == [(caption, record)]
 
 
-def test_captions_are_kept_to_the_letter(tmp_path):
+def test_prompts_are_kept_to_the_letter(tmp_path):
     odd = ["#1 on the wall", "#hashtag", "photo of soil", "caf\u00e9 \U0001f642 at night", "a  b\u2028c", "'"]
     assert prompts.read(write(tmp_path, "a.txt", "\n".join(odd))) == odd
     assert prompts.read(write(tmp_path, "a.json", json.dumps(odd))) == odd
@@ -66,27 +66,27 @@ def test_records_keep_what_geneval_says_of_a_prompt(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.parquet", "x", "a.parquet: captions are read from .txt"), ("a", "x", "captions are read from"),
-    ("a.txt", "", "a.txt holds no captions"), ("a.txt", "# only this\n\n", "holds no captions"),
-    ("a.json", "[]", "holds no captions"), ("a.csv", "prompt\n", "holds no captions"),
-    ("a.txt", b"a cat\na d\xf6g\n", "a.txt, line 2: 'prompt' must be a text in UTF-8, .* 'a d"),
+    ("a.parquet", "x", "a.parquet: unknown kind of file '.parquet'"), ("a", "x", "unknown kind of file ''"),
+    ("a.txt", "", "a.txt has no entries"), ("a.txt", "# only this\n\n", "has no entries"),
+    ("a.json", "[]", "has no entries"), ("a.csv", "prompt\n", "has no entries"),
+    ("a.txt", b"a cat\na d\xf6g\n", "a.txt, line 2: 'prompt' must be a text in UTF-8 .* 'a d"),
     ("a.csv", b"prompt\nx\n" + b"y\n" * 9999 + b"\xff\n", "a.csv, line 10002: 'prompt' must be .* in UTF-8"),
     ("a.json", r'["a", "\ud83d"]', "a.json, entry 2: 'prompt' must be a text in UTF-8"),
     ("a.jsonl", '"a cat"\n\n{"prompt": "a dog"\n', "a.jsonl, line 3: Expecting"),
     ("a.jsonl", "[" * 100000, "a.jsonl, line 1: "),
     ("a.json", '["a cat",\n"a dog" "a cow"]', "a.json: Expecting ',' delimiter: line 2"),
-    ("a.json", '{"prompt": "a cat"}', "a.json: the file must be a list"),
-    ("a.json", '["a cat", 5]', "entry 2: neither a text nor a record"),
-    ("a.jsonl", '["a cat"]', "line 1: neither a text nor a record"),
-    ("a.csv", 'id,prompt\n1,a cat\n2,a red fox, asleep\n', "line 3: neither .* wants quotes"),
-    ("a.csv", 'id,prompt\n1,a cat\n2\n', "line 3: 'prompt' must be .* but is None"),
+    ("a.json", '{"prompt": "a cat"}', "a.json: the file must hold a list, got a dict"),
+    ("a.json", '["a cat", 5]', "entry 2: it is neither a text nor a record"),
+    ("a.jsonl", '["a cat"]', "line 1: it is neither a text nor a record"),
+    ("a.csv", 'id,prompt\n1,a cat\n2,a red fox, asleep\n', "line 3: it is neither .* needs quotes"),
+    ("a.csv", 'id,prompt\n1,a cat\n2\n', "line 3: 'prompt' must be .* got None"),
     ("a.csv", 'id,prompt\n1,a cat\n2,"a dog\n3,a cow\n', "a.csv, line 4: unexpected end"),
-    ("a.csv", 'a,b\n1,2\n', "line 2: no field prompt, caption or text; there are: 'a', 'b'"),
-    ("a.json", '["a cat", {"prompts": "a dog"}]', "entry 2: no field .* there are: 'prompts'"),
-    ("a.jsonl", '{"prompt": 5}', "line 1: 'prompt' must be a text in UTF-8, and not a blank one, but is 5"),
+    ("a.csv", 'a,b\n1,2\n', "line 2: no field prompt, caption or text; its fields are 'a', 'b'"),
+    ("a.json", '["a cat", {"prompts": "a dog"}]', "entry 2: no field .* its fields are 'prompts'"),
+    ("a.jsonl", '{"prompt": 5}', "line 1: 'prompt' must be a text in UTF-8 that is not blank, got 5"),
     ("a.jsonl", '{"prompt": null, "text": "a cat"}', "'prompt' must be a text .* None"),
-    ("a.json", '["a cat", "  "]', "entry 2: 'prompt' must be .* is ''"),
-    ("a.tsv", 'text\tid\n \t1\n', "line 2: 'text' must be a text in UTF-8, and not a blank one"),
+    ("a.json", '["a cat", "  "]', "entry 2: 'prompt' must be .* got ''"),
+    ("a.tsv", 'text\tid\n \t1\n', "line 2: 'text' must be a text in UTF-8 that is not blank"),
 ])
 def test_errors_are_one_line_and_name_the_place(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as error:
@@ -102,7 +102,7 @@ def test_no_such_file(tmp_path, name):
 
 
 def test_the_shipped_list(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)                                     # it is found from anywhere
+    monkeypatch.chdir(tmp_path)                                     # found from any folder
     captions = prompts.read("assets/prompts.txt")
     assert len(captions) >= 1200 and len({c.lower() for c in captions}) == len(captions)
     assert all(c.isascii() and c.isprintable() and 3 <= len(c.split()) <= 30 for c in captions)

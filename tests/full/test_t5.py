@@ -1,7 +1,7 @@
 """python -m pytest tests/full/test_t5.py
 
-A tiny T5 with random weights, saved whole as the Hub has them, stands in for flan-t5-xl; its tokenizer knows
-nine words. Features are compared with T5 run by transformers on one caption alone, without padding or mask.
+A tiny random T5 replaces flan-t5-xl. It is saved with its decoder, as on the Hub, and its tokenizer knows
+nine words. The oracle runs T5 by transformers on one prompt alone, without padding or mask.
 """
 import functools
 import json
@@ -24,19 +24,19 @@ pytest.importorskip("bs4")
 L, C = 12, 32
 IDS = {"a red cat on the dog": [3, 4, 6, 8, 9, 7, 1], "": [1], "blue photo": [5, 10, 1],
        "the cat of the dog of the cat of a blue red dog on a cat": [9, 6, 11, 9, 7, 11, 9, 6, 11, 3, 5, 1]}
-CAPTIONS = list(IDS)
+PROMPTS = list(IDS)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder as the Hub's: an encoder *and* a decoder, a fast tokenizer that ends captions with </s>."""
+    """Return a folder as on the Hub: an encoder, a decoder, and a tokenizer that ends texts with </s>."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     path = str(tmp_path_factory.mktemp("t5"))
     torch.manual_seed(0)
     whole = transformers.T5ForConditionalGeneration(transformers.T5Config(
         vocab_size=40, d_model=C, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
         tie_word_embeddings=False))
-    for p in whole.parameters():                                   # as drawn, blocks would do next to nothing
+    for p in whole.parameters():                                   # fresh blocks have almost no effect
         torch.nn.init.normal_(p, std=.3)
     whole.save_pretrained(path)
     words = ["<pad>", "</s>", "<unk>"] + "a red blue cat dog on the photo of".split()
@@ -58,55 +58,55 @@ def reference(folder):
 
 
 def alone(folder, ids):
-    """The oracle: hidden states [n,C] of one caption's ids, no padding, no mask."""
+    """Return the hidden states [n,C] of the ids of one prompt, without padding or mask: the oracle."""
     with torch.no_grad():
         return reference(folder)(torch.tensor([ids])).last_hidden_state[0]
 
 
-def test_features_are_those_of_each_caption_alone(folder, tmp_path):
-    """The last caption is too long: its first 11 tokens stay, and </s>. The empty one is </s> alone."""
-    features, mask = make(folder, tmp_path, batch=3).encode(CAPTIONS)
+def test_features_are_those_of_each_prompt_alone(folder, tmp_path):
+    """The last prompt is too long: its first 11 tokens and </s> stay. The empty prompt is </s> alone."""
+    features, mask = make(folder, tmp_path, batch=3).encode(PROMPTS)
     assert features.shape == (4, L, C) and features.dtype == torch.float32 and mask.dtype == torch.bool
-    for row, visible, caption in zip(features, mask, CAPTIONS):
-        n = len(IDS[caption])
+    for row, visible, prompt in zip(features, mask, PROMPTS):
+        n = len(IDS[prompt])
         assert visible.tolist() == [False] * (L - n) + [True] * n
         assert (row[:L - n] == 0).all()
-        torch.testing.assert_close(row[L - n:], alone(folder, IDS[caption]), rtol=0, atol=1e-5)
-    assert features[mask].std() > .1                                  # so 1e-5 is small
+        torch.testing.assert_close(row[L - n:], alone(folder, IDS[prompt]), rtol=0, atol=1e-5)
+    assert features[mask].std() > .1                                  # so a tolerance of 1e-5 is small
 
 
 def test_bf16_is_stored_and_comes_back_exactly(folder, tmp_path):
-    captions = make(folder, tmp_path, dtype=torch.bfloat16)
-    features, mask = captions.encode(CAPTIONS)
+    cache = make(folder, tmp_path, dtype=torch.bfloat16)
+    features, mask = cache.encode(PROMPTS)
     assert features.dtype == torch.float32 and torch.equal(features, features.bfloat16().float())
-    assert (features[0, L - 7:] - alone(folder, IDS[CAPTIONS[0]])).abs().max() < .1
-    stored = torch.load(captions.path, weights_only=True)
+    assert (features[0, L - 7:] - alone(folder, IDS[PROMPTS[0]])).abs().max() < .1
+    stored = torch.load(cache.path, weights_only=True)
     assert stored["features"].dtype == torch.bfloat16
-    assert torch.equal(stored["features"].float(), features[mask])    # the visible tokens, and nothing else
-    assert stored["captions"] == CAPTIONS and stored["lengths"] == mask.sum(1).tolist() == [7, 1, 3, L]
-    assert torch.equal(make(folder, tmp_path, dtype=torch.bfloat16).encode(CAPTIONS)[0], features)
+    assert torch.equal(stored["features"].float(), features[mask])    # only the visible tokens
+    assert stored["captions"] == PROMPTS and stored["lengths"] == mask.sum(1).tolist() == [7, 1, 3, L]
+    assert torch.equal(make(folder, tmp_path, dtype=torch.bfloat16).encode(PROMPTS)[0], features)
 
 
-def test_cached_captions_need_no_encoder(folder, tmp_path, monkeypatch):
+def test_cached_prompts_need_no_encoder(folder, tmp_path, monkeypatch):
     first = make(folder, tmp_path)
-    first.prepare(CAPTIONS)
-    features, mask = first.encode(CAPTIONS[::-1])
+    first.prepare(PROMPTS)
+    features, mask = first.encode(PROMPTS[::-1])
 
     def refuse(*args, **kwargs):
         raise AssertionError("the encoder was loaded")
 
     monkeypatch.setattr(transformers.T5EncoderModel, "from_pretrained", refuse)
     second = make(folder, tmp_path)
-    second.prepare(CAPTIONS)
-    assert torch.equal(second.encode(CAPTIONS[::-1])[0], features)
-    assert torch.equal(second.encode(CAPTIONS[::-1])[1], mask)
+    second.prepare(PROMPTS)
+    assert torch.equal(second.encode(PROMPTS[::-1])[0], features)
+    assert torch.equal(second.encode(PROMPTS[::-1])[1], mask)
     nothing = second.encode([])
     assert nothing[0].shape == (0, L, C) and nothing[1].shape == (0, L)
     with pytest.raises(UserError, match="the encoder was loaded"):
-        second.prepare(["a new caption"])
+        second.prepare(["a new prompt"])
 
 
-def test_each_caption_is_encoded_once_and_the_encoder_freed(folder, tmp_path, monkeypatch):
+def test_each_prompt_is_encoded_once_and_the_encoder_freed(folder, tmp_path, monkeypatch):
     seen, alive, freed = [], [], []
     load, forward = transformers.T5EncoderModel.from_pretrained, transformers.T5EncoderModel.forward
 
@@ -122,17 +122,17 @@ def test_each_caption_is_encoded_once_and_the_encoder_freed(folder, tmp_path, mo
     monkeypatch.setattr(transformers.T5EncoderModel, "from_pretrained", watch)
     monkeypatch.setattr(transformers.T5EncoderModel, "forward", count)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(alive[-1]() is None))
-    captions = make(folder, tmp_path, batch=2)
-    captions.prepare(["red cat", "blue cat", "red cat", "  Red   CAT", "<b>red</b> cat", "dog"])
-    assert seen == [[4, 6, 1], [5, 6, 1], [7, 1]]                     # what cleans to the same is the same
-    features, _ = captions.encode(["dog", "a dog", "Dog", "a dog"])  # prepared first, as it was not
+    cache = make(folder, tmp_path, batch=2)
+    cache.prepare(["red cat", "blue cat", "red cat", "  Red   CAT", "<b>red</b> cat", "dog"])
+    assert seen == [[4, 6, 1], [5, 6, 1], [7, 1]]                     # equal after cleaning: encoded once
+    features, _ = cache.encode(["dog", "a dog", "Dog", "a dog"])     # "a dog" is prepared first
     assert seen[3:] == [[3, 7, 1]] and torch.equal(features[0], features[2])
-    assert freed == [True, True]                                      # gone when its memory is handed back
+    assert freed == [True, True]                                      # freed before the cache is emptied
 
 
 def test_appending_leaves_entries_and_open_readers_alone(folder, tmp_path):
     make(folder, tmp_path).prepare(["red cat", "dog"])
-    reader = make(folder, tmp_path)                                   # maps the file that is replaced now
+    reader = make(folder, tmp_path)                                   # maps the file that is replaced below
     writer = make(folder, tmp_path)
     before = writer.encode(["dog", "red cat"])[0]
     writer.prepare(["a photo", "dog", "the cat"])
@@ -145,7 +145,7 @@ def test_appending_leaves_entries_and_open_readers_alone(folder, tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_done(folder, tmp_path, monkeypatch):
-    captions, forward = make(folder, tmp_path, batch=2), transformers.T5EncoderModel.forward
+    cache, forward = make(folder, tmp_path, batch=2), transformers.T5EncoderModel.forward
 
     def stop_at_dog(self, input_ids, attention_mask):
         if 7 in input_ids:
@@ -154,10 +154,10 @@ def test_ctrl_c_keeps_what_is_done(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(transformers.T5EncoderModel, "forward", stop_at_dog)
     with pytest.raises(KeyboardInterrupt):
-        captions.prepare(["red", "blue", "dog", "cat"])
+        cache.prepare(["red", "blue", "dog", "cat"])
     assert list(make(folder, tmp_path).rows) == ["red", "blue"]
     monkeypatch.undo()
-    captions.prepare(["red", "blue", "dog", "cat"])
+    cache.prepare(["red", "blue", "dog", "cat"])
     features, _ = make(folder, tmp_path).encode(["blue", "cat"])
     torch.testing.assert_close(features[:, -2:], torch.stack([alone(folder, [5, 1]), alone(folder, [6, 1])]),
                                rtol=0, atol=1e-5)
@@ -167,7 +167,7 @@ def test_a_cache_belongs_to_one_encoder_length_and_precision(folder, tmp_path):
     other = str(tmp_path / "other")
     shutil.copytree(folder, other)
     path = make(folder, tmp_path).path
-    assert make(other, tmp_path).path == path                         # a copy is the same encoder
+    assert make(other, tmp_path).path == path                         # a copy counts as the same encoder
     with open(os.path.join(other, "model.safetensors"), "ab") as file:
         file.write(b" ")
     paths = {path, make(other, tmp_path).path, make(folder, tmp_path, length=L + 1).path,
@@ -184,19 +184,19 @@ def test_a_cache_belongs_to_one_encoder_length_and_precision(folder, tmp_path):
 
 
 def test_the_policy_reads_them(folder, tmp_path):
-    """The same caption gives the same logits whatever else is in the batch, and captions matter."""
+    """A prompt gives the same logits in every batch, and another prompt gives other logits."""
     torch.manual_seed(0)
     policy = GPT(GPTConfig(dim=16, n_layer=2, n_head=2, multiple_of=16, vocab_size=20, block_size=4,
                            cls_token_num=L, caption_dim=C)).eval()
     torch.nn.init.normal_(policy.output.weight)
-    captions, tokens = make(folder, tmp_path), torch.tensor([[1, 2, 3, 4]])
-    logits = policy(tokens.expand(3, -1), *captions.encode(["red cat", "a blue dog", "red cat"]))
-    torch.testing.assert_close(logits[:1], policy(tokens, *captions.encode(["red cat"])), rtol=0, atol=1e-5)
+    cache, tokens = make(folder, tmp_path), torch.tensor([[1, 2, 3, 4]])
+    logits = policy(tokens.expand(3, -1), *cache.encode(["red cat", "a blue dog", "red cat"]))
+    torch.testing.assert_close(logits[:1], policy(tokens, *cache.encode(["red cat"])), rtol=0, atol=1e-5)
     torch.testing.assert_close(logits[0], logits[2], rtol=0, atol=1e-5)
     assert (logits[0] - logits[1]).abs().max() > .01
 
 
-# -- cleaning: expected values derived by hand from the official rules, in the order of the rules
+# ---- cleaning: the expected texts follow by hand from the official rules, in the order of the rules
 
 CASES = [
     ("A RED Cat", "a red cat"),                                       # lower case
@@ -205,17 +205,17 @@ CASES = [
     ("a dog https://dogs.com/pics/1 runs", "a dog runs"),             # "https://" goes, then the site
     ("see example.org/shop now", "see now"), ("joe.com@home", "joe. com"),         # no site before an @
     ("www://cats red", "cats red"),
-    ("<b>bold</b> cat", "bold cat"), ("a cat<br/>a dog", "a cata dog"),            # tags leave no gap
+    ("<b>bold</b> cat", "bold cat"), ("a cat<br/>a dog", "a cata dog"),            # no gap where tags were
     ("a cat by @joe_99 today", "a cat by today"),
     ("a cat 漢字 on a mat", "a cat on a mat"), ("ネコ 한글 cat", "ネコ 한글 cat"),
     ("㍿ ㊗ ㇀ 㐀 ䷀ cat", "cat"),                                       # the smaller Chinese blocks
     ("a — b – c", "a - b - c"), ("a――b", "a-b"), ("a〜b", "a-b"),
-    ("“red” ‘cat’", "red\" 'cat"),                                    # quotes around it all go
+    ("“red” ‘cat’", "red\" 'cat"),                                    # outer quotes go
     ("so «big» a cat", 'so "big" a cat'), ("a `cat´ sat", 'a "cat" sat'),
     ("a cat &amp;quot;sale&amp;quot;", "a cat sale"), ("&quot;a&quot; cat", '"a" cat'),
     ("cats &amp; dogs", "cats dogs"), ("cats &amp;amp; dogs", "cats ; dogs"),
     ("server 192.168.0.1 room", "server room"),
-    ("at 3:45 漢", "at"), ("at 3:45", "at 3:45"),                     # only before a gap at the end
+    ("at 3:45 漢", "at"), ("at 3:45", "at 3:45"),                     # only before a final gap
     ("line\\nbreak", "line break"), ("line\nbreak", "line break"),
     ("#123 cat", "cat"), ("#1234 cat", "1234 cat"), ("#12345 cat", "cat"), ("#123456 cat", "cat"),
     ("order 123456 of cats", "order of cats"), ("order 12345 of cats", "order 12345 of cats"),
@@ -238,48 +238,48 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("caption, expected", CASES)
-def test_cleaning(caption, expected):
-    assert t5.clean(caption) == expected
+@pytest.mark.parametrize("prompt, expected", CASES)
+def test_cleaning(prompt, expected):
+    assert t5.clean(prompt) == expected
 
 
 def test_cleaning_twice_is_more_than_once():
-    """An article's number leaves a gap at the start, which hides the quote behind it from the last rules."""
+    """An article number leaves a gap at the start. The gap hides the quote behind it from the last rules."""
     assert t5.clean_caption("jc6640 'a cat'") == "'a cat" and t5.clean("jc6640 'a cat'") == "a cat"
 
 
 def test_single_quotes_are_made_straight_before_they_are_counted():
-    """ftfy makes them straight too, but later than the rule for two of them; a second pass hides that."""
+    """ftfy straightens quotes too, but after the rule for double quotes. A second pass would hide that."""
     assert t5.clean_caption("a ‘‘red’’ cat") == 'a "red" cat'
 
 
-@pytest.mark.parametrize("caption", ["a photo of a cat", "a red circle left of a blue square",
-                                     "three dogs, two cats: 5 o'clock!", "a café in 1984, half-timbered",
-                                     "is it a \"cat\"? yes.", "ネコ", "😀 a smiling face"])
-def test_plain_captions_stay(caption):
-    assert t5.clean(caption) == caption == t5.clean(t5.clean(caption))
+@pytest.mark.parametrize("prompt", ["a photo of a cat", "a red circle left of a blue square",
+                                    "three dogs, two cats: 5 o'clock!", "a café in 1984, half-timbered",
+                                    "is it a \"cat\"? yes.", "ネコ", "😀 a smiling face"])
+def test_plain_prompts_stay(prompt):
+    assert t5.clean(prompt) == prompt == t5.clean(t5.clean(prompt))
 
 
 def test_any_text_can_be_cleaned():
-    """Half of the characters are those the rules look for, the others any, unpaired surrogates included."""
+    """Half of the characters are special to the rules. The others are random, with unpaired surrogates."""
     rng = random.Random(0)
     for _ in range(100):
         text = "".join(rng.choice([rng.choice("ab1 <>!&;#@.-_:/'\"[%漢é\n\0"), chr(rng.randrange(0x110000))])
                        for _ in range(rng.randrange(40)))
         cleaned = t5.clean(text)
         assert cleaned == cleaned.strip() and "  " not in cleaned and "\n" not in cleaned
-        cleaned.encode()                                              # no lone surrogate is left for T5
+        cleaned.encode()                                              # T5 gets no lone surrogate
 
 
-def test_strange_captions_do_not_crash(folder, tmp_path):
+def test_strange_prompts_do_not_crash(folder, tmp_path):
     strange = ["😀" * 50, "漢字", "a" * 10_000, "a cat " * 1700, "<" * 10_000, "%", "a\0b", "\n"]
     features, mask = make(folder, tmp_path).encode(strange)
     assert features.isfinite().all()
-    assert mask.sum(1).tolist() == [2, 1, 2, L, 2, 2, 2, 1]           # an unknown word is <unk>; </s> is one
+    assert mask.sum(1).tolist() == [2, 1, 2, L, 2, 2, 2, 1]           # <unk> for an unknown word, and </s>
 
 
 def test_what_the_html_parser_refuses_keeps_its_tags(monkeypatch):
-    """By itself: Pythons differ in what they refuse, so it is made to refuse all."""
+    """Versions of Python refuse different texts, so here the parser refuses every text."""
     import bs4
 
     def refuse(*args):
@@ -289,20 +289,20 @@ def test_what_the_html_parser_refuses_keeps_its_tags(monkeypatch):
     assert t5.clean_caption("A <b>cat!") == "a <b>cat!"
 
 
-# -- errors
+# ---- errors
 
 @pytest.mark.parametrize("name", ["ftfy", "bs4"])
 def test_missing_packages_of_the_cleaning(name, monkeypatch):
-    monkeypatch.setitem(sys.modules, name, None)                      # how Python marks a module as not there
+    monkeypatch.setitem(sys.modules, name, None)                      # importing it now fails
     with pytest.raises(UserError, match=f"no package {name}: pip install -r requirements-full.txt"):
         t5.clean_caption("a cat")
 
 
 def test_missing_transformers(folder, tmp_path, monkeypatch):
-    captions = make(folder, tmp_path)
+    cache = make(folder, tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match="no package transformers: pip install -r requirements-full.txt"):
-        captions.encode(["a cat"])
+        cache.encode(["a cat"])
 
 
 def save(path, *values):
@@ -323,9 +323,9 @@ DAMAGES = {
 
 @pytest.fixture(scope="module")
 def prepared(folder, tmp_path_factory):
-    captions = make(folder, tmp_path_factory.mktemp("prepared"))
-    captions.prepare(["a cat", "dog"])
-    return captions
+    cache = make(folder, tmp_path_factory.mktemp("prepared"))
+    cache.prepare(["a cat", "dog"])
+    return cache
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -339,7 +339,7 @@ def test_damaged_cache_says_which_file_to_delete(damage, prepared, folder, tmp_p
     assert str(error.value).startswith(good.path) and str(error.value).endswith("delete it")
     assert "\n" not in str(error.value)
     os.remove(good.path)
-    assert make(folder, tmp_path).rows == {}                          # and that mends it
+    assert make(folder, tmp_path).rows == {}                          # deleting the file is the fix
 
 
 def without_a_weight(path):
@@ -357,7 +357,7 @@ FAULTS = [
     (lambda p: os.remove(p + "/model.safetensors"), "transformers cannot load"),
     (lambda p: os.truncate(p + "/model.safetensors", 1000), "transformers cannot load"),
     (lambda p: os.remove(p + "/tokenizer.json"), "transformers cannot load"),
-    (without_a_weight, "lack encoder.block.1.layer.0.SelfAttention.q.weight"),
+    (without_a_weight, "lacks encoder.block.1.layer.0.SelfAttention.q.weight"),
 ]
 
 
@@ -369,4 +369,4 @@ def test_what_is_wrong_with_the_folder_is_said_in_one_line(fault, message, folde
     with pytest.raises(UserError) as error:
         make(path, tmp_path).prepare(["a cat"])
     assert message in str(error.value) and path in str(error.value) and "\n" not in str(error.value)
-    assert not os.path.exists(tmp_path / "cache")                     # nothing half-made is left
+    assert not os.path.exists(tmp_path / "cache")                     # no partial cache is left
