@@ -50,24 +50,30 @@ def gpt_shapes(state):
     return dict(told, model_type="t2i", cls_token_num=cls_token_num, caption_dim=caption_dim)
 
 
+def tokens_by_name(path):
+    """Return the number of image tokens that the name of a file or folder tells, or None. A name with _256
+    means 256 pixels, so 16 x 16 tokens of VQ-16."""
+    pixels = re.findall(r"_(256|384|512)(?!\d)", os.path.basename(os.path.abspath(path)))
+    return (int(pixels[-1]) // 16) ** 2 if pixels else None
+
+
 def add_heads_and_tokens(told, presets, path):
     """Add n_head and block_size to the fields `told` of a GPTConfig where they are missing.
 
-    No shape tells these two. n_head comes from presets {name: (n_layer, n_head, dim)}. block_size comes from the file's name, in which
-    _256 means 256 pixels, so 16 x 16 tokens of VQ-16. With a wrong one everything loads, and images look
-    zoomed or torn. Raises UserError if neither helps.
+    No shape tells these two. n_head comes from presets {name: (n_layer, n_head, dim)}, block_size from the
+    file's name. With a wrong block_size everything loads, and images look zoomed or torn. Raises UserError if
+    neither source helps.
     """
     heads = {(n_layer, dim): n_head for n_layer, n_head, dim in presets.values()}
     if told.setdefault("n_head", heads.get((told["n_layer"], told["dim"]))) is None:
         raise UserError(f"{path}: no tensor tells the number of heads, and {told['n_layer']} layers of width "
                         f"{told['dim']} are no published size. Give n_head=.")
     if "block_size" not in told:
-        pixels = re.findall(r"_(256|384|512)(?!\d)", os.path.basename(os.path.abspath(path)))
-        if not pixels:
-            raise UserError(f"{path}: no tensor tells the number of image tokens, nor does the name. Give "
+        told["block_size"] = tokens = tokens_by_name(path)
+        if tokens is None:
+            raise UserError(f"{path}: neither a tensor nor the name tells the number of image tokens. Give "
                             f"block_size=, which is 256, 576, 1024 for images of 256, 384, 512 pixels.")
-        told["block_size"] = (int(pixels[-1]) // 16) ** 2
-        print(f"{path}: {told['block_size']} image tokens, as its name says {pixels[-1]} pixels")
+        print(f"{path}: {tokens} image tokens, as its name says {16 * int(tokens ** .5)} pixels")
 
 
 def vq_shapes(state):
