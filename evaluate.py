@@ -137,8 +137,9 @@ def sample(pipeline, policy, prompts, draws, *, cfg_scale=1.0, temperature=1.0, 
     size = max(8, TOKENS_AT_ONCE // pipeline.tokens)
     for i in trange(0, len(prompt), size, desc="sampling", ncols=110, leave=False,
                     disable=len(prompt) <= size):
-        tokens.append(policy.generate(*conditions.of(prompt[i:i + size]), cfg_scale=cfg_scale,
-                                      temperature=temperature, generator=generator, **cut))
+        with policy.autocast():
+            tokens.append(policy.generate(*conditions.of(prompt[i:i + size]), cfg_scale=cfg_scale,
+                                          temperature=temperature, generator=generator, **cut))
         images.append(pipeline.decode(tokens[-1]))
     return torch.cat(tokens), torch.cat(images)
 

@@ -106,13 +106,13 @@ def grpo_loop(cfg, run, world, pipeline):
 
 
 # ---- two extras of the papers, off by default --------------------------------------------------------------
-@torch.no_grad()
 def distributions(cfg, policy, rollout, conditions, scoring):
     """Yield for each micro-batch its tokens [r,T] and the policy's distribution in the loss."""
     for rows in torch.arange(len(rollout.prompt), device=rollout.prompt.device).split(cfg.micro_batch):
         yield rollout.actions[rows], policy.distribution(rollout, conditions, rows, **scoring)
 
 
+@torch.no_grad()
 def rescore(cfg, policy, rollout, conditions, scoring):
     """--score_cfg: make `rollout.logp` that of the distribution in the loss, which is not the one that
     sampled.
@@ -126,6 +126,7 @@ def rescore(cfg, policy, rollout, conditions, scoring):
     return mismatch
 
 
+@torch.no_grad()
 def token_weights(cfg, pipeline, rollout, conditions, scoring):
     """--critical_tokens: the weight of each token in the loss [b,T], with mean 1 over the step
     (critical.py)."""
