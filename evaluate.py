@@ -68,6 +68,7 @@ class Sampling:
     cfg_scale: float = option(1.0, "guidance of rollout, loss and reference; 1 = none, half the cost", low=1)
     sample_batch: int = option(0, "images that a process samples at once; 0 = all; memory only", low=0)
     logit_chunk: int = option(0, "positions whose logits exist at once; 0 = all; memory only", low=0)
+    compile: bool = option(False, "compile a sampling step by torch.compile; not yet measured on a GPU")
     # For released models only, where Extras makes them options:
     uncond_grad, score_cfg, critical_tokens, dynamic_weight = True, 0.0, False, False
 

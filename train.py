@@ -58,9 +58,8 @@ def grpo_loop(cfg, run, world, pipeline):
         # 1. sample: G images for each of P prompts
         prompts = world.draw(cfg.prompts_per_step)
         conditions = pipeline.encode(prompts)
-        with parallel.gathered(policy):
-            rollout = policy.rollout(conditions, mine // G, generator=run.generator, at_once=cfg.sample_batch,
-                                     part=(parallel.RANK, parallel.SIZE), **sampling)           # tokens [b,T]
+        rollout = policy.rollout(conditions, mine // G, generator=run.generator, at_once=cfg.sample_batch,
+                                 part=(parallel.RANK, parallel.SIZE), **sampling)               # tokens [b,T]
         mismatch = rescore(cfg, policy, rollout, conditions, scoring) if scoring != sampling else 0.0
         run.phase("sample")
 
@@ -150,6 +149,7 @@ def main(argv):
         print(f"options that differ from the defaults (all of them: {cfg.out_dir}/config.py):\n"
               f"{config.changed(cfg) or 'none'}")
     world, pipeline = evaluate.open_world(cfg, here)
+    pipeline.policy.compile_step = getattr(cfg, "compile", False)
     prompts = world.fixed_prompts(cfg.eval_prompts)
 
     def evaluation(model, base):
