@@ -9,6 +9,9 @@ import pathlib
 import re
 
 import pytest
+import torch
+
+import reward
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/lesson.md", "exercises/README.md"]
@@ -68,6 +71,20 @@ def test_folders_in_the_map():
     named = set(re.findall(r"`(\w+)/`", table))
     assert named >= {p.parent.name for p in ROOT.glob("*/*.py") if p.parent.name != "out"}
     assert all((ROOT / name).is_dir() for name in named)
+
+
+def test_your_own_reward_works_as_printed(monkeypatch):
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own reward")[1]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    spec = re.search(r"--reward=(\S+)", section)[1]
+    assert len(code.splitlines()) <= 10
+    printed = {}
+    exec(code, printed)
+    monkeypatch.setattr(reward, "REWARDS", printed["REWARDS"])
+    grey, red = torch.zeros(1, 3, 8, 8), torch.tensor([1., -1., -1.]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    known = {"judge": lambda images, prompts: torch.zeros(len(prompts))} | reward.REWARDS
+    found = reward.weighted(spec, known)(torch.cat([grey, red]), ["a red circle"] * 2)
+    assert found[0] == 0 and found[1] > .1
 
 
 def test_quoted_intervals_are_those_of_the_report():
