@@ -204,9 +204,14 @@ class Categorical:
         self.hidden, self.head, self.rows = hidden, head, rows
 
     @cached_property
+    def logits(self):
+        """Logits [r,T,V]."""
+        return self.hidden if self.head is None else self.head(self.hidden)
+
+    @cached_property
     def logp(self):
         """Log-probabilities [r,T,V]."""
-        return (self.hidden if self.head is None else self.head(self.hidden)).log_softmax(-1)
+        return self.logits.log_softmax(-1)
 
     def at(self, start, stop):
         """Return the distributions at positions start .. stop - 1. Their logits are not computed yet."""

@@ -1,130 +1,188 @@
 """Performance and diversity of a policy, on fixed prompts with fixed seeds, beside its base.
 
     python evaluate.py out/tiny_js                      one run against its base
-    python evaluate.py out/tiny_js out/tiny_none ...    compare; runs that differ only in seed are averaged
+    python evaluate.py out/tiny_js out/tiny_none ...    compare runs, averaged over seeds
     python evaluate.py out/llamagen_js --cfg_scale=7.5 --draws=8 --eval_prompts=16
-    python evaluate.py out/tiny_vapi --temperature=0.8  both under another temperature than in training
-(sample.py --save draws a benchmark's prompts for its own scorer, GenEval's say.)
+    python evaluate.py out/tiny_vapi --temperature=0.8  at another temperature than in training
+(sample.py --save samples the prompts of a benchmark, such as GenEval, for the benchmark's own program.)
 
-Every prompt is drawn `draws` times. Reported, as means over prompts:
-  reward, heldout     the run's own reward and one that it was not trained on
-  pairwise            mean of 1 - cosine between pictures of one prompt, in the world's features (judge, CLIP)
-  vendi               exp of the entropy of the eigenvalues of their cosine matrix / n: an effective number
-                      of distinct pictures, between 1 and n. Vendi score, arXiv 2210.02410 eq. 2
-  token_entropy       nat per token of the policy on its own samples
-  kl_reverse          KL(policy || base), nat per image on the policy's samples; exact sums over the codes
-  kl_forward          KL(base || policy), nat per image on the base's samples
-then what only this world can measure (tiny.py), and for the base also best-of-N: of N samples the one that
-the *trained* reward likes best. It costs N times the sampling and no training, so a run should be held
-against it before its reward is praised.
+Every prompt is sampled `draws` times. Reported, as means over prompts:
+  reward, heldout     the run's own reward, and one that it was not trained on
+  pairwise            mean of 1 - cosine between images of one prompt, in the world's features (judge, CLIP)
+  vendi               an effective number of distinct images, between 1 and n (metrics.py)
+  token_entropy       of the policy on its own samples, nat per token
+  kl_reverse          KL(policy || base) on the policy's samples, nat per image; exact sums over the codes
+  kl_forward          KL(base || policy) on the base's samples, nat per image
+and what only this world can measure (tiny/world.py). For the base there is also best-of-N: of N samples the
+one with the highest *trained* reward. It costs N times the sampling and no training. So compare a run with it
+before you praise the run's reward.
+
+This file also says what a run consists of: `options` composes the options of a run, `open_world` opens its
+world and its models.
 """
-import importlib
 import os
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Literal, NamedTuple
 
 import torch
-
-import metrics
 from tqdm import tqdm, trange
 
-from common import files as checkpoint
-from common import config
-from common import run as runs
-from common.config import UserError
-from options import BEST_OF
-from common.device import pick_device
+import full.world
+import grpo
+import metrics
+import reward
+import tiny.world
+import vapi
+from common import config, device, files, run
+from common.config import UserError, option
+from common.interfaces import Rollout
 
-WORLD_IS = ("world", "init_from", "weights", "gpt_ckpt", "vq_ckpt", "t5", "n_head", "block_size", "prompts",
-            "dtype", "lora_rank", "antialias", "reward", "heldout_reward", "algorithm", "data")
-                                # runs that share a world agree in these
-VENDI_OF = 64                   # pictures a prompt, at most, that enter pairwise and vendi
-KL_DRAWS = 16                   # draws a prompt, at most, that enter the KLs and the token entropy
-CHUNK = 2 ** 14                 # tokens of the sequences that are sampled at once
+BEST_OF = 8                     # N of best-of-N
+VENDI_OF = 64                   # images of each prompt, at most, that enter pairwise and vendi
+KL_DRAWS = 16                   # samples of each prompt, at most, that enter the KLs and the token entropy
+TOKENS_AT_ONCE = 2 ** 14        # tokens of the images that are sampled at once
+
+
+# ---- what a run consists of --------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Kind:
+    """---- what is trained, and how"""
+    world: Literal["tiny", "llamagen", "janus"] = option("tiny", "prompts, rewards and models")
+    algorithm: Literal["grpo", "vapi"] = option("grpo", "train.py or vapi.py")
 
 
 @dataclass(frozen=True)
-class Config:
-    runs: tuple = ()                   # run folders, e.g. out/tiny_js, given as bare words
-    draws: int = 96                    # pictures a prompt, a multiple of 8; 64 or more in the tiny world
-    eval_prompts: int = 3              # fixed prompts: of each category in the tiny world, else in all
-    cfg_scale: float = 0.0             # classifier-free guidance, for pictures and KLs; 0 = as it was trained
-    temperature: float = 0.0           # likewise; 0 = as it was trained
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
-    picture: str = "out/compare.png"   # where the picture of all runs goes
+class Evaluation:
+    """---- evaluation"""
+    eval_prompts: int = option(3, "fixed prompts: tiny world, of each category; otherwise in all", low=1)
+    eval_draws: int = option(96, "images of each, a multiple of 8; tiny world, at least 64", low=BEST_OF)
+
+    def check(cfg):
+        if cfg.eval_draws % BEST_OF:
+            raise UserError(f"--eval_draws must be a multiple of {BEST_OF}, got {cfg.eval_draws}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """---- GRPO"""
+    cfg_scale: float = option(1.0, "guidance of rollout, loss and reference; 1 = none, half the cost", low=1)
+    sample_batch: int = option(0, "images that a process samples at once; 0 = all; memory only", low=0)
+    logit_chunk: int = option(0, "positions whose logits exist at once; 0 = all; memory only", low=0)
+    compile: bool = option(False, "compile a sampling step by torch.compile; not yet measured on a GPU")
+    # For released models only, where Extras makes them options:
+    uncond_grad, score_cfg, critical_tokens, dynamic_weight = True, 0.0, False, False
+
+
+@dataclass(frozen=True)
+class Extras:
+    """---- GRPO, as in the papers' code"""
+    uncond_grad: bool = option(True, "with guidance: does the unconditional branch get a gradient?")
+    score_cfg: float = option(0.0, "guidance of the loss; 0 = that of the rollout (full/janus.py)", low=0)
+    critical_tokens: bool = option(False, "average the loss over selected tokens only (critical.py)")
+    dynamic_weight: bool = option(False, "weight the advantage along the image (critical.py)")
+
+    def check(cfg):
+        if 0 < cfg.score_cfg < 1:
+            raise UserError(f"--score_cfg must be at least 1, or 0 for the rollout's, got {cfg.score_cfg}")
+        if cfg.dynamic_weight and cfg.logit_chunk:
+            raise UserError("--dynamic_weight needs all tokens of an image at once: leave --logit_chunk at 0")
+
+
+def options(values):
+    """{key: value} -> the dataclass of a run's options: general ones, and those that its world, models and
+    algorithm need. `values` may be incomplete or wrong; what decides is `world` and `algorithm`."""
+    full_size = values.get("world", "tiny") in ("llamagen", "janus")
+    parts = [run.Files, Kind, run.Machine, run.Length, Evaluation, grpo.Rollouts, reward.Options]
+    if values.get("algorithm") == "vapi":
+        parts += [vapi.Options, full.world.ImageOptions if full_size else tiny.world.ImageOptions]
+    else:
+        parts += [Sampling] + [Extras] * full_size
+    parts += [grpo.Loss, run.Optimizer, full.world.Options if full_size else tiny.world.Options]
+    return config.compose(*parts)
 
 
 def open_world(options, device):
-    """The world (tiny.py says what that is) of a run's options, an object with train.py's Config's fields."""
-    return importlib.import_module({"tiny": "tiny.world", "llamagen": "full.llamagen", "janus": "full.janus"}[options.world]).World(options, device)
+    """(World, Pipeline) of a run's options (common/interfaces.py). Raises UserError for missing files."""
+    opener = tiny.world.open_world if options.world == "tiny" else full.world.open_world
+    return opener(options, device, with_images=options.algorithm == "vapi")
 
 
-def options_in(saved, path):
-    """The options of a run, from its checkpoint `saved`. UserError unless train.py would take them."""
-    import train                                           # here, as it imports this file
-    return SimpleNamespace(**vars(runs.restore(train.Config, train.check, saved["config"], path)))
+def check_shares(cfg, size):
+    """UserError unless the samples of a step divide evenly among `size` processes and their batches."""
+    B, at_once = cfg.prompts_per_step * cfg.group_size, getattr(cfg, "sample_batch", 0)
+    if B % size or (B // size) % min(at_once or B // size, B // size):
+        raise UserError(f"{cfg.prompts_per_step} prompts x {cfg.group_size} images do not divide evenly "
+                        f"among {size} processes, each with --sample_batch={at_once} at once")
 
 
-def options_of(run):
-    """(options of a run, the state dict of its policy). UserError if it is none."""
-    path = os.path.join(run, "ckpt.pt") if os.path.isdir(run) else run
-    saved = checkpoint.load(path)
-    if not {"config", "model"} <= set(saved):
-        raise UserError(f"{run} is a base, not a run; every run is shown beside its base anyway")
-    return options_in(saved, path), saved["model"]
+def open_saved(saved, path):
+    """The options of a run from its checkpoint `saved`. Raises UserError if they are not those of a run."""
+    return config.restore(options, saved.get("config"), path)
+
+
+# ---- the evaluation ----------------------------------------------------------------------------------------
+class Evaluated(NamedTuple):
+    results: dict               # {name of a measurement: number}
+    tokens: torch.Tensor        # [P*draws,T], the samples of a prompt in a row
+    images: torch.Tensor        # [P*draws,3,H,W]
 
 
 @torch.no_grad()
-def draw(world, policy, captions, draws, *, cfg_scale=1.0, temperature=1.0, seed=0, **cut):
-    """`draws` samples of each caption -> tokens [P*draws,T], images [P*draws,3,H,W]; a caption's in a row."""
-    features, mask = world.encode(captions)
-    prompt = torch.arange(len(captions), device=features.device).repeat_interleave(draws)
-    generator, tokens, images = torch.Generator(features.device).manual_seed(seed), [], []
-    size = max(8, CHUNK // policy.config.block_size)
-    for i in trange(0, len(prompt), size, desc="drawing", ncols=110, leave=False,
+def sample(pipeline, policy, prompts, draws, *, cfg_scale=1.0, temperature=1.0, seed=0, **cut):
+    """`draws` samples of each prompt -> tokens [P*draws,T], images [P*draws,3,H,W]; a prompt's in a row."""
+    conditions = pipeline.encode(prompts)
+    where = conditions.cond.device
+    prompt = torch.arange(len(prompts), device=where).repeat_interleave(draws)
+    generator, tokens, images = torch.Generator(where).manual_seed(seed), [], []
+    size = max(8, TOKENS_AT_ONCE // pipeline.tokens)
+    for i in trange(0, len(prompt), size, desc="sampling", ncols=110, leave=False,
                     disable=len(prompt) <= size):
-        used, own = prompt[i:i + size].unique(return_inverse=True)
-        with world.autocast:
-            tokens.append(policy.generate(features[used], mask[used], own, cfg_scale=cfg_scale,
+        with policy.autocast():
+            tokens.append(policy.generate(*conditions.of(prompt[i:i + size]), cfg_scale=cfg_scale,
                                           temperature=temperature, generator=generator, **cut))
-        images.append(world.decode(tokens[-1]))
+        images.append(pipeline.decode(tokens[-1]))
     return torch.cat(tokens), torch.cat(images)
 
 
 @torch.no_grad()
-def divergence_to(world, policy, other, captions, tokens, **sampling):
-    """Exact sum over tokens of KL(policy || other) along `tokens` [P*n,T], nat per image; policy's nat per
-    token."""
-    kl = token_entropy = 0.0
-    for caption, own in zip(captions, tokens.chunk(len(captions))):
-        cond = *world.encode([caption]), torch.zeros_like(own[:, 0])
-        with world.autocast:
-            logp, logq = (m(own, *cond, **sampling).log_softmax(-1) for m in (policy, other))
+def divergence_to(pipeline, policy, other, prompts, tokens, **sampling):
+    """(KL(policy || other) in nat per image, entropy of the policy in nat per token), along `tokens` [P*n,T].
+
+    Both are exact sums over the codes at every position.
+    """
+    kl = entropy = 0.0
+    for prompt, own in zip(prompts, tokens.chunk(len(prompts))):
+        conditions, rows = pipeline.encode([prompt]), torch.arange(len(own), device=own.device)
+        along = Rollout(own, None, torch.zeros_like(rows))
+        logp, logq = (m.distribution(along, conditions, rows, **sampling).logp for m in (policy, other))
         kl += (logp.exp() * (logp - logq)).sum().item()
-        token_entropy -= (logp.exp() * logp).sum().item()
-    return kl / len(tokens), token_entropy / tokens.numel()
+        entropy -= (logp.exp() * logp).sum().item()
+    return kl / len(tokens), entropy / tokens.numel()
 
 
 @torch.no_grad()
-def evaluate(world, policy, base=None, *, prompts=3, draws=96, cfg_scale=1.0, temperature=1.0):
-    """-> (results: {figure: number, ...}, tokens [P*draws,T], images). See the module's docstring.
+def evaluate(world, pipeline, policy, base=None, *, prompts=3, draws=96, cfg_scale=1.0, temperature=1.0):
+    """-> Evaluated. The docstring of this file says what is measured.
 
-    base: (results, tokens, ...) that this returned for world.reference, to compare with; None for that
-    itself. draws: a multiple of 8.
+    base: what this function returned for pipeline.reference, to compare with; None for the reference itself.
+    prompts: how many fixed prompts. draws: samples of each, a multiple of 8.
     """
     sampling = dict(cfg_scale=cfg_scale, temperature=temperature)
-    captions = world.fixed_prompts(prompts)
-    P = len(captions)
-    tokens, images = draw(world, policy, captions, draws, **sampling)
-    every = [c for c in captions for _ in range(draws)]
-    scores = {name: f(images, every).view(P, draws).cpu() for name, f in world.rewards.items()}
-    out = {name: s.mean().item() for name, s in scores.items()}
-    best = scores["reward"].view(P, -1, BEST_OF).max(2)
+    prompts = world.fixed_prompts(prompts)
+    P = len(prompts)
+    tokens, images = sample(pipeline, policy, prompts, draws, **sampling)
+    asked = [p for p in prompts for _ in range(draws)]
+    rewards = {name: f(images, asked).view(P, draws).cpu()
+               for name, f in (("reward", world.reward), ("heldout_reward", world.heldout))}
+    out = {name: r.mean().item() for name, r in rewards.items()}
+    best = rewards["reward"].view(P, -1, BEST_OF).max(2)
     out["best_of_n_reward"] = best.values.mean().item()
-    out["best_of_n_heldout_reward"] = scores["heldout_reward"].view(P, -1, BEST_OF).gather(
+    out["best_of_n_heldout_reward"] = rewards["heldout_reward"].view(P, -1, BEST_OF).gather(
         2, best.indices[..., None]).mean().item()
-    out |= world.extra(policy, captions, scores, images, base and base[0], **sampling)
+    out |= world.measure(prompts, images, rewards, base and base.results,
+                         lambda others, n: sample(pipeline, policy, others, n, seed=1, **sampling)[1])
+    if world.images:
+        out["reconstruction"] = vapi.reconstruction(world, pipeline, policy, temperature)
     features = world.embed(images).view(P, draws, -1)[:, :VENDI_OF]
     out["pairwise"] = metrics.pairwise(features)
     out["vendi"] = sum(metrics.vendi(f) for f in features) / P
@@ -132,18 +190,20 @@ def evaluate(world, policy, base=None, *, prompts=3, draws=96, cfg_scale=1.0, te
     def some(t):
         return t.view(P, draws, -1)[:, :KL_DRAWS].flatten(0, 1)
     out["kl_reverse"], out["token_entropy"] = divergence_to(
-        world, policy, world.reference, captions, some(tokens), **sampling)
-    out["kl_forward"] = divergence_to(world, world.reference, policy, captions, some(base[1]),
+        pipeline, policy, pipeline.reference, prompts, some(tokens), **sampling)
+    out["kl_forward"] = divergence_to(pipeline, pipeline.reference, policy, prompts, some(base.tokens),
                                       **sampling)[0] if base else 0.0
-    return out, tokens, images
+    return Evaluated(out, tokens, images)
 
 
 COLUMNS = ["reward", "heldout_reward", "pairwise", "vendi", "token_entropy", "kl_reverse", "kl_forward"]
 
 
 def table(rows, more=()):
-    """[(name, results or list of results)] -> the text of a table; of a list, mean +- std over members.
-    more: names of further columns, a world's own."""
+    """[(name, results or a list of results)] -> the text of a table. Of a list: mean ± standard deviation.
+
+    more: names of further columns, those of a world.
+    """
     def cell(results, key):
         values = torch.tensor([r[key] for r in results], dtype=torch.float64)
         return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
@@ -157,56 +217,80 @@ def table(rows, more=()):
 
 
 def best_of_n(base):
-    """The row of best-of-N, from the base's own results."""
+    """The table row of best-of-N, from the base's own results."""
     return {"reward": base["best_of_n_reward"], "heldout_reward": base["best_of_n_heldout_reward"]}
 
 
-def check(cfg):
-    if not cfg.runs:
-        raise UserError("name at least one run: python evaluate.py out/tiny_js")
-    config.at_least(cfg, draws=BEST_OF, eval_prompts=1, temperature=0)
-    config.named(cfg, picture=".png")
-    if cfg.draws % BEST_OF:
-        raise UserError(f"draws must be a multiple of {BEST_OF}, not {cfg.draws}")
-    if cfg.cfg_scale and cfg.cfg_scale < 1:
-        raise UserError(f"cfg_scale must be at least 1, or 0 for the run's own, not {cfg.cfg_scale}")
+# ---- the program -------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Config:
+    runs: tuple = option((), "run folders, such as out/tiny_js, as words without dashes")
+    draws: int = option(96, "images of each prompt, a multiple of 8; tiny world, 64 or more", low=BEST_OF)
+    eval_prompts: int = option(3, "fixed prompts: tiny world, of each category; otherwise in all", low=1)
+    cfg_scale: float = option(0.0, "guidance, of images and KLs; 0 = as in training", low=0)
+    temperature: float = option(0.0, "of images and KLs; 0 = as in training", low=0)
+    device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, then mps, then cpu")
+    picture: str = option("out/compare.png", "the image file that shows samples of all runs", ending=".png")
+
+    def check(cfg):
+        if not cfg.runs:
+            raise UserError("name at least one run: python evaluate.py out/tiny_js")
+        if cfg.draws % BEST_OF:
+            raise UserError(f"--draws must be a multiple of {BEST_OF}, got {cfg.draws}")
+        if 0 < cfg.cfg_scale < 1:
+            raise UserError(f"--cfg_scale must be at least 1, or 0 for the run's own, got {cfg.cfg_scale}")
+
+
+def options_of(run_folder):
+    """(options of a run, the state dict of its policy). Raises UserError if it is no run."""
+    path = os.path.join(run_folder, "ckpt.pt") if os.path.isdir(run_folder) else run_folder
+    saved = files.load(path)
+    if not {"config", "model"} <= set(saved):
+        raise UserError(f"{run_folder} is a base, not a run; every run is shown beside its base anyway")
+    return open_saved(saved, path), saved["model"]
+
+
+def what_decides(options, *without):
+    """The options of a run as text, without those that do not change what is compared."""
+    return str([(f.name, getattr(options, f.name)) for f in fields(options) if f.name not in without])
 
 
 def main(argv):
     cfg, _ = config.load(Config, argv, positional="runs")
-    check(cfg)
-    device = pick_device(cfg.device)
+    here = device.start(cfg.device)
     bases, groups, columns, rows = {}, {}, [], []
-    for run in tqdm(cfg.runs, desc="evaluating", unit="run"):
-        options, state = options_of(run)
-        options.eval_draws = cfg.draws
+    training = [f.name for part in (run.Files, run.Machine, run.Length, Evaluation, grpo.Rollouts, grpo.Loss,
+                                    run.Optimizer, Sampling, Extras, vapi.Options)
+                for f in fields(part) if f.name != "dtype"]     # options that do not change world and base
+    for folder in tqdm(cfg.runs, desc="evaluating", unit="run"):
+        own, state = options_of(folder)
+        config.validate(replace(own, eval_draws=cfg.draws))
         settings = dict(prompts=cfg.eval_prompts, draws=cfg.draws,
-                        cfg_scale=cfg.cfg_scale or options.cfg_scale,
-                        temperature=cfg.temperature or options.temperature)
-        key = *(getattr(options, k) for k in WORLD_IS), *settings.values()
+                        cfg_scale=cfg.cfg_scale or getattr(own, "cfg_scale", 1.0),
+                        temperature=cfg.temperature or own.temperature)
+        key = what_decides(own, *training), str(settings)
         if key not in bases:
-            world = open_world(options, device)
-            bases[key] = world, evaluate(world, world.reference, **settings)
-            file = options.init_from if options.world == "tiny" else options.gpt_ckpt
-            name = "base" + f" ({options.reward}, {file})" * (len(bases) > 1)
-            rows += [(name, bases[key][1][0]), (f"best of {BEST_OF} of the {name}",
-                                                best_of_n(bases[key][1][0]))]
-            columns.append((name, bases[key][1][2]))
-        world, base = bases[key]
-        checkpoint.load_weights(world.policy, state, run)
-        results, _, images = evaluate(world, world.policy, base, **settings)
-        alike = str({k: v for k, v in vars(options).items()
-                     if k not in ("seed", *runs.FREE)})
+            world, pipeline = open_world(own, here)
+            base = evaluate(world, pipeline, pipeline.reference, **settings)
+            bases[key] = world, pipeline, base
+            source = own.init_from if own.world == "tiny" else own.gpt_ckpt
+            name = "base" + f" ({own.reward}, {source})" * (len(bases) > 1)
+            rows += [(name, base.results), (f"best of {BEST_OF} of the {name}", best_of_n(base.results))]
+            columns.append((name, base.images))
+        world, pipeline, base = bases[key]
+        files.load_weights(pipeline.policy, state, folder)
+        found = evaluate(world, pipeline, pipeline.policy, base, **settings)
+        alike = what_decides(own, "seed", *run.FREE)
         if alike not in groups:
-            groups[alike] = (run, [])
-            columns.append((run, images))
-        groups[alike][1].append(results)
-    rows += [(name + (f" and alike, {len(found)} seeds" if len(found) > 1 else ""), found)
-             for name, found in groups.values()]
+            groups[alike] = (folder, [])
+            columns.append((folder, found.images))
+        groups[alike][1].append(found.results)
+    rows += [(name + (f" (mean of {len(some)} seeds)" if len(some) > 1 else ""), some)
+             for name, some in groups.values()]
     print(table(rows, world.columns))
     os.makedirs(os.path.dirname(cfg.picture) or ".", exist_ok=True)
     world.picture(cfg.picture, world.fixed_prompts(cfg.eval_prompts), columns)
-    print(f"pictures of each: {cfg.picture}")
+    print(f"images of each: {cfg.picture}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Measures of diversity, and distances between sets of images, computed from feature vectors."""
 import torch
+import torch.nn.functional as F
 
 
 def pairwise(features):
@@ -51,3 +52,14 @@ def precision_recall(real, sampled, k=3):
         radius = torch.cdist(members, members).kthvalue(k + 1).values      # the nearest is the member itself
         return (torch.cdist(points, members) <= radius).any(1).double().mean().item()
     return within(sampled, real), within(real, sampled)
+
+
+def lpips(layers, images, originals):
+    """Return LPIPS with all weights 1 (arXiv 1801.03924 eq. 1): a perceptual distance [b] of images to
+    originals.
+
+    layers is a function images -> list of activations [b,C,h,w]. Activations become unit vectors at every
+    place. Their squared distance is averaged over places and summed over layers.
+    """
+    pairs = zip(layers(images), layers(originals))
+    return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean((1, 2)) for a, b in pairs)

@@ -1,60 +1,76 @@
-"""Rewards: functions (images[B,3,H,W] in [-1,1], captions) -> scores[B], higher is better.
+"""Rewards: functions (images [b,3,H,W] in [-1,1], b prompts) -> rewards [b], higher is better.
 
-Of the tiny world (those of the full-size one are in clip.py):
-  reader   1 if the picture shows exactly what the caption says, else 0. Verifiable: geometry, no learning
-           (shapes.py).
-  judge    cosine of picture and caption under a small CLIP-like model that pretrain.py trains in the tiny
-           world. Like HPS or CLIPScore it is a learned opinion, good on pictures like those it has seen,
-           and it can be hacked.
+Each world has its own rewards:
+  tiny world     judge and reader, in tiny/judge.py
+  full size      hps, pickscore, clipscore and aesthetic, in full/clip.py
 
-A run trains on a weighted sum of some (`--reward=judge` or `--reward=judge:1,reader:0.5`) and always
-reports at least one that it does not train on (`--heldout_reward=reader`): the gap between the two is what
-reward hacking looks like.
+A run trains on a weighted sum (`--reward=judge` or `--reward=judge:1,reader:0.5`). It always reports a
+held-out reward that it does not train on (`--heldout_reward=reader`). The gap between the two shows reward
+hacking.
 
-To add a reward, write its function and put it into REWARDS (see "Your own reward" in README.md).
+To add a reward, write its function here and put it into REWARDS. See "Your own reward" in README.md.
 """
 import math
+from dataclasses import dataclass
 
-from common.config import Fault, UserError
+from common.config import Fault, UserError, option
 
-
-REWARDS = {}                               # name: function (images, captions) -> scores [B]; yours go here
-OF_WORLD = {"tiny": ("judge", "reader"), "llamagen": ("hps", "pickscore", "clipscore", "aesthetic")}
-OF_WORLD["janus"] = OF_WORLD["llamagen"]
+REWARDS = {}                    # name: function (images, prompts) -> rewards [b]; yours go here
 
 
-def parse(spec, world="tiny"):
-    """'judge:1,reader:0.5' -> {'judge': 1.0, 'reader': 0.5}; a weight left out is 1. Raises UserError."""
-    known = (*OF_WORLD[world], *REWARDS)
-    weights = {}
+@dataclass(frozen=True)
+class Options:
+    """---- reward"""
+    reward: str = option("judge", "what GRPO trains on; a weighted sum is judge:1,reader:0.5")
+    heldout_reward: str = option("reader", "what is only reported; VA-pi only reports both")
+
+
+def parse(spec, known):
+    """'judge:1,reader:0.5' -> {'judge': 1.0, 'reader': 0.5}. A weight that is left out is 1.
+
+    known: the names of a world's rewards; those of REWARDS are known everywhere. Raises UserError.
+    """
+    known, weights = (*known, *REWARDS), {}
     for part in spec.split(","):
         name, _, weight = part.strip().partition(":")
         if name not in known:
-            raise UserError(f"the {world} world has no reward {name!r}; it has: {', '.join(known)}")
+            raise UserError(f"this world has no reward {name!r}; it has: {', '.join(known)}")
         try:
             weights[name] = float(weight or 1)
             if not math.isfinite(weights[name]):
                 raise ValueError
         except ValueError:
-            raise UserError(f"the weight of reward {name!r} must be a number, not {weight!r}") from None
+            raise UserError(f"the weight of reward {name!r} must be a number, got {weight!r}") from None
     return weights
 
 
-def build(weights, functions):
-    """{name: weight} of `parse` and {name: function} -> one function, the weighted sum of the rewards [B].
-    That raises Fault, naming the reward, for one that fails or does not return a score for each picture."""
-    def total(images, captions):
-        scores = []
+def check(cfg, known):
+    """UserError for unknown rewards, or a held-out reward that is trained on."""
+    if set(parse(cfg.heldout_reward, known)) & set(parse(cfg.reward, known)):
+        raise UserError(f"--heldout_reward={cfg.heldout_reward} must not be trained on as well: "
+                        f"--reward is {cfg.reward}")
+
+
+def weighted(spec, functions):
+    """The weighted sum of rewards that `spec` names, as one function (images, prompts) -> [b].
+
+    functions: {name: function}. The sum raises Fault, naming the reward, for a reward that fails or does not
+    return one number for each image.
+    """
+    weights = parse(spec, functions)
+
+    def total(images, prompts):
+        rewards = []
         for name in weights:
             try:
-                scores.append(functions[name](images, captions))
-                shape = tuple(scores[-1].shape)
+                rewards.append(functions[name](images, prompts))
+                shape = tuple(rewards[-1].shape)
             except UserError:
                 raise
-            except Exception as error:
+            except Exception as error:                     # a reward may be anyone's code
                 raise Fault(f"reward {name!r} failed: {type(error).__name__}: {error}") from error
-            if shape != (len(captions),):
-                raise Fault(f"reward {name!r} must return a score for each of {len(captions)} pictures, "
-                            f"[{len(captions)}], not {list(shape)}")
-        return sum(w * s for w, s in zip(weights.values(), scores))
+            if shape != (len(prompts),):
+                raise Fault(f"reward {name!r} must return one number for each of {len(prompts)} images, "
+                            f"[{len(prompts)}], got {list(shape)}")
+        return sum(w * r for w, r in zip(weights.values(), rewards))
     return total

@@ -1,244 +1,183 @@
-"""GRPO post-training of an autoregressive text-to-image policy, with a divergence to its reference.
+"""GRPO post-training of a text-to-image policy, with a divergence to its reference.
 
-    python train.py                                   the tiny world with JS, under 3 minutes on 2 CPU cores
+    python train.py                                   the tiny world with JS, 90 seconds on 2 CPU cores
     python train.py configs/tiny_none.py              the same without a divergence: watch the diversity go
     python train.py configs/tiny_js.py --beta=0.2 --seed=1 --out_dir=out/mine
-    python train.py configs/tiny_js.py --resume       go on where the run in its out_dir stopped
-    python train.py configs/llamagen_js.py            the 775M LlamaGen with real captions, on one GPU
-    torchrun --nproc_per_node=8 train.py configs/llamagen_js.py             the same on eight (parallel.py)
-    python train.py configs/tiny_vapi.py              another algorithm in the same loop (vapi.py)
+    python train.py configs/tiny_js.py --resume       continue the run in its out_dir
+    python train.py configs/llamagen_js.py            the 775M LlamaGen with real prompts, on one GPU
+    torchrun --nproc_per_node=8 train.py configs/llamagen_js.py         the same on eight (common/parallel.py)
+    python train.py configs/tiny_vapi.py              another algorithm, with its own loop in vapi.py
 
-Each step: sample G pictures for each of some captions, score them, turn scores into advantages within each
-group, and take one gradient step on the GRPO loss (grpo.py) with a divergence to the frozen base
+Each step samples G images for each of P prompts, rewards them, and turns rewards into advantages within each
+group. Then it takes one gradient step on the GRPO loss (grpo.py), with a divergence to the frozen base
 (divergences.py). Method: "Balancing Performance and Diversity in GRPO Autoregressive Text-to-Image
-Post-Training", arXiv 2606.21498. What each phase does is in grpo.py, for VA-pi in vapi.py; when, is here.
+Post-Training", arXiv 2606.21498. `grpo_loop` below is the whole algorithm.
 
-The distribution that samples *is* the one that is trained: same temperature and same CFG scale in the
-rollout, in the loss, and for the reference (but see --score_cfg). `max_ratio_error` in the log checks that at
-every step. In the run folder you find metrics.jsonl (a line a step), evaluations.jsonl, samples_*.png,
-ckpt.pt, and at the end before_after.png, curves.png and table.md. Models, captions and rewards are the
-business of the *world*: tiny.py says what that is, llamagen.py is the one with released weights.
+The distribution that samples *is* the distribution that is trained: rollout, loss and reference have the same
+temperature and the same guidance. `max_ratio_error` in the log checks this at every step. It is the largest
+abs(pi_loss / pi_sampler - 1) over all tokens, and in fp32 it stays below 1e-4: rollout and loss add up the
+same numbers in different orders, and nothing else may differ. A larger value means that the loss improves
+another policy than the one that samples.
 
-Options are in options.py, their defaults those of the tiny world; configs/llamagen_js.py has the paper's
-recipe. Departures:
- 1. Critical tokens and dynamic advantage weight, on in the paper's released script, are off (critical.py).
+The run folder gets config.py (all options), metrics.jsonl (one line per step), evaluations.jsonl,
+samples_*.png, ckpt.pt, and at the end before_after.png, curves.png and table.md. Options stand beside the
+code that reads them; `--help` prints them.
+
+Departures from the paper's released script:
+ 1. Critical tokens and the dynamic advantage weight, which are on there, are off here (critical.py).
 """
-import math
-import os
-import random
-import time
-from dataclasses import asdict
+import sys
+if sys.version_info < (3, 11):
+    print(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}", file=sys.stderr)
+    raise SystemExit(2)
 
 import torch
 
-import metrics
-from tqdm import tqdm
-
-from common import files as checkpoint
-from common import config
 import evaluate
 import grpo
-from common import parallel
-from common import images as pictures
-from common import run as runs
+import metrics
 import vapi
-from common.config import Fault, UserError
-from options import Config, check
-from common.device import pick_device
-
-ALGORITHMS = {"grpo": grpo, "vapi": vapi}       # files with the functions of the phases: sample, score ...
-MOST_SKIPPED = 10                       # steps in a row without a finite gradient, after which a run gives up
+from common import config, device, images, parallel
+from common.run import Run, open_run, schedule
+from critical import critical_tokens
 
 
-def ramp(kind, start, end, progress):
-    """A schedule's value at progress in [0,1]."""
-    if kind == "constant":
-        return start
-    share = progress if kind == "linear" else (1 - math.cos(math.pi * progress)) / 2
-    return start + (end - start) * share
+def grpo_loop(cfg, run, world, pipeline):
+    """Train pipeline.policy by GRPO.
+
+    cfg: options. run: a common.run.Run, the plumbing. world: prompts and rewards. pipeline: the models.
+    common/interfaces.py says what world and pipeline have to offer. B = P * G samples in a step, b = B /
+    world size of them on this process, T tokens each.
+    """
+    policy, reference, G = pipeline.policy, pipeline.reference, cfg.group_size
+    B = cfg.prompts_per_step * G
+    mine = run.rows(B)                                                             # [b], of the B samples
+    sampling = dict(cfg_scale=cfg.cfg_scale, temperature=cfg.temperature)
+    scoring = sampling | dict(cfg_scale=cfg.score_cfg or cfg.cfg_scale)            # see --score_cfg
+    for step in run.steps():
+        # 1. sample: G images for each of P prompts
+        prompts = world.draw(cfg.prompts_per_step)
+        conditions = pipeline.encode(prompts)
+        rollout = policy.rollout(conditions, mine // G, generator=run.generator, at_once=cfg.sample_batch,
+                                 part=(parallel.RANK, parallel.SIZE), **sampling)               # tokens [b,T]
+        mismatch = rescore(cfg, policy, rollout, conditions, scoring) if scoring != sampling else 0.0
+        run.phase("sample")
+
+        # 2. reward: decode the tokens, and rate the images
+        with torch.no_grad():
+            pixels = pipeline.decode(rollout.actions)                                            # [b,3,H,W]
+            asked = [prompts[i] for i in rollout.prompt.tolist()]
+            rewards = parallel.gather(world.reward(pixels, asked))                   # [B], what is trained on
+            heldout = parallel.gather(world.heldout(pixels, asked))                  # [B], only reported
+            features = parallel.gather(world.embed(pixels)).unflatten(0, (-1, G))                # [P,G,d]
+        run.phase("reward")
+
+        # 3. advantage: each image against the other images of its prompt
+        all_advantages, zero_spread = grpo.advantages(rewards, G)                                # [B]
+        advantages = all_advantages[mine]                                                        # [b]
+        weights = token_weights(cfg, pipeline, rollout, conditions, scoring) if cfg.critical_tokens else None
+        run.phase("advantage")
+
+        # 4. update: a gradient step on the clipped loss, in micro-batches that add up to the loss of the step
+        beta = schedule(cfg.beta_schedule, cfg.beta, cfg.beta_end, step / cfg.max_steps)
+        epochs = []                                                   # statistics of each pass over the batch
+        for _ in range(cfg.inner_epochs):
+            epochs.append({})
+            for rows in torch.arange(len(mine), device=mine.device).split(cfg.micro_batch):
+                pi = policy.distribution(rollout, conditions, rows, uncond_grad=cfg.uncond_grad, **scoring)
+                with torch.no_grad():
+                    rho = reference.distribution(rollout, conditions, rows, **scoring)
+                loss, stats = grpo.loss(
+                    pi, rho, rollout.actions[rows], rollout.logp[rows], advantages[rows], B * pipeline.tokens,
+                    None if weights is None else weights[rows], divergence=cfg.divergence,
+                    estimator=cfg.estimator, beta=beta, clip_eps=cfg.clip_eps, dynamic=cfg.dynamic_weight,
+                    logit_chunk=cfg.logit_chunk)
+                loss.backward()
+                grpo.accumulate(epochs[-1], stats)
+            run.optimizer_step(step)
+        run.phase("update")
+
+        # 5. log: the statistics of the first pass, by the policy that sampled. Only later passes are clipped.
+        stats = epochs[0] | {"clip_share": epochs[-1]["clip_share"],
+                             "max_ratio_error": epochs[0]["max_ratio_error"].clamp_min(mismatch)}
+        run.log(step, {"reward": rewards.mean().item(), "heldout_reward": heldout.mean().item(),
+                       "reward_std": rewards.view(-1, G).std(1).mean().item(), "zero_spread": zero_spread,
+                       "diversity": metrics.pairwise(features), "beta": beta}, stats)
 
 
-def learning_rate(cfg, step):
-    """Linear warm-up from 1/n to 1 of the peak, then a cosine down to min_lr_ratio of it."""
-    n = max(1, round(cfg.warmup * cfg.max_steps))
-    if step < n:
-        return cfg.learning_rate * (step + 1) / n
-    return cfg.learning_rate * ramp("cosine", 1, cfg.min_lr_ratio, (step - n) / max(1, cfg.max_steps - n))
+# ---- two extras of the papers, off by default --------------------------------------------------------------
+def distributions(cfg, policy, rollout, conditions, scoring):
+    """Yield for each micro-batch its tokens [r,T] and the policy's distribution in the loss."""
+    for rows in torch.arange(len(rollout.prompt), device=rollout.prompt.device).split(cfg.micro_batch):
+        yield rollout.actions[rows], policy.distribution(rollout, conditions, rows, **scoring)
+
+
+@torch.no_grad()
+def rescore(cfg, policy, rollout, conditions, scoring):
+    """--score_cfg: replace `rollout.logp` by that of the loss, another distribution than the sampler's.
+
+    Returns the largest abs(ratio - 1) between the two distributions.
+    """
+    logp = torch.cat([pi.log_prob(tokens) for tokens, pi in
+                      distributions(cfg, policy, rollout, conditions, scoring)])             # [b,T]
+    mismatch = ((logp - rollout.logp).exp() - 1).abs().max().item()
+    rollout.logp = logp
+    return mismatch
+
+
+@torch.no_grad()
+def token_weights(cfg, pipeline, rollout, conditions, scoring):
+    """--critical_tokens: return the weight of each token in the loss [b,T], with mean 1 over the step."""
+    entropy = torch.cat([pi.entropy() for _, pi in distributions(
+        cfg, pipeline.policy, rollout, conditions, scoring)])                                    # [b,T], nat
+    picked = critical_tokens(*map(parallel.gather, (entropy, rollout.actions)), pipeline.codebook,
+                             cfg.group_size, int(pipeline.tokens ** .5))                         # [B,T]
+    rows = slice(parallel.RANK * len(entropy), (parallel.RANK + 1) * len(entropy))
+    return (picked / picked.float().mean())[rows]
+
+
+# ---- the program -------------------------------------------------------------------------------------------
+LOOPS = {"grpo": grpo_loop, "vapi": vapi.vapi_loop}
 
 
 def main(argv):
-    # ---- plumbing: everything that is made once ------------------------------------------------------------
-    cfg, saved = runs.open_run(Config, check, argv)
-    rank, size = parallel.RANK, parallel.SIZE
-    device = parallel.start(pick_device(cfg.device))
-    if cfg.prompts_per_step * cfg.group_size % size or grpo.share(cfg) % grpo.at_once(cfg):
-        raise UserError(f"{cfg.prompts_per_step} prompts x {cfg.group_size} pictures cannot be shared out "
-                        f"evenly to {size} processes, each drawing sample_batch = {cfg.sample_batch} at once")
-    if rank == 0:
-        print(config.show(cfg))
-    world = evaluate.open_world(cfg, device)
-    policy, reference = world.policy, world.reference
-    policy.eval()                               # dropout off: the loss must see the distribution that sampled
-    policy.recompute = cfg.recompute
-    if saved:
-        checkpoint.load_weights(policy, saved["model"], os.path.join(cfg.out_dir, "ckpt.pt"))
-    if cfg.shard:
-        parallel.shard(policy)
-        parallel.shard(reference)
-    optimizer = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, betas=(.9, .95),
-                                  weight_decay=cfg.weight_decay, fused=device.type == "cuda")
-    random.seed(cfg.seed)
-    torch.manual_seed(cfg.seed)
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-    phases, (sampling, _) = ALGORITHMS[cfg.algorithm], grpo.distributions(cfg)
-    takes_part = rank == 0 or cfg.shard         # in evaluations and saving: shares are put together by all
-    asked_to_stop = runs.Stop()
+    cfg, saved = open_run(evaluate.options, argv)
+    here = parallel.start(device.start(cfg.device))
+    evaluate.check_shares(cfg, parallel.SIZE)
+    if parallel.RANK == 0:
+        print(f"options that differ from the defaults (all of them: {cfg.out_dir}/config.py):\n"
+              f"{config.changed(cfg) or 'none'}")
+    world, pipeline = evaluate.open_world(cfg, here)
+    pipeline.policy.compile_step = getattr(cfg, "compile", False)
+    prompts = world.fixed_prompts(cfg.eval_prompts)
 
-    def file(name):
-        return os.path.join(cfg.out_dir, name)
+    def evaluation(model, base):
+        return evaluate.evaluate(world, pipeline, model, base, prompts=cfg.eval_prompts, draws=cfg.eval_draws,
+                                 cfg_scale=getattr(cfg, "cfg_scale", 1.0), temperature=cfg.temperature)
+    run = Run(cfg, saved, pipeline.policy, pipeline.reference, here, evaluation,
+              lambda path, columns: world.picture(path, prompts, columns))
+    LOOPS[cfg.algorithm](cfg, run, world, pipeline)
+    if run.finish():
+        report(cfg, run, world, prompts)
 
-    def save(step):
-        state = {"model": parallel.whole(policy.state_dict()), "step": step, "config": asdict(cfg),
-                 "optimizer": parallel.whole(optimizer.state_dict()), "rng": checkpoint.rng_state(generator)}
-        if rank == 0:
-            runs.save(state, file("ckpt.pt"), cfg.keep)
 
-    def tick():
-        """Notes the time, of which a GPU has to be asked whether it is done: it works behind our back."""
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        clock.append(time.perf_counter())
-
-    def assess(model, step):
-        """The evaluation of evaluate.py, logged, with a picture. Its random stream is its own."""
-        with parallel.gathered(policy), parallel.gathered(reference):
-            results, tokens, images = evaluate.evaluate(
-                world, model, None if model is reference else before[1:], prompts=cfg.eval_prompts,
-                draws=cfg.eval_draws, **sampling)
-        if rank == 0:
-            world.picture(file(f"samples_{step:05d}.png"), world.fixed_prompts(cfg.eval_prompts),
-                          [("step %d" % step, images)])
-        return {"step": step} | results, results, tokens, images
-
-    start, skipped = 0, 0                       # skipped: steps in a row whose gradient was not finite
-    if saved:
-        start = saved["step"]
-        try:
-            optimizer.load_state_dict(parallel.shares(saved["optimizer"], policy.parameters()))
-            checkpoint.set_rng_state(saved["rng"], generator)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"{file('ckpt.pt')} is no checkpoint of this version: "
-                            f"{' '.join(str(error).split())[:200]}") from None
-    if rank == 0:
-        lock = runs.claim(cfg.out_dir)          # held until the process ends
-    if takes_part:
-        if not saved:
-            save(0)
-        before = assess(reference, 0)           # the base, and what every later evaluation is compared with
-    if rank == 0:
-        log = checkpoint.Log(file("metrics.jsonl"), start)         # lines of steps that will be done again go
-        evaluations = checkpoint.Log(file("evaluations.jsonl"), start + 1)
-        if not evaluations.lines:
-            evaluations.write(before[0])
-
-    # ---- algorithm -----------------------------------------------------------------------------------------
-    stop = min(cfg.max_steps, start + (cfg.stop_after or cfg.max_steps))
-    bar = tqdm(range(start, stop), initial=start, total=cfg.max_steps, ncols=110, disable=rank > 0,
-               desc=f"{cfg.algorithm}, {cfg.divergence}")
-    for step in bar:
-        clock = []
-        tick()
-
-        # 1. sample: G sequences of tokens for each caption. B = prompts * G in all, b = B / size here
-        batch = phases.sample(cfg, world, generator)                                     # tokens [b,T]
-        tick()
-
-        # 2. reward: decode, then score with what is trained and with what is only watched
-        with torch.no_grad():
-            images = world.decode(batch.tokens)                                                  # [b,3,H,W]
-            scores, heldout = phases.score(cfg, world, batch, images)                            # [B], [B]
-            seen = parallel.gather(world.embed(images)).unflatten(0, (-1, cfg.group_size))
-        tick()
-
-        # 3. advantage: each picture against the others of its group
-        adv, zero_spread, selected = phases.weigh(cfg, world, batch, scores)             # [B], number, [b,T]
-        tick()
-
-        # 4. update: gradient steps on the clipped objective, in micro-batches that add up to the same loss
-        beta = ramp(cfg.beta_schedule, cfg.beta, cfg.beta_end, step / cfg.max_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step)
-        epochs = []                                 # statistics of each pass over the batch
-        for _ in range(cfg.inner_epochs):
-            epochs.append({})
-            optimizer.zero_grad(set_to_none=True)
-            for rows in grpo.pieces(cfg, batch):
-                loss, stats = phases.loss_of(cfg, world, batch, rows, adv, selected, beta)
-                loss.backward()
-                grpo.accumulate(epochs[-1], stats)
-            parallel.add_gradients(policy.parameters())
-            grad_norm = parallel.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(),
-                                                                      cfg.grad_clip or math.inf))
-            if grad_norm.isfinite():
-                optimizer.step()
-        skipped = 0 if grad_norm.isfinite() else skipped + 1
-        tick()
-
-        # 5. log: a line a step; now and then an evaluation, a picture, a checkpoint; all by process 0
-        # Statistics are those of the first pass, of the policy that sampled; only the last can be clipped.
-        stopping = torch.tensor(float(bool(asked_to_stop.name)), device=device)   # in any process
-        update = parallel.combine(epochs[0] | {
-            "clip_share": epochs[-1]["clip_share"], "max_stop": stopping,
-            "max_ratio_error": epochs[0]["max_ratio_error"].maximum(batch.mismatch)})
-        leave = update.pop("max_stop") > 0 or skipped == MOST_SKIPPED
-        line = {"step": step, "reward": scores.mean().item(), "heldout_reward": heldout.mean().item(),
-                "reward_std": scores.view(-1, cfg.group_size).std(1).mean().item(),
-                "zero_spread": zero_spread, "diversity": metrics.pairwise(seen), **update,
-                "grad_norm": grad_norm.item(), "beta": beta, "learning_rate": optimizer.param_groups[0]["lr"]}
-        if skipped:
-            line["skipped"] = "gradient" if scores.isfinite().all() else "reward"      # what was not finite
-        bar.set_postfix(reward=f"{line['reward']:.2f}", heldout=f"{line['heldout_reward']:.2f}",
-                        diversity=f"{line['diversity']:.2f}", kl=f"{line['kl_reverse']:.3f}")
-        done, last = step + 1, step + 1 == cfg.max_steps
-        if takes_part and (last or done % cfg.eval_interval == 0):
-            after = assess(policy, done)
-            if rank == 0:
-                evaluations.write(after[0])
-        times = ("t_sample", "t_reward", "t_advantage", "t_update", "t_log")
-        tick()
-        if rank == 0:
-            log.write(line | {name: round(b - a, 4) for name, a, b in zip(times, clock, clock[1:])})
-        if takes_part and (last or leave or done == stop or done % cfg.eval_interval == 0):
-            save(done)
-        if leave:
-            break
-
-    # ---- what came of it -----------------------------------------------------------------------------------
-    if start == stop and takes_part:            # resumed at the very end: only the pictures were missing
-        after = assess(policy, stop)
-    parallel.stop()
-    if rank:
-        return
-    if start < stop and done < cfg.max_steps:
-        where = f"saved {file('ckpt.pt')} after step {done} of {cfg.max_steps}"
-        if skipped == MOST_SKIPPED:
-            raise Fault(f"the last {skipped} steps had a {line['skipped']} that is not finite; {where}")
-        print(f"{where}; go on with --resume")
-        if asked_to_stop.name:
-            raise Fault(f"stopped by {asked_to_stop.name}")
-        return
-    world.picture(file("before_after.png"), world.fixed_prompts(cfg.eval_prompts),
-                  [("base", before[3]), (f"after {stop} steps, {cfg.algorithm}, {cfg.divergence}", after[3])])
-    pictures.curves(log.lines, file("curves.png"), evaluations.lines)
-    rows = [("base", before[0]), ("best of 8 of the base", evaluate.best_of_n(before[0])),
-            (cfg.out_dir, after[0])]
-    print(report := evaluate.table(rows, world.columns))
-    with open(file("table.md"), "w", encoding="utf-8") as f:
-        f.write(report + "\n")
-    kept = after[0].get("entropy_kept", math.nan)
-    print(f"held-out reward {after[0]['heldout_reward'] - before[0]['heldout_reward']:+.2f}"
-          + f", open-attribute entropy kept {kept:.0%}" * math.isfinite(kept) + "; "
-          f"see {file('before_after.png')} and {file('curves.png')}")
+def report(cfg, run, world, prompts):
+    """Write before_after.png, curves.png and table.md of a finished run, and print the table."""
+    before, after = run.before.results, run.after.results
+    world.picture(run.file("before_after.png"), prompts, [
+        ("base", run.before.images), (f"after {cfg.max_steps} steps, {cfg.algorithm}, {cfg.divergence}",
+                                      run.after.images)])
+    images.curves(run.metrics.lines, run.file("curves.png"), run.evaluations.lines,
+                  trained="reconstruction" if world.images else "reward")
+    table = evaluate.table([("base", before), ("best of 8 of the base", evaluate.best_of_n(before)),
+                            (cfg.out_dir, after)], world.columns)
+    print(table)
+    with open(run.file("table.md"), "w", encoding="utf-8") as file:
+        file.write(table + "\n")
+    kept = after.get("entropy_kept", float("nan"))
+    print(f"held-out reward {after['heldout_reward'] - before['heldout_reward']:+.2f}"
+          + f", entropy of open attributes kept {kept:.0%}" * (kept == kept)
+          + f"; see {run.file('before_after.png')} and {run.file('curves.png')}")
 
 
 if __name__ == "__main__":

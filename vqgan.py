@@ -218,6 +218,10 @@ class VQGAN(nn.Module):
                              f"got {tuple(images.shape)}")
         return self.quantize(self.quant_conv(self.encoder(images)))[0]
 
+    def codes(self):
+        """The unit vector of each code, [V,8]."""
+        return self.quantize.codes()
+
     def decode(self, tokens):
         """Turn tokens [B,T] of square images into images [B,3,H,W], about in [-1,1] but not clipped.
 

@@ -1,79 +1,111 @@
-"""Options of every script: a dataclass of defaults, a config file, then `--key=value`; the last word wins.
+"""Options of every script: defaults, then a config file, then `--key=value`. The last word wins.
 
-    python train.py configs/tiny_js.py --beta=0.2 --resume        (a bool may stand bare)
-    python train.py --help
+    python train.py configs/tiny_js.py --beta=0.2 --resume        (a bool may stand without a value)
+    python train.py --help                                        the options that every run has
+    python train.py configs/tiny_js.py --help                     and those that this config needs
 
-The defaults are the fields of a dataclass in the script itself, one line each with a comment, and `--help`
-prints those lines. A config file holds `key = value` lines and nothing else; it is parsed, not run. With a
-line `like = "configs/other.py"` it says only in what it differs from another one. Unknown keys are refused in
-files as on the command line (nanoGPT checks the latter only, so a typo in a file costs a run), types are
-checked, and an int is fine where a float is wanted.
+Options are fields of dataclasses, made by `option`. Each dataclass stands beside the code that reads it and
+is a *part*. `compose` joins the parts that a run needs, so an option that means nothing to a run is unknown
+to it.
+
+A config file holds `key = value` lines and nothing else. It is parsed, not run. With a first line
+`like = "configs/other.py"` it states only how it differs from the other file. Unknown keys are refused in
+files as on the command line, and types are checked. (nanoGPT checks only the command line, so a typo in a
+file is ignored there.)
 """
 import ast
 import dataclasses
 import difflib
-import inspect
 import math
 import os
 import re
 import sys
 from typing import Literal, get_args, get_origin
 
+RENAMED = {"chunk": "logit_chunk"}          # options that had another name in older configs and checkpoints
+
 
 class UserError(ValueError):
-    """Something the user can mend. `run` prints its one line and exits with code 2, without a traceback."""
+    """Invalid input, which the user can fix. `run` prints one line and exits with code 2."""
 
 
 class Fault(RuntimeError):
-    """Something that went wrong on the way, with a message for people. `run` prints it, with exit code 1."""
+    """A failure at run time, with a message for people. `run` prints one line and exits with code 1."""
 
 
-def _expected(kind):
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind)))
-    return {int: "a whole number (of 64 bits)", float: "a number (finite)", bool: "True or False",
-            tuple: "a tuple", str: "a text (one that can name a file)"}[kind]
+# ---- what an option is -------------------------------------------------------------------------------------
+def option(default, text, low=None, high=None, ending=None):
+    """Make a dataclass field. text: for --help. low, high: the range. ending: of the name of a file."""
+    return dataclasses.field(default=default, metadata=dict(help=text, low=low, high=high, ending=ending))
 
 
-def _is_text(value):
-    """Is it one that can be the name of a file? Half a surrogate pair and a zero byte cannot."""
-    try:
-        return b"\0" not in os.fsencode(value)
-    except UnicodeEncodeError:
-        return False
+def compose(*parts):
+    """Make one dataclass with the options of all parts, in their order."""
+    return dataclasses.dataclass(frozen=True)(type("Config", parts[::-1], {}))
 
 
-def _check(cls, key, value, where):
-    """The value in the type of the field, or UserError naming the option, the value and what is allowed."""
-    fields = {f.name: f.type for f in dataclasses.fields(cls)}
-    if key not in fields:
-        near = difflib.get_close_matches(key, fields, 1)
+def parts_of(cls):
+    """Return the dataclasses that hold the options of `cls`: what `compose` got, or `cls` itself."""
+    return [part for part in cls.__mro__[::-1] if part.__dict__.get("__annotations__")]
+
+
+def fields(cls):
+    return {field.name: field for field in dataclasses.fields(cls)}
+
+
+KINDS = {int: "a whole number", float: "a finite number", bool: "True or False", tuple: "a tuple",
+         str: "a text of printable characters"}
+
+
+def _checked(cls, key, value, where):
+    """Return the value in the type of the option. UserError names the option, the value, what is allowed."""
+    known = fields(cls)
+    if key not in known:
+        near = difflib.get_close_matches(key, known, 1)
         hint = f"did you mean {near[0]!r}?" if near else "--help lists them all"
-        raise UserError(f"{where}: there is no option {key!r}; {hint}")
-    kind = fields[key]
+        raise UserError(f"{where}: there is no option {key!r} for this run; {hint}")
+    kind = known[key].type
     if kind is float and type(value) is int:
-        value = float(value) if abs(value) < 2 ** 1000 else math.inf
-    right = (value in get_args(kind) if get_origin(kind) is Literal else type(value) is kind
-             and (kind is not float or math.isfinite(value)) and (kind is not int or abs(value) < 2 ** 63)
-             and (kind is not str or _is_text(value)))
-    if not right:
+        value = float(value) if abs(value) < 10 ** 300 else math.inf
+    allowed = (value in get_args(kind) if get_origin(kind) is Literal else type(value) is kind
+               and (kind is not float or math.isfinite(value)) and (kind is not int or abs(value) < 2 ** 63)
+               and (kind is not str or value.isprintable()))
+    if not allowed:
         try:
-            said = " ".join(repr(value).split())[:200]
-        except ValueError:
-            said = "a number of so many digits"    # Python refuses to write thousands of them
-        raise UserError(f"{where}: {key} must be {_expected(kind)}, not {said}")
+            got = " ".join(repr(value).split())[:200]
+        except ValueError:                        # Python refuses to print integers of thousands of digits
+            got = "a number with too many digits"
+        allowed = KINDS.get(kind) or "one of " + ", ".join(map(str, get_args(kind)))
+        raise UserError(f"{where}: {key} must be {allowed}, got {got}")
     return value
 
 
-def restore(cls, stored, where):
-    """The config that a checkpoint keeps as {key: value}, each value checked. Raises UserError."""
-    if not isinstance(stored, dict):
-        raise UserError(f"{where} keeps no options: it is another kind of file, or of another version")
-    return cls(**{key: _check(cls, str(key), value, where) for key, value in stored.items()})
+def validate(cfg):
+    """Raise UserError for a value out of the range of its option, or for what a part's `check` refuses."""
+    for name, field in fields(type(cfg)).items():
+        value, limits = getattr(cfg, name), field.metadata
+        if limits.get("low") is not None and value < limits["low"]:
+            raise UserError(f"--{name} must be at least {limits['low']}, got {value}")
+        if limits.get("high") is not None and value > limits["high"]:
+            raise UserError(f"--{name} must be at most {limits['high']}, got {value}")
+        ending = limits.get("ending")
+        if ending is not None and (not value or not value.lower().endswith(ending)):
+            kind = f"file that ends in {ending}" if ending else "file or folder"
+            raise UserError(f"--{name} must be the name of a {kind}, got {value!r}")
+    for part in parts_of(type(cfg)):
+        if "check" in part.__dict__:
+            part.check(cfg)
+
+
+# ---- config files and the command line ---------------------------------------------------------------------
+def locate(path):
+    """Return a path, of a file here or else in the folder of this project: scripts run from anywhere."""
+    beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), path)
+    return beside if not os.path.exists(path) and os.path.exists(beside) else path
 
 
 def find(path):
-    """The config file meant by `path`: config/NAME.py finds configs/NAME.py too, as people write both."""
+    """Return the path of a config file. config/NAME.py also finds configs/NAME.py: people write both."""
     for candidate in (locate(path), locate(re.sub(r"^config/", "configs/", path))):
         if os.path.isfile(candidate):
             return candidate
@@ -81,9 +113,8 @@ def find(path):
     raise UserError(f"no config file {path!r}; there are: " + ", ".join("configs/" + n for n in names))
 
 
-def read_file(cls, path, depth=0):
-    """{key: checked value} of a config file: a Python file of only `key = literal` lines and comments.
-    depth: how many files led here by `like`."""
+def read_file(path, depth=0):
+    """Read a config file -> {key: (value, place)}. depth: how many files led to this one by `like`."""
     try:
         with open(path, encoding="utf-8") as file:
             tree = ast.parse(file.read())
@@ -98,107 +129,120 @@ def read_file(cls, path, depth=0):
             (target,) = node.targets
             key, value = target.id, ast.literal_eval(node.value)
         except (AttributeError, TypeError, ValueError, MemoryError, RecursionError):
-            raise UserError(f"{where}: only `key = value` lines with plain values can stand here") from None
+            raise UserError(f"{where}: only `key = value` lines with plain values are allowed here") from None
         if key == "like":
             if out or not isinstance(value, str) or depth > 4:
-                raise UserError(f"{where}: `like` must be the first line, name one file, and not lead in a "
-                                f"circle")
-            out |= read_file(cls, find(value), depth + 1)
+                raise UserError(f"{where}: `like` must be the first line, must name one file, and must not "
+                                f"lead in a circle")
+            out |= read_file(find(value), depth + 1)
         else:
-            out[key] = _check(cls, key, value, where)
+            out[RENAMED.get(key, key)] = value, where
     return out
 
 
-def _parse(cls, key, text):
-    """The text after `--key=` as a value: numbers and booleans are read as Python's, texts as they stand."""
-    if {f.name: f.type for f in dataclasses.fields(cls)}.get(key) is str:
+def _parse(kind, text):
+    """Read the text after `--key=`: a number or a bool as Python reads it, a text as it stands."""
+    if kind is str:
         return text
     try:
         return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return text                                                        # _check says what is wrong with it
+        return text                                        # _checked says what is wrong with it
 
 
-def load(cls, argv, positional=None):
-    """Command line -> (config: an instance of `cls`, {key: value} of what the command line itself set).
+def load(choose, argv, positional=None):
+    """Read the command line -> (config, {key: value} of what it sets itself). Raises UserError.
 
-    argv: without the script's name; a bare word is a config file, or, if `positional` names a field, a
-    value of that field (a tuple of all of them). Exits after --help. Raises UserError.
+    choose: a dataclass of options, or a function {key: value} -> such a dataclass, which looks at the options
+    that decide which parts a run needs. argv: the words behind the script's name. A word without dashes is a
+    config file, or, if `positional` names an option, a value of that option, which is a tuple. Exits after
+    --help.
     """
-    from_files, from_cli, words = {}, {}, []
+    given, from_cli, words, wants_help = {}, {}, [], False
     for arg in argv:
         if arg in ("--help", "-h"):
-            print(help_text(cls))
-            raise SystemExit(0)
-        if arg.startswith("--"):
+            wants_help = True
+        elif arg.startswith("--"):
             key, equals, text = arg[2:].partition("=")
-            if key == positional:
-                raise UserError(f"{key} are bare words, without --{key}=")
-            if not equals and {f.name: f.type for f in dataclasses.fields(cls)}.get(key) not in (bool, None):
-                raise UserError(f"--{key} wants a value: --{key}=...")
-            from_cli[key] = _check(cls, key, _parse(cls, key, text) if equals else True, "command line")
+            from_cli[RENAMED.get(key, key)] = text if equals else None
         elif positional:
             words.append(arg)
         else:
-            from_files.update(read_file(cls, find(arg)))
+            given |= read_file(find(arg))
+    known = {key: value for key, (value, _) in given.items()} | from_cli
+    cls = choose if isinstance(choose, type) else choose(known)
+    if wants_help:
+        print(help_text(cls))
+        raise SystemExit(0)
+    values = {key: _checked(cls, key, value, where) for key, (value, where) in given.items()}
+    chosen = {}
+    for key, text in from_cli.items():
+        kind = fields(cls)[key].type if key in fields(cls) else None
+        if key == positional:
+            raise UserError(f"{key} are words without dashes, not --{key}=")
+        if text is None and kind not in (bool, None):
+            raise UserError(f"--{key} needs a value: --{key}=...")
+        chosen[key] = _checked(cls, key, True if text is None else _parse(kind, text), "command line")
     if words:
-        from_cli[positional] = tuple(words)
-    return cls(**{**from_files, **from_cli}), from_cli
+        chosen[positional] = tuple(words)
+    cfg = cls(**{**values, **chosen})
+    validate(cfg)
+    return cfg, chosen
 
 
-def at_least(cfg, **lowest):
-    """UserError unless each option that is named here has at least the value given here."""
-    for key, low in lowest.items():
-        if getattr(cfg, key) < low:
-            raise UserError(f"{key} must be at least {low}, not {getattr(cfg, key)}")
+def restore(choose, stored, where):
+    """Return the config that a checkpoint keeps as {key: value}, each value checked. Raises UserError.
+
+    Checkpoints from before options had parts hold the options of all worlds. What this run does not need is
+    dropped, unless its value would change the run.
+    """
+    if not isinstance(stored, dict):
+        raise UserError(f"{where} keeps no options: it is another kind of file, or of another version")
+    stored = {RENAMED.get(str(key), str(key)): value for key, value in stored.items()}
+    cls = choose if isinstance(choose, type) else choose(stored)
+    for key in [k for k in stored if "top_k" in stored and k not in fields(cls)]:
+        if hasattr(cls, key) and stored[key] != getattr(cls, key):
+            raise UserError(f"{where}: this version has no option {key!r} for such a run, "
+                            f"and it was {stored[key]}")
+    known = {k: v for k, v in stored.items() if k in fields(cls) or "top_k" not in stored}
+    cfg = cls(**{key: _checked(cls, key, value, where) for key, value in known.items()})
+    try:
+        validate(cfg)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return cfg
 
 
-def named(cfg, **endings):
-    """UserError unless each option that is named here is the name of a file with that ending; "" for any."""
-    for key, ending in endings.items():
-        value, kind = getattr(cfg, key), f"file that ends in {ending}" if ending else "file or folder"
-        if not value or not value.lower().endswith(ending):
-            raise UserError(f"{key} must be the name of a {kind}, not {value!r}")
-
-
+# ---- what is printed ---------------------------------------------------------------------------------------
 def help_text(cls):
-    """The script's docstring, then each option with its default and its comment, taken from the source."""
-    script = sys.modules["__main__"]               # options.py holds those of train.py
-    module = script if getattr(script, "Config", None) is cls else sys.modules[cls.__module__]
-    lines = [(module.__doc__ or "").strip(), "", "Options (--key=value):"]
-    for line in inspect.getsource(cls).splitlines()[1:]:
-        option = re.match(r"\s+(\w+): ([^=]+?) = (.+?)\s+# (.*)", line)
-        if option:
-            name, _, default, comment = option.groups()
-            lines.append(f"  --{name + '=' + default:30s} {comment}")
-        elif heading := re.match(r"\s+# -+ (.*)", line):
-            lines.append(f" {heading[1]}")
-        elif more := re.match(r"\s+# (.*)", line):
-            lines.append(" " * 35 + more[1].strip())
+    """Return the script's docstring, then every option with its default and help text, part by part."""
+    lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Options (--key=value):"]
+    for part in parts_of(cls):
+        lines += [f" {part.__doc__.splitlines()[0]}"] if part.__doc__ else []
+        for name in part.__annotations__:
+            field = fields(cls)[name]
+            lines.append(f"  --{name + '=' + repr(field.default):30s} {field.metadata.get('help', '')}")
     return "\n".join(lines)
 
 
-def show(config):
-    """The resolved config, as a config file that would give it again."""
-    return "\n".join(f"{f.name} = {getattr(config, f.name)!r}" for f in dataclasses.fields(config))
+def show(cfg):
+    """Return the whole config, as a config file that gives it again."""
+    return "\n".join(f"{name} = {getattr(cfg, name)!r}" for name in fields(type(cfg)))
 
 
-def locate(path):
-    """A path as given from here, else from the folder of this project (so that scripts run from anywhere)."""
-    beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), path)
-    return beside if not os.path.exists(path) and os.path.exists(beside) else path
+def changed(cfg):
+    """Return the options that differ from their defaults, as lines of a config file."""
+    return "\n".join(line for line, field in zip(show(cfg).split("\n"), dataclasses.fields(cfg))
+                     if getattr(cfg, field.name) != field.default)
 
 
 def run(main):
-    """Runs a script's main(); errors meant for people become one line: exit 2 on bad input, 1 at run time."""
+    """Run a script's main(argv). Errors become one line: exit code 2 for invalid input, 1 at run time."""
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, Fault, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (Fault, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(1) from None

@@ -1,12 +1,12 @@
 """The interfaces between an algorithm, a policy, and a world: what each may ask of the others.
 
-    World      prompts, rewards, and what can be measured:         tiny/world.py, full/world.py
-    Pipeline   models that belong together, and the glue of them:  tiny/world.py, full/llamagen.py, full/janus.py
-    Policy     samples images of prompts, and tells their probabilities:   model.py, full/janus.py
-    Reward     scores images:                                      reward.py
+    World      prompts, rewards, and what can be measured      tiny/world.py, full/world.py
+    Pipeline   models that belong together, and their glue     tiny/world.py, full/llamagen.py, full/janus.py
+    Policy     samples images, and knows their probabilities   model.py, full/janus.py
+    Reward     rates images                                    reward.py
 
-An algorithm (train.py, vapi.py) uses only what stands here, so a new world or a new policy needs no change in it.
-A Protocol is a description for readers. Nothing has to inherit from it.
+An algorithm (train.py, vapi.py) uses only what stands here, so a new world or a new policy needs no change in
+it. A Protocol is a description for readers. Nothing has to inherit from it.
 
 Shapes: B samples in a step, b of them on this process, P prompts, T tokens, V codes.
 """
@@ -16,7 +16,8 @@ from typing import Callable, Protocol
 import torch
 from torch import Tensor
 
-Reward = Callable[[Tensor, list], Tensor]    # images [b,3,H,W] in [-1,1], b prompts -> rewards [b], higher is better
+# images [b,3,H,W] in [-1,1], b prompts -> rewards [b], higher is better
+Reward = Callable[[Tensor, list], Tensor]
 
 
 @dataclass
@@ -40,16 +41,16 @@ class Rollout:
 
 
 class Policy(Protocol):
-    """A model that is called in eval mode: dropout would make the loss see another distribution than the sampler."""
+    """A model in eval mode: with dropout the loss would see another distribution than the sampler."""
 
     def rollout(self, conditions: Conditions, prompt: Tensor, *, cfg_scale=1.0, temperature=1.0, at_once=0,
                 generator: torch.Generator = None, part=(0, 1)) -> Rollout:
-        """Sample one image for each entry of `prompt` [b], at most `at_once` at a time (0: all). These b samples are
-        part i of n equal parts of a step, (i, n) = part. The random numbers are those of the whole step, so n
-        processes together draw what one process would draw."""
+        """Sample one image for each entry of `prompt` [b], at most `at_once` at a time (0: all). These b
+        samples are part i of n equal parts of a step, (i, n) = part. The random numbers are those of the
+        whole step, so n processes together draw what one process would draw."""
 
-    def distribution(self, rollout: Rollout, conditions: Conditions, rows: Tensor, *, cfg_scale=1.0, temperature=1.0,
-                     uncond_grad=True):
+    def distribution(self, rollout: Rollout, conditions: Conditions, rows: Tensor, *, cfg_scale=1.0,
+                     temperature=1.0, uncond_grad=True):
         """The distribution over every action of some rows of a rollout: a Categorical of divergences.py."""
 
 
@@ -86,8 +87,9 @@ class World(Protocol):
         """images [b,3,H,W] -> unit vectors [b,d], on which diversity is measured."""
 
     def measure(self, prompts: list, images: Tensor, rewards: dict, base: dict, sample: Callable) -> dict:
-        """What only this world can measure. images [P*n,3,H,W], n of each prompt in a row; rewards {name: [P,n]};
-        base: the results of the base on the same prompts, or None; sample(prompts, n) draws further images."""
+        """What only this world can measure. images [P*n,3,H,W], n of each prompt in a row; rewards {name:
+        [P,n]}; base: the results of the base on the same prompts, or None; sample(prompts, n) draws further
+        images."""
 
     def picture(self, path: str, prompts: list, columns: list) -> None:
         """Write a grid of images: a row for each prompt, side by side the columns (heading, images)."""

@@ -1,26 +1,27 @@
-"""Many processes, one run: each takes its share of a step's pictures, and their gradients are added up.
+"""Several processes, one run: each process samples its part of a step's images, and gradients are added up.
 
     torchrun --nproc_per_node=8 train.py configs/llamagen_js.py                 one machine, eight GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
 
-torchrun starts the processes and tells each its number (RANK) and how many there are (WORLD_SIZE). What is
-here is data parallelism in its plainest form: every process holds the whole policy and the whole optimizer,
-    loss = (1/N) sum over all tokens of the step = sum over processes of (1/N) sum over their tokens,
-so the gradient of the step is the *sum* of theirs, N being the tokens of the whole step. After one all-reduce
-all of them hold the same gradient, take the same optimizer step, and so stay equal without ever exchanging
-weights. The noise of the sampler is drawn for the whole step by every process, each then using its own rows
-(`part` in model.py), and the captions likewise. So a run does not depend on the number of processes, but for
-rounding, and can go on with another number of them.
+torchrun starts the processes. It tells each process its rank (RANK) and the world size (WORLD_SIZE), which is
+the number of processes. This file is data parallelism in its plainest form. Every process holds the whole
+policy and the whole optimizer, and with N tokens in the whole step,
+    loss = (1/N) sum over all tokens of the step = sum over processes of (1/N) sum over their tokens.
+So the gradient of the step is the *sum* of the gradients of all processes. After one all-reduce every process
+holds the same gradient and takes the same optimizer step. Weights stay equal and are never exchanged. Every
+process draws the sampler's noise for the whole step and uses its own rows of it (`part` in model.py). The
+same holds for the prompts. So a run does not depend on the world size, except for rounding, and it can be
+resumed with another world size.
 
-PyTorch's DistributedDataParallel does the same and starts to add up gradients while the backward pass is
-still running. A step here has many micro-batches, of which only the last one's backward could hide that, so
-there is little to hide and nothing to learn from it. Without torchrun every function below does nothing.
+PyTorch's DistributedDataParallel does the same, and it starts the all-reduce while the backward pass is still
+running. A step here has many micro-batches, and only the last backward pass could hide the all-reduce. So
+there is little to gain. Without torchrun every function below does nothing.
 
-A policy that is too large for that (Janus-Pro-7B: 132 GB) is cut up by --shard. FSDP2, torch's `fully_shard`,
-leaves each process 1/SIZE of every weight, so of every gradient and every moment of AdamW as well. A layer is
-gathered when its turn comes and dropped after it, and gradients are summed and cut up again as the backward
-pass goes along. Sampling would gather all layers at every token, so all of them are gathered once before it.
-As gathering takes every process, all of them evaluate then, and the first one tells.
+A policy that is too large for this (Janus-Pro-7B: 132 GB) is split by --shard. FSDP2, torch's `fully_shard`,
+leaves each process 1/SIZE of every weight, and so of every gradient and every moment of AdamW. A layer is
+gathered when it is needed and dropped afterwards. Gradients are summed and split during the backward pass.
+Sampling would gather all layers at every token, so all layers are gathered once before it. Gathering needs
+every process, so every process takes part in evaluations, and rank 0 reports them.
 """
 import contextlib
 import datetime
@@ -29,16 +30,15 @@ import os
 import torch
 import torch.distributed as dist
 
-
 RANK, SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))          # the number of this process on its own machine
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))          # the rank among the processes of this machine
 
 
 def start(device):
-    """Joins the other processes, if there are any -> the device of this one.
+    """Join the other processes, if there are any -> the device of this process.
 
-    Each process of a machine takes a GPU of its own; on CPUs they talk by gloo. An hour of patience: the
-    others wait while process 0 evaluates.
+    Each process of a machine takes its own GPU. CPUs communicate by gloo. The timeout is an hour, because the
+    other processes wait while rank 0 evaluates.
     """
     if SIZE == 1:
         return device
@@ -50,19 +50,35 @@ def start(device):
 
 
 def stop():
+    """Leave together. With gloo, an early exit makes a process that still communicates abort."""
     if dist.is_initialized():
-        dist.barrier()                  # or one that is done hangs up on another, which then aborts (gloo)
+        dist.barrier()
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def in_turn():
+    """The body runs on rank 0, then on one process of each other machine, then on the rest.
+
+    For work that leaves files on the disk, such as a download: whoever comes later finds the files. Machines
+    may or may not share a disk.
+    """
+    turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
+    for _ in range(turn):
+        wait()
+    yield
+    for _ in range(2 - turn):
+        wait()
+
+
 def wait():
-    """Returns when every process has come here."""
+    """Return when every process has come here."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def gather(x):
-    """Every process's x [b,...], equally large, one below the other in the order of ranks -> [B,...]."""
+    """Concatenate every process's x [b,...] in the order of ranks -> [B,...]. All b are equal."""
     if not dist.is_initialized():
         return x
     parts = [torch.empty_like(x) for _ in range(SIZE)]
@@ -71,61 +87,68 @@ def gather(x):
 
 
 def add_gradients(parameters):
-    """Replaces each gradient by the sum over all processes. 4 bytes a parameter cross the wire, about twice:
-    a ring adds up pieces on the way round, then sends the sums round once more."""
+    """Replace each gradient by its sum over all processes.
+
+    Each process sends 4 bytes a parameter about twice: a ring adds up pieces on the way round, then sends the
+    sums round once more.
+    """
     if dist.is_initialized():
         for p in parameters:
-            if p.requires_grad and not hasattr(p.grad, "full_tensor"):     # those of a shard are sums already
+            if p.requires_grad and not hasattr(p.grad, "full_tensor"):     # FSDP2 has summed those already
                 dist.all_reduce(p.grad)
 
 
 def combine(stats):
-    """Statistics of this process's micro-batches (grpo.py) -> those of the step, as floats: sums add up, of
-    the max_ ones the largest counts."""
+    """Statistics of this process's micro-batches (grpo.py) -> statistics of the step, as floats.
+
+    Sums are added up. Of a statistic whose name begins with max_, the largest value counts.
+    """
     names = sorted(stats)
     values = gather(torch.stack([stats[k] for k in names])[None])                  # [processes,n]
     return {k: (values[:, i].max() if k.startswith("max_") else values[:, i].sum()).item()
             for i, k in enumerate(names)}
 
 
-# ---- a share of the weights for each process -----------------------------------------------------------
+# ---- FSDP2: each process holds a part of every weight ------------------------------------------------------
 def shard(model):
-    """Leaves this process its share of a GPT or Janus, in place; the model is called as before."""
+    """Leave this process its part of a policy's weights, in place. The model is called as before."""
     if not dist.is_initialized():
         return
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     mesh = dist.device_mesh.init_device_mesh(next(model.parameters()).device.type, (SIZE,))
-    model.shards = [*model.layers, model]                  # what is gathered, and dropped, together
+    model.shards = [*model.layers, model]                  # the units that are gathered and dropped together
     for part in model.shards:
         fully_shard(part, mesh=mesh)
-        part.set_gradient_divide_factor(1.0)               # sums, not means
+        part.set_gradient_divide_factor(1.0)               # gradients are summed, not averaged
+        # Otherwise FSDP2 multiplies while it reduces (PREMUL_SUM), an operation that gloo does not have.
+        part.set_force_sum_reduction_for_comms(True)
     for part, names in [(model, ("hidden", "logits", "generate")), *((m, ("read",)) for m in model.layers)]:
-        for name in names:                                 # else only `forward` would gather the weights
+        for name in names:                                 # otherwise only `forward` would gather the weights
             register_fsdp_forward_method(part, name)
 
 
 @contextlib.contextmanager
-def gathered(model):
-    """Within, every process has all weights of a sharded model: for many small passes without gradients."""
-    shards = getattr(model, "shards", ())
-    for part in shards:
+def gathered(*models):
+    """In the body, every process has all weights of sharded models: for passes without gradients."""
+    shards = [(model, part) for model in models for part in getattr(model, "shards", ())]
+    for model, part in shards:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)
     yield
-    for part in shards:
+    for model, part in shards:
         part.set_reshard_after_forward(part is not model, recurse=False)
         part.reshard()
 
 
 def whole(x):
-    """Of a share the whole, put together by all processes; dicts likewise, and all else as it is."""
+    """Gather the whole tensor of a sharded one. Dicts likewise. Anything else is returned as it is."""
     if isinstance(x, dict):
         return {key: whole(value) for key, value in x.items()}
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def shares(state, parameters):
-    """The optimizer's state dict, of `whole` -> this process's share of it, cut up as the parameters are."""
+def split_state(state, parameters):
+    """Return this process's part of an optimizer's state dict, which `whole` returned."""
     for i, p in enumerate(parameters):
         if hasattr(p, "full_tensor") and i in state["state"]:
             state["state"][i] = {

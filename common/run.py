@@ -1,71 +1,127 @@
-"""The folder of a run: opened, locked, saved, stopped and taken up again, so that nothing is lost.
+"""A training run without its algorithm: the run folder, the optimizer, signals, clocks, and checkpoints.
 
-    out/tiny_js/ckpt.pt            all that going on needs; replaced whole, so there is always a good one
-    out/tiny_js/metrics.jsonl      a line a step; going on drops lines of steps that will be made again
-    out/tiny_js/lock               held while a process works on the folder; the system lets go when it dies
+    out/tiny_js/ckpt.pt            all that resuming needs; replaced whole, so that it is always good
+    out/tiny_js/config.py          all options of the run, as a config file
+    out/tiny_js/metrics.jsonl      one line per step; resuming drops lines of steps that will be repeated
+    out/tiny_js/evaluations.jsonl  one line per evaluation
+    out/tiny_js/lock               held while a process works in the folder; the system releases it on exit
 
-What may happen, and what is left:
-  - killed (kill -9, power, out of memory): the last checkpoint, the one of step 0 at least; --resume makes
-    the lost steps again, bit for bit on a CPU;
-  - Ctrl-C or SIGTERM (a cluster that wants its GPU back): the step is finished and saved first. Asked a
-    second time, the process leaves at once, and the last checkpoint stands;
-  - a disk that is full: the checkpoint before stays as it is, and one line says so;
-  - a second process on the same folder: refused.
-On a GPU resuming is exact as far as the GPU is: sums of parallel threads come in any order, so two runs of
-one seed differ in the last bits from the first step on, and visibly after some dozens.
+What may happen to a run, and what is left:
+  - killed (kill -9, power, out of memory): the last checkpoint remains, at least the checkpoint of step 0.
+    --resume repeats the lost steps, bit for bit on a CPU.
+  - Ctrl-C or SIGTERM (a cluster that wants its GPU back): the step is finished and saved first. A second
+    signal ends the process at once, and the last checkpoint remains.
+  - a full disk: the checkpoint before remains, and one line says so.
+  - a second process in the same folder: refused.
+On a GPU, parallel threads add up in any order. So two runs with one seed differ in the last bits from the
+first step on, and visibly after some dozens of steps. Resuming is exact only as far as the GPU is.
 """
 import dataclasses
+import math
 import os
+import random
 import signal
+import time
+from typing import Literal
 
-from common import files as checkpoint
-from common import config
-from common import parallel
-from common.config import Fault, UserError
+import torch
+from tqdm import tqdm
 
-EMPTY = {"lock", "ckpt.pt.tmp"}                # what a run leaves that was killed before its first save
-FREE = ("resume", "stop_after", "device", "out_dir")  # may differ when a run goes on
+from common import config, files, parallel
+from common.config import Fault, UserError, option
 
-
-def restore(cls, check, stored, path):
-    """Options that the checkpoint at `path` keeps, {key: value} -> a `cls`. UserError if they are none."""
-    cfg = config.restore(cls, stored, path)
-    try:
-        check(cfg)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return cfg
+NEW_FOLDER = {"lock", "config.py", "ckpt.pt.tmp"}    # what a run leaves that was killed before its first save
+FREE = ("resume", "stop_after", "device", "out_dir")           # options that may differ when a run is resumed
+MAX_SKIPPED = 10                     # steps in a row without a finite gradient, after which a run gives up
+SHOWN = {"reward": "reward", "heldout_reward": "held-out", "diversity": "diversity", "kl_reverse": "kl"}
 
 
-def open_run(cls, check, argv):
-    """Command line -> (options: a `cls`, checkpoint or None). A new run gets an empty folder, a resumed one
-    its own options. check: raises UserError for options that make no sense; so does this for the folder."""
-    cfg, given = config.load(cls, argv)
-    check(cfg)
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """---- files"""
+    out_dir: str = option("out/tiny_js", "the run folder; a used one is refused", ending="")
+    resume: bool = option(False, "resume the run in out_dir, with its own options")
+    keep: int = option(0, "earlier checkpoints to keep beside ckpt.pt, as ckpt_STEP.pt", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """---- machine"""
+    seed: int = option(0, "of prompts and samples", low=0)
+    device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, then mps, then cpu")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "of matrix products; weights stay in fp32")
+    recompute: bool = option(False, "keep no activations inside layers; saves memory, costs time")
+    shard: bool = option(False, "with torchrun: each process holds a part of the weights (parallel.py)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """---- length"""
+    max_steps: int = option(120, "steps; also fixes the schedules", low=1)
+    stop_after: int = option(0, "save and stop after this many steps of this session; 0 = max_steps", low=0)
+    eval_interval: int = option(60, "steps between evaluations, sample images and checkpoints", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """---- optimizer"""
+    learning_rate: float = option(1e-3, "peak of AdamW; the 775M model takes 1e-5", low=0)
+    warmup: float = option(0.1, "share of max_steps with a rising rate", low=0, high=1)
+    min_lr_ratio: float = option(0.1, "the cosine ends at this share of the peak", low=0, high=1)
+    weight_decay: float = option(0.0, "of AdamW", low=0)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 = no clipping", low=0)
+
+
+def schedule(kind, start, end, progress):
+    """Return the value of a constant, linear or cosine schedule at `progress` in [0,1]."""
+    if kind == "constant":
+        return start
+    share = progress if kind == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return start + (end - start) * share
+
+
+def learning_rate(cfg, step):
+    """Warm up linearly over n steps, from 1/n of the peak to the peak, then follow a cosine down."""
+    n = max(1, round(cfg.warmup * cfg.max_steps))
+    if step < n:
+        return cfg.learning_rate * (step + 1) / n
+    progress = (step - n) / max(1, cfg.max_steps - n)
+    return cfg.learning_rate * schedule("cosine", 1, cfg.min_lr_ratio, progress)
+
+
+# ---- the run folder ----------------------------------------------------------------------------------------
+def open_run(choose, argv):
+    """Read the command line -> (options, checkpoint or None). A resumed run keeps its own options.
+
+    choose: as in config.load. Raises UserError for invalid options, a used folder, or nothing to resume.
+    """
+    cfg, given = config.load(choose, argv)
     path = os.path.join(cfg.out_dir, "ckpt.pt")
     if cfg.resume:
         if not os.path.isfile(path):
-            raise UserError(f"nothing to resume: there is no {path}; leave out --resume to start there")
-        saved = checkpoint.load(path)
+            raise UserError(f"nothing to resume: there is no {path}; leave out --resume to start a run there")
+        saved = files.load(path)
         if not {"model", "optimizer", "step", "rng"} <= set(saved):
             raise UserError(f"{path} is no checkpoint of a run: it lacks model, optimizer, step or rng")
-        was = restore(cls, check, saved.get("config"), path)
-        for key, value in given.items():            # what the command line asks for must be what the run was
-            if key not in FREE and value != getattr(was, key):
-                raise UserError(f"the run in {cfg.out_dir} has {key} = {getattr(was, key)!r}; "
+        old = config.restore(choose, saved.get("config"), path)
+        for key, value in given.items():            # what the command line asks for must be what the run has
+            if key not in FREE and value != getattr(old, key, None):
+                raise UserError(f"the run in {cfg.out_dir} has {key} = {getattr(old, key, None)!r}; "
                                 f"--{key}={value!r} would make it another run: leave it out, "
-                                f"or start a new one with another --out_dir")
-        cfg = dataclasses.replace(was, **{key: getattr(cfg, key) for key in FREE
-                                          if key != "device" or key in given})
-    elif parallel.RANK == 0 and os.path.isdir(cfg.out_dir) and set(os.listdir(cfg.out_dir)) - EMPTY:
-        raise UserError(f"{cfg.out_dir} holds a run already: go on with it by --resume, or choose "
-                        f"another folder by --out_dir=...")
-    return cfg, saved if cfg.resume else None
+                                f"or start a new run with another --out_dir")
+        return dataclasses.replace(old, **{key: getattr(cfg, key) for key in FREE
+                                           if key != "device" or key in given}), saved
+    if parallel.RANK == 0 and os.path.isdir(cfg.out_dir) and set(os.listdir(cfg.out_dir)) - NEW_FOLDER:
+        raise UserError(f"{cfg.out_dir} holds a run already: resume it with --resume, or choose another "
+                        f"folder with --out_dir=...")
+    return cfg, None
 
 
 def claim(folder, name="lock", option="--out_dir"):
-    """Makes the folder and locks its file `name` -> the open file, which must be kept as long as the work
-    goes on. UserError, naming the option, if another process has it or nothing can be written there."""
+    """Make the folder and lock its file `name` -> the open file. Keep it open as long as the work lasts.
+
+    Raises UserError, naming the option, if another process has the lock or nothing can be written there.
+    """
     try:
         os.makedirs(folder, exist_ok=True)
         lock = open(os.path.join(folder, name), "a")
@@ -75,25 +131,15 @@ def claim(folder, name="lock", option="--out_dir"):
         import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
-        pass                                        # Windows has no flock: there, take care yourself
+        pass                                        # Windows has no flock: take care yourself there
     except OSError:
-        raise UserError(f"another process is at work in {folder}: wait for it, or choose another "
+        raise UserError(f"another process works in {folder}: wait for it, or choose another "
                         f"{option}") from None
     return lock
 
 
-def save(state, path, keep):
-    """checkpoint.save, with a Fault in one line where the disk does not take it."""
-    try:
-        checkpoint.save(state, path, keep)
-    except OSError as error:
-        there = "the one before it stands" if os.path.exists(path) else "there is none before it"
-        raise Fault(f"could not write {path} ({error.strerror}); {there}: make room, then go on with "
-                    f"--resume") from None
-
-
 class Stop:
-    """Asked to stop by Ctrl-C or SIGTERM? `name` is then the signal's; asked twice, the process leaves."""
+    """Note Ctrl-C or SIGTERM: `name` is then the name of the signal. A second signal ends the process."""
 
     def __init__(self):
         self.name = ""
@@ -104,3 +150,175 @@ class Stop:
         if self.name:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+
+
+# ---- the run -----------------------------------------------------------------------------------------------
+class Run:
+    """The plumbing that training loops share. It knows neither rewards nor the kind of policy. A loop reads:
+
+        for step in run.steps():
+            ...; run.phase("sample")                 # logs the seconds since the phase before, as t_sample
+            loss.backward(); run.optimizer_step(step)
+            run.log(step, {"reward": ...}, stats)    # also evaluates and saves when it is time
+
+    cfg: options with the parts above. saved: a checkpoint to resume from, or None. device: of this process.
+    evaluate: a function (model, evaluation of the base or None) -> evaluation, an object with `results`, a
+    dict of numbers, and `images`. picture: a function (path, [(heading, images), ...]) that writes an image
+    file.
+    """
+
+    def __init__(self, cfg, saved, policy, reference, device, evaluate, picture):
+        self.cfg, self.device, self.policy, self.reference = cfg, device, policy, reference
+        self._evaluate, self._picture = evaluate, picture
+        policy.eval()                          # no dropout: the loss must see the distribution that sampled
+        policy.recompute = cfg.recompute
+        if saved:
+            files.load_weights(policy, saved["model"], self.file("ckpt.pt"))
+        if cfg.shard:
+            parallel.shard(policy)
+            parallel.shard(reference)
+        self.optimizer = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, betas=(.9, .95),
+                                           weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+        random.seed(cfg.seed)
+        torch.manual_seed(cfg.seed)
+        self.generator = torch.Generator(device).manual_seed(cfg.seed)
+        self.start, self.skipped = 0, 0             # skipped: steps in a row whose gradient was not finite
+        if saved:
+            self._resume(saved)
+        self.done, self.stop, self.after = self.start, Stop(), None
+        self.first = parallel.RANK == 0             # the process that writes and prints
+        self.evaluates = self.first or cfg.shard    # every process helps to gather a sharded policy
+        if self.first:
+            self.lock = claim(cfg.out_dir)          # held until the process ends
+            with open(self.file("config.py"), "w", encoding="utf-8") as file:
+                file.write(config.show(cfg) + "\n")
+        if self.evaluates:
+            if not saved:
+                self._save(0)
+            self.before = self._assess(reference, 0)       # of the base, to compare with
+        if self.first:
+            self.metrics = files.Log(self.file("metrics.jsonl"), self.start)
+            self.evaluations = files.Log(self.file("evaluations.jsonl"), self.start + 1)
+            if not self.evaluations.lines:
+                self.evaluations.write({"step": 0} | self.before.results)
+
+    def file(self, name):
+        return os.path.join(self.cfg.out_dir, name)
+
+    def rows(self, total):
+        """The rows of this process among `total` samples of a step -> indices [total / world size]."""
+        return torch.arange(total, device=self.device).tensor_split(parallel.SIZE)[parallel.RANK]
+
+    # ---- what a loop calls
+    def steps(self):
+        """Yield the numbers of steps until max_steps, stop_after, a signal, or too many bad steps."""
+        cfg = self.cfg
+        self.end = min(cfg.max_steps, self.start + (cfg.stop_after or cfg.max_steps))
+        self.bar = tqdm(range(self.start, self.end), initial=self.start, total=cfg.max_steps, ncols=110,
+                        disable=not self.first, desc=f"{cfg.algorithm}, {cfg.divergence}")
+        for step in self.bar:
+            self.times, self.clock = {}, self._now()
+            yield step
+            if self.leaves:
+                break
+
+    def phase(self, name):
+        """Note the seconds since the phase before, as t_NAME in the log."""
+        now = self._now()
+        self.times[f"t_{name}"], self.clock = round(now - self.clock, 4), now
+
+    def optimizer_step(self, step):
+        """One step of AdamW on the gradients of all processes, clipped. Skipped if they are not finite."""
+        parallel.add_gradients(self.policy.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.cfg.grad_clip or math.inf)
+        norm = parallel.whole(norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.cfg, step)
+        if norm.isfinite():
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped = 0 if norm.isfinite() else self.skipped + 1
+        self.grad_norm = norm.item()
+
+    def log(self, step, line, stats):
+        """Write a line of metrics.jsonl, and evaluate and save when it is time.
+
+        line: values that are equal on all processes, with "reward". stats: scalars of this process that are
+        added up over the processes (see parallel.combine).
+        """
+        asked = torch.tensor(float(bool(self.stop.name)), device=self.device)       # on any process
+        stats = parallel.combine(stats | {"max_stop": asked})
+        self.leaves = stats.pop("max_stop") > 0 or self.skipped == MAX_SKIPPED
+        line = {"step": step, **line, **stats, "grad_norm": self.grad_norm,
+                "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        if self.skipped:                            # say what was not finite
+            line["skipped"] = "gradient" if math.isfinite(line["reward"]) else "reward"
+        self.bar.set_postfix({short: f"{line[name]:.3f}" for name, short in SHOWN.items() if name in line})
+        self.done = step + 1
+        due = self.done == self.cfg.max_steps or self.done % self.cfg.eval_interval == 0
+        if due and self.evaluates:
+            self.after = self._assess(self.policy, self.done)
+            if self.first:
+                self.evaluations.write({"step": self.done} | self.after.results)
+        self.phase("log")
+        if self.first:
+            self.metrics.write(line | self.times)
+            if step == self.start and self.device.type == "cuda":
+                tqdm.write(f"peak memory of the first step: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+        if self.evaluates and (due or self.leaves or self.done == self.end):
+            self._save(self.done)
+
+    def finish(self):
+        """End the run -> True on rank 0 if it reached max_steps. Raises Fault for a signal or bad steps."""
+        if self.start == self.end and self.evaluates:       # resumed at the very end
+            self.after = self._assess(self.policy, self.end)
+        parallel.stop()
+        if not self.first or self.done == self.cfg.max_steps:
+            return self.first
+        where = f"saved {self.file('ckpt.pt')} after step {self.done} of {self.cfg.max_steps}"
+        if self.skipped == MAX_SKIPPED:
+            what = self.metrics.lines[-1]["skipped"]
+            raise Fault(f"the last {self.skipped} steps had a {what} that is not finite; {where}")
+        print(f"{where}; continue with --resume")
+        if self.stop.name:
+            raise Fault(f"stopped by {self.stop.name}")
+        return False
+
+    # ---- inside
+    def _now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()           # GPU kernels run asynchronously: wait for them first
+        return time.perf_counter()
+
+    def _assess(self, model, step):
+        """Evaluate a model, and write an image of its samples. The evaluation has its own random stream."""
+        with parallel.gathered(self.policy, self.reference):
+            found = self._evaluate(model, None if model is self.reference else self.before)
+        if self.first:
+            self._picture(self.file(f"samples_{step:05d}.png"), [(f"step {step}", found.images)])
+        return found
+
+    def _save(self, step):
+        state = {"model": parallel.whole(self.policy.state_dict()), "step": step,
+                 "config": dataclasses.asdict(self.cfg), "rng": files.rng_state(self.generator),
+                 "optimizer": parallel.whole(self.optimizer.state_dict())}
+        path = self.file("ckpt.pt")
+        try:
+            if self.first:
+                files.save(state, path, self.cfg.keep)
+        except OSError as error:
+            rest = "the one before remains" if os.path.exists(path) else "there is none before"
+            raise Fault(f"could not write {path} ({error.strerror}); {rest}: make room, then continue with "
+                        f"--resume") from None
+
+    def _resume(self, saved):
+        self.start = saved["step"]
+        try:
+            state = parallel.split_state(saved["optimizer"], self.policy.parameters())
+            self.optimizer.load_state_dict(state)
+            files.set_rng_state(saved["rng"], self.generator)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{self.file('ckpt.pt')} is no checkpoint of this version: "
+                            f"{' '.join(str(error).split())[:200]}") from None

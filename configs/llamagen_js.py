@@ -24,7 +24,7 @@ divergence = "js"
 estimator = "sampled"       # the form of the paper
 beta = 0.04                 # as released, for all three divergences; llamagen_js_matched.py has 4 x .04
 micro_batch = 16
-chunk = 64                  # each tensor of logits, 16 x 64 tokens x 16,384 codes in fp32, takes 67 MB
+logit_chunk = 64                  # each tensor of logits, 16 x 64 tokens x 16,384 codes in fp32, takes 67 MB
 recompute = True
 # ---- length, optimizer
 max_steps = 900

@@ -247,25 +247,21 @@ class Prompts:
         return ids, torch.arange(L, device=device) >= L - length[:, None]
 
 
-# ---- the world -----------------------------------------------------------------------------------------
-class World(llamagen.World):
-    """llamagen.py's world, its captions and its rewards, with Janus for policy and tokenizer."""
+# ---- the pipeline ------------------------------------------------------------------------------------------
+class Pipeline(llamagen.Pipeline):
+    """LlamaGen's pipeline with Janus for policy, tokenizer and prompts, which are all in one folder."""
 
     @staticmethod
     def model_files(o):
-        return [o.gpt_ckpt]                                # the tokenizer and the text are in there as well
+        return [o.gpt_ckpt]
 
     text_files = model_files
 
     @staticmethod
-    def load_models(o, files, device):
-        known = {k: v for k, v in (("n_head", o.n_head), ("block_size", o.block_size)) if v}
-        policy, vqgan = load(files[o.gpt_ckpt], **known)
-        return policy.to(device), vqgan.to(device)
+    def text_encoder(o, found, device):
+        return Prompts(found[o.gpt_ckpt])
 
     @staticmethod
-    def captions_of(o, files, device):
-        return Prompts(files[o.gpt_ckpt])
-
-    def encode(self, captions):
-        return self.text.encode(captions, self.device)
+    def load_models(o, found):
+        known = {k: v for k, v in (("n_head", o.n_head), ("block_size", o.block_size)) if v}
+        return load(found[o.gpt_ckpt], **known)

@@ -27,7 +27,7 @@ import urllib.request
 import torch
 
 from common import config, files, released
-from common.config import UserError
+from common.config import UserError, option
 from model import GPT, PRESETS, GPTConfig
 from vqgan import VQGAN, VQConfig
 
@@ -236,24 +236,20 @@ def export(model, path, dtype=torch.float32):
 # ---- the command ---------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Config:
-    folder: str = "weights"            # the folder of the released files
-    convert: str = ""                  # a file or folder in another layout, to be written in the released one
-    export: str = ""                   # a run's ckpt.pt, whose policy is to be written in LlamaGen's layout
-    to: str = "weights/mine_256.pt"    # the file that --export or --convert writes
+    folder: str = option("weights", "the folder of the released files", ending="")
+    convert: str = option("", "a file or folder in another layout, to be written in the released one")
+    export: str = option("", "a run's ckpt.pt, whose policy is to be written in LlamaGen's layout")
+    to: str = option("weights/mine_256.pt", "the file that --export or --convert writes", ending="")
 
-
-def check(cfg):
-    """Raise UserError if options are empty or contradict each other."""
-    config.named(cfg, folder="", to="")
-    if cfg.convert and cfg.export:
-        raise UserError("--convert and --export are two tasks. Give one of them.")
-    if cfg.convert and cfg.to == Config.to:
-        raise UserError("--convert needs --to=FILE.pt, the file to write.")
+    def check(cfg):
+        if cfg.convert and cfg.export:
+            raise UserError("--convert and --export are two tasks: give one of them")
+        if cfg.convert and cfg.to == Config.to:
+            raise UserError("--convert needs --to=FILE.pt, the file to write")
 
 
 def main(argv):
     cfg, _ = config.load(Config, argv)
-    check(cfg)
     if (cfg.convert or cfg.export) and os.path.exists(cfg.to):
         raise UserError(f"{cfg.to} exists already. Move it away first, or choose another --to.")
     if cfg.convert:

@@ -1,45 +1,43 @@
-"""VA-pi taken apart: does each of its parts help, and is the gain more than a lower temperature would give?
+"""Ablation of VA-pi: does each of its parts help, and does a lower temperature help as much?
 
-    python ablation.py                  go on where results/ablation.csv ends (a run: 2 minutes of a core)
-    python ablation.py --minutes=60     the same, but start no run after an hour
-    python ablation.py --only=figures   figure and verdicts from the csv alone
+    python -m lab.ablation                  continue where results/ablation.csv ends; a run takes 2 minutes
+    python -m lab.ablation --minutes=60     the same, but start no run after an hour
+    python -m lab.ablation --only=figures   figure and verdicts from the csv files alone
 
-The published ablation (facts from the project page of VA-pi, arXiv 2512.19680: LlamaGen-XXL without guidance,
-one run each) says: the reward alone collapses (FID 14 -> 39), the prior alone does nothing (14.2), both
-together help (7.7). Its gain is largest without guidance, its recall falls, and with guidance there is hardly
-a gain left. That is what a policy does that has become *sharper*: a lower temperature or guidance makes one
-sharper for nothing. So the runs here are held against the base under every temperature and guidance.
+In the published ablation (project page of VA-pi, arXiv 2512.19680; LlamaGen-XXL without guidance, one run
+each), the reward alone collapses (FID 14 -> 39), the prior alone does nothing (14.2), and both together help
+(7.7). VA-pi gains most without guidance, hardly anything with guidance, and loses recall. A *sharper* policy
+behaves in this way, and a lower temperature or guidance sharpens a policy without any training. So we compare
+the trained policies with the base under every temperature and guidance.
 
-The tiny base is no LlamaGen: at temperature 1 it is well calibrated, its best is .8. LlamaGen at 1 is far too
-broad (FID 14, and 2.4 with guidance). So the tiny policy is trained and evaluated at 1.4, where it draws
-like one that is too broad, and for comparison (`calibrated`) at 1.
+The tiny base is well calibrated at temperature 1, and its best temperature is .8. LlamaGen at 1 is far too
+broad (FID 14, and 2.4 with guidance). So we train and evaluate the tiny policy at 1.4, where it is too broad
+as well. The arm `calibrated` runs at temperature 1, for comparison.
 
     arms = {reward only, perceptual distance only, prior only, all, all with noise xi .1 and .5, calibrated}
 
 Claims, each stated before it was tested, with its verdict in results/ablation.md:
-  (i)   the reward alone makes pictures worse than the base's
+  (i)   the reward alone makes images worse than the base's
   (ii)  the prior alone changes nothing
-  (iii) both together make them better
+  (iii) both together make images better
   (iv)  noise in the context helps
-  (v)   under the best temperature and guidance for each, the trained policy is better than the base
-Differences are paired by seed, or against the one base; intervals are 95 % bootstrap intervals over seeds.
+  (v)   the trained policy is better than the base, each under its best temperature and guidance
+Differences are paired by seed, or taken from the one base. lab/stats.py explains the intervals.
 """
 import os
 import sys
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import files as checkpoint
-from common import config
 import evaluate
-from lab import sweep
-import train
-from common.config import UserError, locate
-from lab.sweep import check
-from lab import stats
+from common import config, files
+from common.config import UserError, option, locate
+from lab import stats, sweep
+
 
 NO_REWARD = ("--mse_weight=0", "--perceptual_weight=0")
 ARMS = {"reward only": ("--prior_weight=0",),
@@ -50,7 +48,7 @@ ARMS = {"reward only": ("--prior_weight=0",),
         "all, noise .5": ("--context_noise=0.5",),
         "calibrated": ("--temperature=1.0",)}
 BROAD = 1.4                                    # the temperature of configs/tiny_vapi.py
-# Both together as well: a base that is too broad wants to be cooled *and* guided.
+# (temperature, guidance): each alone, then both, because a base that is too broad may need both.
 SETTINGS = [(t, 1.0) for t in (BROAD, 1.2, 1.0, .9, .8, .7, .6)] + [(1.0, s) for s in (1.25, 1.5, 2.0, 3.0)]
 SETTINGS += [(t, s) for t in (1.2, .8, .6) for s in (1.25, 1.5, 2.0)]
 MEASURES = ("reward", "heldout_reward", "frechet", "precision", "recall", "entropy_kept", "unreadable",
@@ -62,81 +60,90 @@ NUMBERS = FIELDS[2:-len(sweep.STAMP)]
 
 @dataclass(frozen=True)
 class Config:
-    only: Literal["all", "runs", "figures"] = "all"  # runs, then figures and verdicts; or one of them
-    seeds: int = 5                     # of each arm
-    minutes: float = 0.0               # start no run after this; 0 = make all
-    jobs: int = 2                      # runs at a time, one thread each
-    device: Literal["cuda", "mps", "cpu"] = "cpu"  # tiny runs are as quick on a core as on a GPU alone
-    csv: str = "results/ablation.csv"  # one line a run
-    out: str = "out/ablation"          # run folders; those of the arm `all` stay, for their settings
+    only: Literal["all", "runs", "figures"] = option("all", "all: the runs, then the figure and the report")
+    seeds: int = option(5, "seeds of each arm", low=1, high=1000)
+    minutes: float = option(0.0, "start no run after this time; 0: no limit", low=0)
+    jobs: int = option(2, "runs at a time, with one thread each", low=1)
+    device: Literal["cuda", "mps", "cpu"] = option("cpu", "a tiny run is as fast on one core as on a GPU")
+    csv: str = option("results/ablation.csv", "the file of results, one line for each run", ending=".csv")
+    out: str = option("out/ablation", "folder of the run folders; those of the arm `all` stay", ending="")
 
 
 # ---- the runs ----------------------------------------------------------------------------------------------
 def command(key, folder, device):
+    """Return the command line of a run (arm, seed)."""
     arm, seed = key
     return [sys.executable, locate("train.py"), "configs/tiny_vapi.py", *ARMS[arm], f"--seed={seed}",
             f"--device={device}", f"--out_dir={folder}", "--eval_interval=150"]
 
 
 def measures(results, names=MEASURES):
-    """The figures of an evaluation that are kept; JSON and csv know no NaN but as nothing or as text."""
+    """Return these measures of an evaluation, rounded. JSON has no NaN, so an evaluation stores None."""
     return [round(float("nan") if results[m] is None else results[m], 5) for m in names]
 
 
 def row_of(key, folder):
+    """Return the values of a finished run's line in the csv file: after training, then before it."""
     before, after = (sweep.evaluations(folder)[i] for i in (0, -1))
     return [*key, *measures(after), *measures(before)]
 
 
 def under_settings(cfg, path):
-    """The base (seed -1) and the policies of the arm `all` under SETTINGS -> lines of the csv at `path`.
-    Every evaluation draws with the same random numbers, so that only policies and settings differ."""
+    """Evaluate the base (seed -1) and the policies of the arm `all` under SETTINGS, and append the missing
+    lines to the csv file at `path`. All evaluations use the same random numbers."""
     rows = sweep.load(path, SETTING_FIELDS, SETTING_FIELDS, 3)
     done = {(r["seed"], r["temperature"], r["cfg_scale"]) for r in rows}
-    todo = [(seed, *setting) for seed in range(-1, cfg.seeds) for setting in SETTINGS]
-    todo = [key for key in todo if key not in done]
+    todo = [(seed, *setting) for seed in range(-1, cfg.seeds) for setting in SETTINGS
+            if (seed, *setting) not in done]
     if not todo:
         return
-    options, _ = config.load(train.Config, ["configs/tiny_vapi.py"])
-    world = evaluate.open_world(options, torch.device(cfg.device))
-    base = evaluate.evaluate(world, world.reference, temperature=BROAD)
     if not rows:
         with open(path, "w", encoding="utf-8") as file:
             file.write(",".join(SETTING_FIELDS) + "\n")
-    for seed, temperature, scale in tqdm(todo, desc="settings", ncols=110):
-        policy = world.reference
-        if seed >= 0:
-            run = os.path.join(cfg.out, f"all_{seed}")
-            policy = world.policy
-            checkpoint.load_weights(policy, evaluate.options_of(run)[1], run)
-        found, _, _ = evaluate.evaluate(world, policy, base, temperature=temperature, cfg_scale=scale)
+    measure = evaluator(cfg)
+    for key in tqdm(todo, desc="settings", ncols=110):
+        line = ",".join(map(str, (*key, *measures(measure(*key), SETTING_FIELDS[3:]))))
         with open(path, "a", encoding="utf-8") as file:
-            file.write(",".join(map(str, (
-                seed, temperature, scale, *measures(found, SETTING_FIELDS[3:])))) + "\n")
+            file.write(line + "\n")
+
+
+def evaluator(cfg):
+    """Return a function (seed, temperature, cfg_scale) -> results, of the base (seed -1) or the arm `all`."""
+    def run(seed):
+        return evaluate.options_of(os.path.join(cfg.out, f"all_{seed}"))
+    world, pipeline = evaluate.open_world(run(cfg.seeds - 1)[0], torch.device(cfg.device))
+    base = evaluate.evaluate(world, pipeline, pipeline.reference, temperature=BROAD)
+
+    def measure(seed, temperature, cfg_scale):
+        if seed >= 0:
+            files.load_weights(pipeline.policy, run(seed)[1], f"all_{seed}")
+        policy = pipeline.policy if seed >= 0 else pipeline.reference
+        return evaluate.evaluate(world, pipeline, policy, base, temperature=temperature,
+                                 cfg_scale=cfg_scale).results
+    return measure
 
 
 # ---- the verdicts ------------------------------------------------------------------------------------------
-BETTER = {"heldout_reward": 1, "frechet": -1, "precision": 1}    # +1: more is better
+BETTER = {"heldout_reward": 1, "frechet": -1, "precision": 1}    # 1: more is better; -1: less is better
 NAMES = {"heldout_reward": "reader", "reward": "judge", "frechet": "Frechet distance",
          "entropy_kept": "entropy kept", "token_entropy": "token entropy", "kl_reverse": "KL to the base"}
 CLAIMS = ["(i)", "(ii)", "(iii)", "(iii) at 1", "(iv)", "(v)"]
 
 
 def best(rows, seed, measure):
-    """The best value of a policy under any of SETTINGS, and the row that has it."""
+    """Return the best value that the policy of a seed has under any of SETTINGS, and the line that has it."""
     own = [r for r in rows if r["seed"] == seed]
     row = max(own, key=lambda r: BETTER[measure] * r[measure])
     return row[measure], row
 
 
 def verdicts(rows, settings):
-    """Lines (claim, comparison, measure, difference, what it shows), by claim."""
+    """Return what the runs say about the claims: lines (claim, comparison, measure, difference, verdict)."""
     by_arm, out = {arm: {r["seed"]: r for r in rows if r["arm"] == arm} for arm in ARMS}, []
 
     def compare(claim, what, measure, differences):
         text, shown = stats.say(differences)
-        words = {"more": "better", "less": "worse"} if BETTER[measure] > 0 else {
-            "more": "worse", "less": "better"}
+        words = dict(zip(("more", "less"), ("better", "worse")[::BETTER[measure]]))
         out.append((claim, what, NAMES.get(measure, measure), text, words.get(shown, shown)))
     for measure in BETTER:
         for claim, arm in (("(i)", "reward only"), ("(i)", "perceptual only"), ("(ii)", "prior only"),
@@ -154,12 +161,9 @@ def verdicts(rows, settings):
 
 
 def figure(rows, settings, path):
-    """Left: what each arm does to the reader's score and the Frechet distance. Right: quality against recall
-    under every temperature and guidance, of the base and of the trained policies."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
+    """Write the figure to `path`. Left: the reader reward of each arm. Middle and right: quality against
+    recall under every temperature and guidance, for the base and the trained policies."""
+    plt = stats.pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     at = {(r["seed"], r["temperature"], r["cfg_scale"]): r for r in settings}
     for x, arm in enumerate(ARMS):
@@ -167,19 +171,18 @@ def figure(rows, settings, path):
             axes[0].plot(x, r["heldout_reward"], "o", color="tab:blue", ms=4, alpha=.7)
             axes[0].plot(x, r["base_heldout_reward"], "_", color="black", ms=16)
     axes[0].set_xticks(range(len(ARMS)), ARMS, rotation=30, ha="right")
-    axes[0].set(ylabel="reader's score", title="dots: seeds; black: the base at their temperature")
-    for axis, measure, title in ((axes[1], "heldout_reward", "reader's score"),
+    axes[0].set(ylabel="reader reward", title="dots: seeds; black: the base at their temperature")
+    for axis, measure, title in ((axes[1], "heldout_reward", "reader reward"),
                                  (axes[2], "frechet", "Frechet distance, judge's features")):
-        for name, seeds, colour in (("base", [-1], "black"),
+        for name, seeds, color in (("base", [-1], "black"),
                                     ("VA-pi", sorted({r["seed"] for r in settings} - {-1}), "tab:blue")):
             for style, marker, chosen, what in (
                     ("-", "o", [s for s in SETTINGS if s[1] == 1], "temperature 1.4 to .6"),
-                    ("--", "^", [s for s in SETTINGS if s[0] == 1 and s[1] in (1, 1.25, 1.5, 2, 3)],
-                     "guidance 1 to 3"), (":", "s", [s for s in SETTINGS if s[0] == .6],
-                                         "guidance 1 to 2 at .6")):
+                    ("--", "^", [s for s in SETTINGS if s[0] == 1], "guidance 1 to 3"),
+                    (":", "s", [s for s in SETTINGS if s[0] == .6], "guidance 1 to 2 at .6")):
                 xs, ys = (np.array([[at[s, *c][k] for c in chosen] for s in seeds])
                           for k in ("recall", measure))
-                axis.errorbar(xs.mean(0), ys.mean(0), ys.std(0), xs.std(0), fmt=marker + style, color=colour,
+                axis.errorbar(xs.mean(0), ys.mean(0), ys.std(0), xs.std(0), fmt=marker + style, color=color,
                               ms=4, lw=1, elinewidth=.6, label=f"{name}, {what}")
         axis.set(xlabel="recall", ylabel=title)
     axes[1].legend(frameon=False, fontsize=8)
@@ -188,11 +191,10 @@ def figure(rows, settings, path):
 
 
 def report(rows, settings, path):
-    """ablation.md: the arms, the verdicts, and the settings."""
+    """Write the report ablation.md to `path`: the arms, the verdicts, and the settings."""
     def arm(name, prefix="", only="all"):
         of = [r for r in rows if r["arm"] == only]
         return [name, *(stats.spread([r[prefix + m] for r in (of[:1] if prefix else of)]) for m in MEASURES)]
-    head = [NAMES.get(m, m) for m in MEASURES]
     lines = [arm(f"base at {BROAD}", "base_"), *(arm(a, "", a) for a in ARMS if a != "calibrated"),
              arm("base at 1", "base_", "calibrated"), arm("all at 1", "", "calibrated")]
 
@@ -204,10 +206,10 @@ def report(rows, settings, path):
                                       for who in (False, True))]
     with open(path, "w", encoding="utf-8") as file:
         file.write(
-            "# VA-pi taken apart, in the tiny world\n\nBy `python ablation.py --only=figures` from "
+            "# Ablation of VA-pi in the tiny world\n\nMade by `python -m lab.ablation --only=figures` from "
             f"ablation.csv and ablation_settings.csv: {len(rows)} runs, device {rows[0]['device']}, base "
-            f"{rows[0]['base']}. Mean ± standard deviation over seeds; ablation.py says what is claimed.\n\n"
-            + stats.table(["arm", *head], lines) + "\n\n"
+            f"{rows[0]['base']}. Entries are mean ± standard deviation over seeds. lab/ablation.py states "
+            "the claims.\n\n" + stats.table(["arm", *(NAMES.get(m, m) for m in MEASURES)], lines) + "\n\n"
             + stats.judged(verdicts(rows, settings), len({r["seed"] for r in rows}))
             + "\n\nThe base and the arm `all` under other temperatures and guidance:\n\n"
             + stats.table(["temperature", "guidance", *(f"{m}, {who}" for m in (
@@ -217,7 +219,6 @@ def report(rows, settings, path):
 
 def main(argv):
     cfg, _ = config.load(Config, argv)
-    check(cfg)
     plan = [(arm, seed) for seed in range(cfg.seeds) for arm in ARMS]
     stem = cfg.csv.removesuffix(".csv")
     if cfg.only != "figures":
@@ -229,7 +230,7 @@ def main(argv):
         rows = sweep.load(cfg.csv, FIELDS, NUMBERS, 2)
         settings = sweep.load(stem + "_settings.csv", SETTING_FIELDS, SETTING_FIELDS, 3)
         if len(rows) < len(plan) or len(settings) < (cfg.seeds + 1) * len(SETTINGS):
-            raise UserError(f"{cfg.csv} has not all runs and settings yet; go on with python ablation.py")
+            raise UserError(f"{cfg.csv} has not all runs and settings. Continue with python -m lab.ablation")
         figure(rows, settings, stem + ".png")
         report(rows, settings, stem + ".md")
         print(open(stem + ".md", encoding="utf-8").read())

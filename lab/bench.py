@@ -1,26 +1,20 @@
-"""How fast is it, against the usual way of doing the same and against what the hardware allows?
+"""Benchmark: how fast is model.py, compared with a plain implementation and with the limits of the hardware?
 
-    python bench.py                     about 10 minutes on 2 CPU cores; writes results/bench.md and bench.png
-    python bench.py --only=sampling     or update, vapi, growth: that part alone, printed
-    python bench.py --device=cuda       the full grid on a GPU; where a command's time is short, part by part
+    python -m lab.bench                     10 minutes on 2 CPU cores; writes results/bench.md and bench.png
+    python -m lab.bench --only=sampling     one part, printed only; also update, vapi, growth
+    python -m lab.bench --device=cuda       the full grid on a GPU; take single parts where time is short
 
-Both sides run in this process, alternate, have the same weights, the same allocator and the same number of
-threads; a figure is the median of `repeats` runs after one that is thrown away. The two sides:
-  ours    model.py: the caption read once a prompt and seen as one token, attention over filled positions,
-          the update's logits by chunks
-  plain   plain.py: the prefix once per sequence, attention over all positions through a mask with the math
-          kernel; in the update, log-softmax of all logits in fp32 for policy and reference
-  VA-pi   (vapi.py) a forward pass for each sample, as in its public code, and one for each picture
-Given the same random stream both draw the same tokens (in fp32 on a CPU; elsewhere logits are compared, as
-one rounding may turn a token and all behind it), and their losses agree: this is checked before a number is
-printed.
+Two sides run the same weights, alternating in this process. A figure is the median of `repeats` runs.
+  ours    model.py: the prompt is read once and seen as one token, attention covers only filled positions, and
+          the update makes its logits in chunks. VA-pi: one forward pass for each image
+  plain   lab/plain.py: the prefix runs once per sequence, attention covers all positions through a mask, and
+          the update takes log-softmax of all logits in fp32. VA-pi: one forward pass for each sample
+Before a figure is printed, we check that both sides give the same losses, in fp32 the same logits, and in
+fp32 on a CPU the same tokens. Elsewhere one rounding may change a token and all tokens after it.
 
-What the hardware allows is measured here and now (measure.py). The ceiling of sampling: on a CPU the model's
-own matrices times as many rows as a step has, plus the bytes of keys and values that it has to read; on a GPU
-all weights and these bytes at the speed of a large copy. That of the update: the arithmetic that any order of
-computation needs, at the speed of a large matrix product.
+lab/measure.py measures the ceilings in the same run. A sampling step has to read all weights and the keys and
+values of earlier positions. The update has to do the arithmetic that any order of computation needs.
 """
-import dataclasses
 import functools
 import os
 import time
@@ -32,36 +26,58 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import config
+import grpo
 import vapi
-from grpo import chunked_loss, grpo_loss
+from common import config
+from common.config import option
+from common.interfaces import Conditions, Rollout
+from divergences import Categorical
+from common.device import freeze, start
 from lab.measure import MIB, ceilings, describe, least_seconds_of_a_step, peak_bytes, seconds
-from model import GPT, GPTConfig, PRESETS
 from lab.plain import Plain
-from lab.stats import table
-from common.device import freeze
-from common.device import pick_device
+from lab.stats import pyplot, table
+from model import GPT, GPTConfig, PRESETS
 
-# What we want to reach: (device, part, model, dtype, pictures or prompts x G, what, at least).
+# What we want to reach: (device, part, model, dtype, images, column, lowest value).
 GOALS = [("cpu", "sampling", "GPT-B", "float32", "8", "ratio", 1.5),
-         ("cpu", "sampling", "GPT-B", "float32", "8", "share", .65),
-         ("cpu", "sampling", "GPT-B", "bfloat16", "8", "share", .40),
-         ("cuda", "sampling", "GPT-XL", "bfloat16", "8", "ratio", 5),
-         ("cuda", "sampling", "GPT-XL", "bfloat16", "8", "share", .60),
-         ("cuda", "update", "GPT-XL", "bfloat16", "4 x 8", "share", .45)]
+         ("cpu", "sampling", "GPT-B", "float32", "8", "share of ceiling", .65),
+         ("cpu", "sampling", "GPT-B", "bfloat16", "8", "share of ceiling", .40),
+         ("cuda", "sampling", "GPT-XL", "bfloat16", "8", "ratio", 5.0),
+         ("cuda", "sampling", "GPT-XL", "bfloat16", "8", "share of ceiling", .60),
+         ("cuda", "update", "GPT-XL", "bfloat16", "4 x 8", "share of ceiling", .45)]
 
 
 @dataclass(frozen=True)
 class Config:
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, then mps, then cpu
-    repeats: int = 5                   # timed runs of each side; the median counts
-    only: Literal["all", "sampling", "update", "vapi", "growth"] = "all"  # one part; all writes bench.md
-    out: str = "results"               # folder of bench.md and bench.png, on a GPU bench_cuda.md and .png
+    device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, then mps, then cpu")
+    repeats: int = option(5, "timed runs of each side, of which the median is reported", low=1)
+    only: Literal["all", "sampling", "update", "vapi", "growth"] = option(
+        "all", "one part; only all writes bench.md")
+    out: str = option("results", "folder of bench.md and .png; on a GPU bench_cuda.md and .png", ending="")
 
 
-# ---- models and prompts -----------------------------------------------------------------------------------
+# ---- what is timed: the only calls of grpo.py and vapi.py --------------------------------------------------
+def grpo_loss(policy, reference, tokens, logp_old, adv, chunk=0):
+    """Return GRPO's loss of a whole step. policy, reference: (hidden [B,T,D], function hidden -> logits).
+    chunk: positions whose logits exist at once, 0 for all."""
+    return grpo.loss(Categorical(*policy), Categorical(*reference), tokens, logp_old, adv, tokens.numel(),
+                     logit_chunk=chunk, beta=.04, divergence="js")[0]
+
+
+def vapi_loss(policy, reference, autocast, cond, mask, prompt, images, tokens, adv):
+    """Return VA-pi's loss of a whole step. images [P,T]: tokens of real images. prompt [B]: the row of cond,
+    mask and images that each of the samples tokens [B,T] belongs to."""
+    cfg = SimpleNamespace(temperature=1.0, divergence="none", estimator="sampled", clip_eps=.2,
+                          prior_dropout=False, prior_weight=.1)
+    context = Rollout(images, None, torch.arange(len(images), device=images.device))
+    with autocast:
+        return vapi.loss_of(cfg, policy, reference, context, Conditions(cond, mask), images, prompt, tokens,
+                            torch.zeros(tokens.shape, device=tokens.device), adv, tokens.numel())[0]
+
+
+# ---- models and prompts ------------------------------------------------------------------------------------
 def build(preset, device, dtype=torch.float32, **changes):
-    """A GPT with random weights (every tensor, so that nothing is trivially zero), eval mode."""
+    """Return a GPT in eval mode. All its weights are random, so that nothing is trivially zero."""
     if preset in PRESETS:
         n_layer, n_head, dim = PRESETS[preset]
         changes = dict(n_layer=n_layer, n_head=n_head, dim=dim) | changes
@@ -71,72 +87,68 @@ def build(preset, device, dtype=torch.float32, **changes):
     return gpt.to(dtype).eval().requires_grad_(False)
 
 
-def prompts(gpt, n, device, dtype, samples):
-    """n random prompts, left-padded, 2/3 visible, and the prompt of each of n * samples sequences."""
-    c = gpt.config
-    cond = torch.randn(n, c.cls_token_num, c.caption_dim, device=device, dtype=dtype)
-    mask = (torch.arange(c.cls_token_num, device=device) >= c.cls_token_num // 3).expand(n, -1)
-    return cond, mask, torch.arange(n, device=device).repeat_interleave(samples)
-
-
-# ---- the parts: each yields dicts, a row of its table each -----------------------------------------------
-TINY = dict(dim=128, n_layer=4, n_head=4, multiple_of=32, vocab_size=256, block_size=64, cls_token_num=32,
-            caption_dim=320)                                               # as pretrain.py makes it
-
-
-def sampling(device, repeats, limits):
-    """All pictures are of one prompt, except tiny, with 8 a prompt as in training."""
-    gpu, half, full = device.type == "cuda", torch.bfloat16, torch.float32
-    # T is a square: 9 tokens of XL, where 8 would do. On a GPU fp32 is a check only.
-    sizes = [(name, d, n, T) for name, n, T in (("GPT-B", 1, 64), ("GPT-B", 8, 64), ("GPT-XL", 1, 9))
-             for d in (full, half)]
-    if gpu:
-        sizes = [("GPT-B", full, 8, 256)] + [(name, half, n, 256) for name in ("GPT-B", "GPT-XL")
-                                             for n in (1, 8, 64)]
-    grid = [("tiny", full, 64, 1.0, TINY)]
-    grid += [(name, d, n, scale, dict(block_size=T)) for name, d, n, T in sizes
-             for scale in ((7.5, 1.0) if gpu else (7.5,))]
-    for name, dtype, n, cfg_scale, changes in tqdm(grid, desc="sampling", ncols=110):
-        gpt = build(name, device, dtype, **changes)
-        c, per_prompt, plain = gpt.config, 8 if name == "tiny" else n, Plain(gpt)
-        cond = prompts(gpt, n // per_prompt, device, dtype, per_prompt)
-
-        def draw(side):
-            stream = torch.Generator(device).manual_seed(0)
-            return side.generate(*cond, cfg_scale=cfg_scale, generator=stream)
-        tokens = draw(gpt)
-        same = (tokens == draw(plain)).float().mean().item()
-        # One rounding may turn one token, and then all behind it. On a CPU fp32 has never done that.
-        if dtype == full and same < 1 and not gpu:
-            raise config.Fault(f"{name}: only {same:.0%} of the tokens agree with the plain path's")
-        if dtype == full:
-            some = tokens[:8], *cond[:2], cond[2][:8]
-            a, b = (f(*some, cfg_scale=cfg_scale) for f in (gpt, plain.forward))
-            if (off := (a - b).abs().max().item()) > 1e-4 * max(1, b.abs().max().item()):
-                raise config.Fault(f"{name}: logits are up to {off:.1e} from the plain path's")
-        usual, ours = seconds([lambda: draw(plain), lambda: draw(gpt)], device, repeats)
-        R = n * (2 if cfg_scale > 1 else 1)
-        # keys and values that step t reads: 1 + t positions, t on average T/2
-        cache = 2 * R * c.n_layer * c.dim * cond[0].element_size() * c.block_size / 2
-        least = least_seconds_of_a_step(gpt, R, cache, limits, device, repeats)
-        yield {"model": name, "dtype": str(dtype)[6:], "pictures": n, "CFG": f"{cfg_scale:g}",
-               "tokens": c.block_size, "plain, tokens/s": n * c.block_size / usual,
-               "ours, tokens/s": n * c.block_size / ours,
-               "ratio": usual / ours, "share of ceiling": least * c.block_size / ours, "same tokens": same}
-        del gpt, plain
-
-
 def pair(name, device, dtype, changes):
-    """Policy and reference as in train.py -> (policy, reference, the context they run in): weights that are
-    trained are fp32, and bf16 is autocast's."""
+    """Return (policy, reference, autocast context) as in train.py: weights in fp32, bf16 by autocast."""
     gpt, ref = build(name, device, **changes).requires_grad_(True), build(name, device, **changes)
     if dtype == torch.bfloat16:
         freeze(ref, "bfloat16")
     return gpt, ref, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def prompts(gpt, n, device, dtype, samples):
+    """Return n random prompts, left-padded, 2/3 visible: cond [n,L,C], mask [n,L], prompt [n * samples]."""
+    c = gpt.config
+    cond = torch.randn(n, c.cls_token_num, c.caption_dim, device=device, dtype=dtype)
+    mask = (torch.arange(c.cls_token_num, device=device) >= c.cls_token_num // 3).expand(n, -1)
+    return cond, mask, torch.arange(n, device=device).repeat_interleave(samples)
+
+
+# ---- the parts: each yields dicts, and each dict is a row of its table -------------------------------------
+TINY = dict(dim=128, n_layer=4, n_head=4, multiple_of=32, vocab_size=256, block_size=64, cls_token_num=32,
+            caption_dim=320)                                               # as pretrain.py makes it
+
+
+def sampling(device, repeats, limits):
+    """All images belong to one prompt. Only tiny has 8 images for each prompt, as in training."""
+    gpu, half, full = device.type == "cuda", torch.bfloat16, torch.float32
+    # T must be a square, so XL takes 9 tokens. On a GPU, fp32 is only a check.
+    sizes = [(name, d, n, T) for name, n, T in (("GPT-B", 1, 64), ("GPT-B", 8, 64), ("GPT-XL", 1, 9))
+             for d in (full, half)]
+    if gpu:
+        sizes = [("GPT-B", full, 8, 256)]
+        sizes += [(name, half, n, 256) for name in ("GPT-B", "GPT-XL") for n in (1, 8, 64)]
+    grid = [("tiny", full, 64, 1.0, TINY)]
+    grid += [(*size, scale, dict(block_size=T)) for *size, T in sizes for scale in (7.5, 1.0)[:1 + gpu]]
+    for name, dtype, n, cfg_scale, changes in tqdm(grid, desc="sampling", ncols=110):
+        gpt = build(name, device, dtype, **changes)
+        c, per_prompt, plain = gpt.config, 8 if name == "tiny" else n, Plain(gpt)
+        cond = prompts(gpt, n // per_prompt, device, dtype, per_prompt)
+
+        def sample(side):
+            return side.generate(*cond, cfg_scale=cfg_scale, generator=torch.Generator(device).manual_seed(0))
+        tokens = sample(gpt)
+        same = (tokens == sample(plain)).float().mean().item()
+        if dtype == full and same < 1 and not gpu:
+            raise config.Fault(f"{name}: only {same:.0%} of the tokens agree with the plain path's")
+        if dtype == full:
+            some = tokens[:8], *cond[:2], cond[2][:8]
+            a, b = (f(*some, cfg_scale=cfg_scale) for f in (gpt, plain.forward))
+            if (off := (a - b).abs().max().item()) > 1e-4 * max(1, b.abs().max().item()):
+                raise config.Fault(f"{name}: logits differ by up to {off:.1e} from the plain path's")
+        usual, ours = seconds([lambda: sample(plain), lambda: sample(gpt)], device, repeats)
+        R = n * (2 if cfg_scale > 1 else 1)
+        # Step t reads the keys and values of 1 + t positions, on average T/2.
+        cache = 2 * R * c.n_layer * c.dim * cond[0].element_size() * c.block_size / 2
+        least = least_seconds_of_a_step(gpt, R, cache, limits, device, repeats)
+        yield {"model": name, "dtype": str(dtype)[6:], "images": n, "CFG": f"{cfg_scale:g}",
+               "tokens": c.block_size, "plain, tokens/s": n * c.block_size / usual,
+               "ours, tokens/s": n * c.block_size / ours, "ratio": usual / ours,
+               "share of ceiling": least * c.block_size / ours, "same tokens": same}
+        gpt = plain = None                 # frees the memory before the next model is built
+
+
 def update(device, repeats, limits):
-    """Forward and backward of a step's loss, reference included, no optimizer."""
+    """Forward and backward pass of a step's loss with its reference, without the optimizer."""
     grid = [("tiny", torch.float32, 8, 8, 0, TINY), ("GPT-B", torch.float32, 1, 8, 16, dict(block_size=64))]
     if device.type == "cuda":
         grid = [("GPT-B", torch.bfloat16, 4, 8, 64, {}), ("GPT-XL", torch.bfloat16, 4, 8, 64, {})]
@@ -147,15 +159,15 @@ def update(device, repeats, limits):
         adv = torch.randn(n * G, device=device)
         with torch.no_grad(), autocast:
             logp_old = Plain(gpt).forward(tokens, *cond).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-        columns, options = (tokens, logp_old, adv, tokens.numel()), dict(beta=.04, divergence="js")
+        columns = tokens, logp_old, adv
 
-        def usual():
+        def plain():
             gpt.zero_grad()
             with autocast:
                 logits = Plain(gpt).forward(tokens, *cond)
                 with torch.no_grad():
                     ref_logits = Plain(ref).forward(tokens, *cond)
-                loss = grpo_loss(logits, ref_logits, *columns, **options)[0]
+                loss = grpo_loss((logits, lambda h: h), (ref_logits, lambda h: h), *columns)
             loss.backward()
             return loss
 
@@ -166,76 +178,67 @@ def update(device, repeats, limits):
                 hidden = gpt.hidden(tokens, *cond)
                 with torch.no_grad():
                     ref_hidden = ref.hidden(tokens, *cond)
-                loss = chunked_loss((hidden, gpt.logits), (ref_hidden, ref.logits), *columns, chunk=chunk,
-                                    **options)[0]
+                loss = grpo_loss((hidden, gpt.logits), (ref_hidden, ref.logits), *columns, chunk)
             loss.backward()
             return loss
-        a, b = usual().item(), ours().item()
+        a, b = plain().item(), ours().item()
         if abs(a - b) > 1e-4 * (1 if dtype == torch.float32 else 100):
-            raise config.Fault(f"{name}: the loss is {b}, the plain path's is {a}")
-        sides = [usual, ours, lambda: ours(0), lambda: ours(chunk or 16, True)]
+            raise config.Fault(f"{name}: the loss is {b}, but the plain path's is {a}")
+        sides = [plain, ours, lambda: ours(0), lambda: ours(chunk or 16, True)]
         times, peaks = seconds(sides, device, repeats), [peak_bytes(side, device) / MIB for side in sides]
-        # Counted: 2 FLOP for each weight and row in a forward pass, 4 in a backward one, 2 for the reference;
-        # the rows that any order of computation needs, and the logits' matrix once. Attention is left out.
+        # 2 FLOP for each weight and row in a forward pass, 4 in a backward pass, 2 for the reference. Counted
+        # are the rows that any order of computation needs, and the logits once. Attention is left out.
         inner = sum(p.numel() for p in gpt.layers.parameters())
         flop = 8 * (inner * (n * G * (c.block_size - 1) + n * c.cls_token_num)
                     + gpt.output.weight.numel() * n * G * c.block_size)
-        yield {"model": name, "dtype": str(dtype)[6:], "pictures": f"{n} x {G}", "tokens": c.block_size,
+        yield {"model": name, "dtype": str(dtype)[6:], "images": f"{n} x {G}", "tokens": c.block_size,
                "plain, s": times[0], "ours, s": times[1], "ratio": times[0] / times[1],
                "share of ceiling": flop / times[1] / limits[dtype], "all logits at once, s": times[2],
                "recomputing, s": times[3], "peak MiB: plain": peaks[0], "ours": peaks[1],
                "all logits at once": peaks[2], "recomputing": peaks[3]}
-        del gpt, ref
+        gpt = ref = None
 
 
-def shared_pictures(device, repeats, limits):
-    """VA-pi: the update of n pictures x G samples, by one forward pass for each picture and by one for each
-    sample: the same step, with every picture told G times over."""
+def shared_images(device, repeats, limits):
+    """VA-pi's update of n images x G samples: one forward pass for each sample, or for each image."""
     grid = [("tiny", torch.float32, 8, 8, TINY), ("GPT-B", torch.float32, 1, 8, dict(block_size=64))]
     if device.type == "cuda":
         grid = [("GPT-B", torch.bfloat16, 8, 8, {}), ("GPT-XL", torch.bfloat16, 4, 8, {})]
     for name, dtype, n, G, changes in tqdm(grid, desc="vapi", ncols=110):
         gpt, ref, autocast = pair(name, device, dtype, changes)
         (cond, mask, prompt), c = prompts(gpt, n, device, torch.float32, G), gpt.config
-        z = torch.randint(c.vocab_size, (n, c.block_size), device=device)
-        tokens = torch.randint(c.vocab_size, (n * G, c.block_size), device=device)
-        once = vapi.Batch([], cond, mask, prompt, 0, tokens, torch.zeros(tokens.shape, device=device),
-                          targets=z, context=z)
-        told = dataclasses.replace(once, cond=cond[prompt], mask=mask[prompt], targets=z[prompt],
-                                   context=z[prompt], prompt=torch.arange(n * G, device=device))
-        world = SimpleNamespace(policy=gpt, reference=ref, autocast=autocast)
-        cfg = SimpleNamespace(prompts_per_step=n, group_size=G, temperature=1.0, divergence="none", beta=0.0,
-                              estimator="sampled", clip_eps=.2, prior_dropout=False, prior_weight=.1)
-        adv, rows = torch.randn(n * G, device=device), torch.arange(n * G, device=device)
+        images, tokens = (torch.randint(c.vocab_size, (b, c.block_size), device=device) for b in (n, n * G))
+        adv = torch.randn(n * G, device=device)
+        per_image = cond, mask, prompt, images
+        per_sample = cond[prompt], mask[prompt], torch.arange(n * G, device=device), images[prompt]
 
-        def step(batch):
+        def step(given):
             gpt.zero_grad()
-            loss, _ = vapi.loss_of(cfg, world, batch, rows, adv, torch.ones_like(batch.logp_old), 0.0)
+            loss = vapi_loss(gpt, ref, autocast, *given, tokens, adv)
             loss.backward()
             return loss.item()
-        a, b = step(told), step(once)
+        a, b = step(per_sample), step(per_image)
         if abs(a - b) > 1e-4 * abs(a) * (1 if dtype == torch.float32 else 100):
-            raise config.Fault(f"{name}: the loss is {b}, that of the repeated form is {a}")
-        sides = [lambda: step(told), lambda: step(once)]
+            raise config.Fault(f"{name}: the loss is {b}, but with one pass for each sample it is {a}")
+        sides = [lambda: step(per_sample), lambda: step(per_image)]
         times, peaks = seconds(sides, device, repeats), [peak_bytes(side, device) / MIB for side in sides]
-        yield {"model": name, "dtype": str(dtype)[6:], "pictures": f"{n} x {G}", "tokens": c.block_size,
-               "a forward for each sample, s": times[0], "for each picture, s": times[1],
+        yield {"model": name, "dtype": str(dtype)[6:], "images": f"{n} x {G}", "tokens": c.block_size,
+               "a forward for each sample, s": times[0], "for each image, s": times[1],
                "ratio": times[0] / times[1], "peak MiB: for each sample": peaks[0],
-               "for each picture": peaks[1]}
-        del gpt, ref
+               "for each image": peaks[1]}
+        gpt = ref = None
 
 
 def growth(device, repeats):
-    """{title: (letter, xs, {side: seconds}, MiB at the peak, MiB of keys and values as counted)}: how the
-    cost of sampling grows with T, L and G, on a model of middle size. All points of a panel take turns, and
-    of the runs the fastest counts: what grows is the work, and all else that a machine does adds to it."""
+    """Return how the cost of sampling grows with T tokens, a prompt of length L, and G images of it: {title:
+    (letter, xs, {side: seconds}, peak MiB, counted MiB of keys and values)}. All points of a panel alternate.
+    The fastest run of each point counts, because other work of the machine only adds time."""
     size = dict(dim=256, n_layer=4, n_head=4, vocab_size=1024, caption_dim=256)
     if device.type == "cuda":
         size = dict(dim=768, n_layer=12, n_head=12, vocab_size=16384)
-    base = dict(T=100, L=120, G=8)
-    panels = {"tokens written": ("T", [25, 64, 100, 144, 196, 256]),
+    base, out = dict(T=100, L=120, G=8), {}
+    panels = {"tokens": ("T", [25, 64, 100, 144, 196, 256]),
               "prompt length": ("L", [8, 60, 120, 240]), "images of a prompt": ("G", [1, 2, 4, 8, 16, 32])}
-    out = {}
     for title, (letter, xs) in tqdm(panels.items(), desc="growth", ncols=110):
         plain, ours, memory, counted = [], [], [], []
         for x in xs:
@@ -245,8 +248,7 @@ def growth(device, repeats):
             plain.append(functools.partial(Plain(gpt).generate, *cond))
             ours.append(functools.partial(gpt.generate, *cond))
             memory.append(peak_bytes(ours[-1], device) / MIB)
-            # 2 (k and v) x 4 bytes
-            counted.append(8 * at["G"] * at["T"] * size["dim"] * size["n_layer"] / MIB)
+            counted.append(8 * at["G"] * at["T"] * size["dim"] * size["n_layer"] / MIB)   # k, v: fp32
         found = seconds(plain + ours, device, 2 * repeats, pick=min)
         out[title] = (letter, xs, dict(plain=found[:len(xs)], ours=found[len(xs):]), memory, counted)
     return out
@@ -254,7 +256,7 @@ def growth(device, repeats):
 
 # ---- the report --------------------------------------------------------------------------------------------
 def show(key, value):
-    """A number as its column wants it."""
+    """Return the text of a value in the column `key`."""
     if isinstance(value, (str, int)):
         return value
     if key in ("share of ceiling", "same tokens"):
@@ -263,38 +265,30 @@ def show(key, value):
 
 
 def goals(device, part, rows):
-    """Lines (goal, asked, measured, reached) that these rows decide."""
-    for kind, where, model, dtype, pictures, what, least in GOALS:
+    """Yield a line (goal, asked, measured, reached) for each goal that these rows decide."""
+    for kind, where, model, dtype, images, what, least in GOALS:
         for row in rows if (kind, where) == (device.type, part) else []:
-            if (row["model"], row["dtype"], str(row["pictures"]), row.get("CFG", "7.5")) == (
-                    model, dtype, pictures, "7.5"):
-                value = row["ratio" if what == "ratio" else "share of ceiling"]
-                form = "{:.2f}x" if what == "ratio" else "{:.0%}"
-                name = "against the usual way" if what == "ratio" else "share of the ceiling"
-                yield (f"{model}, {part}, {dtype}, {pictures} pictures: {name}",
-                       "at least " + form.format(least), form.format(value), "no" if value < least else "yes")
-
-
-def exponent(xs, ys):
-    """k of the best y = a x^k."""
-    return np.polyfit(np.log(xs), np.log(ys), 1)[0]
+            if (row["model"], row["dtype"], str(row["images"]), row.get("CFG", "7.5")) == (
+                    model, dtype, images, "7.5"):
+                yield (f"{model}, {part}, {dtype}, {images} images: {what}", f"at least {show(what, least)}",
+                       show(what, row[what]), "no" if row[what] < least else "yes")
 
 
 def slopes(panels):
-    """What the growth figure shows, in words."""
+    """Return what the growth figure shows, in words."""
+    def exponent(xs, ys):                                                  # k of the best fit y = a x^k
+        return np.polyfit(np.log(xs), np.log(ys), 1)[0]
     (_, T, t, *_), (_, L, p, *_), (_, G, g, memory, counted) = panels.values()
-    return (f"Time of ours grows as T^{exponent(T, t['ours']):.2f} with the tokens written and as "
-            f"G^{exponent(G, g['ours']):.2f} with the pictures of a prompt; from L = {L[0]} to {L[-1]} it "
-            f"takes {p['ours'][-1] / p['ours'][0]:.2f} times as long (the usual way "
-            f"{p['plain'][-1] / p['plain'][0]:.2f} times). A picture more holds "
-            f"{(memory[-1] - memory[-2]) / (G[-1] - G[-2]):.2f} MiB more, of which keys and values are "
-            f"{counted[-1] / G[-1]:.2f}.")
+    return (f"Our time grows as T^{exponent(T, t['ours']):.2f} with the tokens and as "
+            f"G^{exponent(G, g['ours']):.2f} with the images per prompt. From L = {L[0]} to {L[-1]} it grows "
+            f"{p['ours'][-1] / p['ours'][0]:.2f} times (plain: {p['plain'][-1] / p['plain'][0]:.2f} times). "
+            f"One more image holds {(memory[-1] - memory[-2]) / (G[-1] - G[-2]):.2f} MiB, of which keys and "
+            f"values are {counted[-1] / G[-1]:.2f}.")
 
 
 def draw(panels, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Write the growth figure to `path`."""
+    plt = pyplot()
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.4), layout="constrained")
     for axis, (title, (letter, xs, times, _, _)) in zip(axes, panels.items()):
         for name, ys in times.items():
@@ -310,32 +304,26 @@ def draw(panels, path):
     plt.close(figure)
 
 
-def check(cfg):
-    config.at_least(cfg, repeats=1)
-    config.named(cfg, out="")
-
-
 def main(argv):
     cfg, _ = config.load(Config, argv)
-    check(cfg)
-    device, begin = pick_device(cfg.device), time.time()
+    device, begin = start(cfg.device), time.time()
     torch.manual_seed(0)
-    limits, reached = ceilings(device, cfg.repeats), []
     os.makedirs(cfg.out, exist_ok=True)
+    limits, reached = ceilings(device, cfg.repeats), []
     name = "bench" if device.type == "cpu" else f"bench_{device.type}"
-    report = [f"# Speed\n\n`python bench.py --device={device.type}`, see bench.py for what is compared. "
-              f"Peaks are above weights and gradients.", describe(limits, device, cfg.repeats)]
+    report = [f"# Speed\n\n`python -m lab.bench --device={device.type}`. lab/bench.py says what is compared, "
+              f"and peaks are above weights and gradients.", describe(limits, device, cfg.repeats)]
     print(report[-1], flush=True)
 
     def tell(text):
-        """To the screen, and to the file: what is measured stays, if the rest is cut off."""
+        """Print a part of the report and write the file, so that a part survives if a later part fails."""
         report.append(text)
         print(text, flush=True)
         if cfg.only == "all":
             with open(os.path.join(cfg.out, f"{name}.md"), "w", encoding="utf-8") as file:
                 file.write("\n\n".join(report) + "\n")
     for part, title, rows_of in (("sampling", "Sampling", sampling), ("update", "Update", update),
-                                 ("vapi", "The update of VA-pi", shared_pictures)):
+                                 ("vapi", "The update of VA-pi", shared_images)):
         if cfg.only in ("all", part):
             rows = list(rows_of(device, cfg.repeats, limits))
             reached += goals(device, part, rows)
@@ -345,10 +333,9 @@ def main(argv):
         draw(panels, os.path.join(cfg.out, f"{name}.png"))
         tell(f"## Growth of sampling\n\n{slopes(panels)}\n\n![growth]({name}.png)")
     if reached:
-        others = "" if device.type == "cuda" else (
-            "\n\nThe goals on a GPU are not measured here: `python bench.py --device=cuda`.")
-        tell("## Goals\n\n" + table(["goal", "asked", "measured", "reached"], reached) + others)
-    print(f"all of it in {(time.time() - begin) / 60:.1f} minutes")
+        tell("## Goals\n\n" + table(["goal", "asked", "measured", "reached"], reached)
+             + "\n\nGoals on a GPU: `python -m lab.bench --device=cuda`." * (device.type != "cuda"))
+    print(f"finished in {(time.time() - begin) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

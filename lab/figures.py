@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from common import config
-from common.config import UserError
+from common.config import UserError, option
 from common.images import LINE, PAD, pyplot
 from divergences import DIVERGENCES, STRENGTH, check_gradients
 
@@ -179,9 +179,9 @@ def film(runs, path, milliseconds=700):
 
 @dataclass(frozen=True)
 class Config:
-    runs: tuple = ()                   # run folders, given as bare words: make a film of them
-    demo: bool = False                 # make the demo
-    out: str = ""                      # file of the figure; "" = out/divergences.png, demo.gif or film.gif
+    runs: tuple = option((), "run folders, given as bare words: make a film of them")
+    demo: bool = option(False, "make the demo")
+    out: str = option("", "file of the figure; '' = out/divergences.png, demo.gif or film.gif")
 
 
 def main(argv):

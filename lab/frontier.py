@@ -1,40 +1,35 @@
-"""The experiment: which divergence, in which estimator, gives the most reward for the diversity it costs?
+"""Experiment: which divergence, in which estimator, gives the most reward for the diversity that it costs?
 
-    python frontier.py                  go on where results/frontier.csv ends (a run: 2 minutes of a core)
-    python frontier.py --minutes=60     the same, but start no run after an hour
-    python frontier.py --only=figures   figures and verdicts from the csv alone
-    python frontier.py --csv=out/new/frontier.csv --first_seed=5      all of it again, on other seeds
+    python -m lab.frontier                  continue where results/frontier.csv ends; a run takes 2 minutes
+    python -m lab.frontier --minutes=60     the same, but start no run after an hour
+    python -m lab.frontier --only=figures   figures and verdicts from the csv file alone
+    python -m lab.frontier --csv=out/new/frontier.csv --first_seed=5      the whole experiment on new seeds
 
-One answer for one strength says little: a weaker divergence usually gets more reward and less diversity. So
-every divergence and estimator is run over a grid of strengths, and what is compared is the *frontier* of
-(diversity kept, reward gained) that it traces. JS takes four times the beta of a KL, because its curvature at
-the reference is a quarter of theirs (STRENGTH in divergences.py). Everything else is configs/tiny_js.py: 120
-GRPO steps on the tiny world, and per seed the same prompts in the same order.
+A comparison at one strength says little: a weaker divergence usually gains more reward and keeps less
+diversity. So every divergence and estimator runs over a grid of strengths, and we compare *frontiers* of
+(diversity kept, reward gained). JS takes four times the beta of a KL, because its curvature at the reference
+is a quarter of theirs (STRENGTH in divergences.py). All else is configs/tiny_js.py: 120 GRPO steps in the
+tiny world. All runs of a seed train on the same prompts in the same order.
 
     cells = none  +  {reverse_kl, forward_kl, js} x {sampled, unbiased, exact} x 5 betas
                   +  {reverse_kl, forward_kl, js} with a sampled beta that falls from 2b to 0 (mean b)
 
-Runs are made in an order in which stopping early leaves a smaller but balanced experiment: three betas and
-three seeds of every cell first. Each appends one line to results/frontier.csv and is never made again. A line
-carries the device and the base it was made with, and a csv with two of either is refused.
-
-Claims, each stated before a run of the csv was made, with its verdict in results/frontier.md:
+Claims, each stated before a run of the csv file was made, with its verdict in results/frontier.md:
   (i)   at one beta, JS beats both KLs
   (ii)  at matched strength (whole frontiers), JS beats both KLs
-  (iii) the exact estimator gains more than the sampled one at equal diversity
-  (iv)  the unbiased estimator gains more than the sampled one at equal diversity
-  (v)   a beta that falls from strong to weak gains more than a constant one at equal diversity
-Differences are paired by seed; 95 % intervals over the seeds are the bootstrap's (10,000 resamples) and
-Student's. The report says how far five seeds can be trusted, and which verdicts another range than LEVELS
-would change. (v) compares two frontiers of one run each, with `none` and the base: held against five constant
-betas, one run would win wherever it lies between two of them, where their frontier is only a straight line.
-(Where on the curve the single runs lie still matters a little.)
+  (iii) the exact estimator gains more than the sampled estimator at equal diversity
+  (iv)  the unbiased estimator gains more than the sampled estimator at equal diversity
+  (v)   a beta that falls from strong to weak gains more than a constant beta at equal diversity
+Differences are paired by seed. The report says how far five seeds can be trusted, and which verdicts change
+over another range of diversity. (v) compares frontiers of one run each, with `none` and the base. Among five
+constant betas, one falling run would win wherever it lies between two of them, because their frontier is only
+a straight line there. The position of the single runs along the curve still matters a little.
 
-A control that is in the grid without having been planned: unbiased forward KL and sampled reverse KL are one
-method (section 3 of divergences.py), so it was run twice, and what differs between the two is rounding. The
-function `afterwards` uses that to ask of (iii) and (iv) what they mix: how noisy a gradient is, and whose it
-is.
+One control was not planned. Unbiased forward KL and sampled reverse KL are the same method (divergences.py),
+so the grid contains this method twice. Its two runs differ only by rounding. `afterwards` uses the pair to
+separate what (iii) and (iv) mix: the noise of a gradient, and the function whose gradient it is.
 """
+import itertools
 import json
 import os
 import sys
@@ -44,44 +39,41 @@ from typing import Literal
 import numpy as np
 
 from common import config
-from lab import sweep
-from common.config import UserError, locate
+from common.config import UserError, option, locate
 from divergences import STRENGTH
-from lab.sweep import check
-from lab import stats
+from lab import stats, sweep
+
 
 DIVERGENCES, ESTIMATORS = ("reverse_kl", "forward_kl", "js"), ("sampled", "unbiased", "exact")
-BETAS = (.125, .03125, .5, .0625, .25)         # of a KL, the first three first; times STRENGTH
-SCHEDULED = .125                               # mean beta of the falling schedule, likewise
-TARGET = .2                                    # reward of training pictures whose first step is reported
-LEVELS, OTHER_LEVELS = (.7, .95), (.8, .98)    # of diversity kept: where frontiers are compared; a check
-REACHED = {"reward": "mean reachable reward", "heldout_reward": "the same for the reader"}   # gained
+BETAS = (.125, .03125, .5, .0625, .25)         # of a KL, in the order of the runs; JS: times STRENGTH
+SCHEDULED = .125                               # mean beta of the falling schedule, of a KL
+TARGET = .2                                    # training reward; the report's figure shows when it is reached
+LEVELS, OTHER_LEVELS = (.7, .95), (.8, .98)    # ranges of diversity kept: of all verdicts, of a check
+REACHED = {"reward": "mean reachable reward", "heldout_reward": "mean reachable held-out reward"}   # gained
 MEASURES = ("reward", "heldout_reward", "unseen", "open_entropy", "entropy_kept", "pairwise", "vendi",
             "token_entropy", "kl_reverse", "kl_forward", "unreadable")
 FIELDS = ("divergence", "estimator", "beta", "schedule", "seed", *MEASURES, "base_reward",
           "base_heldout_reward", "curve", *sweep.STAMP)
-COLOURS = {"none": "black", "reverse_kl": "tab:blue", "forward_kl": "tab:orange", "js": "tab:green"}
+COLORS = {"none": "black", "reverse_kl": "tab:blue", "forward_kl": "tab:orange", "js": "tab:green"}
 
 
 @dataclass(frozen=True)
 class Config:
-    only: Literal["all", "runs", "figures"] = "all"  # runs, then figures and verdicts; or one of them
-    seeds: int = 5                     # of each cell
-    first_seed: int = 0                # the first of them; with a csv of its own, a test on new seeds
-    minutes: float = 0.0               # start no run after this; 0 = make all
-    jobs: int = 2                      # runs at a time, one thread each
-    device: Literal["cuda", "mps", "cpu"] = "cpu"  # tiny runs are as quick on a core as on a GPU alone
-    csv: str = "results/frontier.csv"  # one line a run
-    out: str = "out/frontier"          # run folders, removed when their line is written
+    only: Literal["all", "runs", "figures"] = option("all", "all: the runs, then the figures and the report")
+    seeds: int = option(5, "seeds of each cell", low=1, high=1000)
+    first_seed: int = option(0, "the lowest seed; with another csv, a test on new seeds", low=0)
+    minutes: float = option(0.0, "start no run after this time; 0: no limit", low=0)
+    jobs: int = option(2, "runs at a time, with one thread each", low=1)
+    device: Literal["cuda", "mps", "cpu"] = option("cpu", "a tiny run is as fast on one core as on a GPU")
+    csv: str = option("results/frontier.csv", "the file of results, one line for each run", ending=".csv")
+    out: str = option("out/frontier", "folder of the run folders; each is removed after its run", ending="")
 
 
 # ---- the runs ----------------------------------------------------------------------------------------------
 def cells(betas):
-    """(divergence, estimator, beta, schedule) of every cell with one of these betas (of a KL)."""
-    for b in betas:
-        for estimator in ESTIMATORS:
-            for d in DIVERGENCES:
-                yield d, estimator, b * STRENGTH[d], "constant"
+    """Yield (divergence, estimator, beta, schedule) of every cell with one of these betas of a KL."""
+    for b, estimator, d in itertools.product(betas, ESTIMATORS, DIVERGENCES):
+        yield d, estimator, b * STRENGTH[d], "constant"
     if SCHEDULED in betas:
         for d in DIVERGENCES:
             yield d, "sampled", SCHEDULED * STRENGTH[d], "linear"
@@ -89,23 +81,25 @@ def cells(betas):
 
 
 def plan(seeds, first=0):
-    """All (cell, seed): first 3 betas x 3 seeds, then all betas x 3 seeds, then all betas x all seeds."""
-    some, every = range(first, first + min(3, seeds)), range(first, first + seeds)
-    stages = [(BETAS[:3], some), (BETAS, some), (BETAS, every)]
-    return list(dict.fromkeys((cell, seed) for betas, some in stages for seed in some
-                              for cell in cells(betas)))
+    """Return all runs (cell, seed): 3 betas x 3 seeds, then all betas x 3 seeds, then all betas x all seeds.
+    Stopping early leaves a smaller but balanced experiment."""
+    few, every = range(first, first + min(3, seeds)), range(first, first + seeds)
+    stages = [(BETAS[:3], few), (BETAS, few), (BETAS, every)]
+    return list(dict.fromkeys((cell, s) for betas, some in stages for s in some for cell in cells(betas)))
 
 
 def load(path):
-    """Lines of the csv as dicts, numbers as floats; errors as sweep.load's."""
+    """Return the lines of the csv file at `path` as dicts. Raises UserError as sweep.load does."""
     return sweep.load(path, FIELDS, (*MEASURES, "beta", "base_reward", "base_heldout_reward"), key=5)
 
 
 def key(row):
+    """Return (cell, seed) of a line."""
     return (row["divergence"], row["estimator"], float(row["beta"]), row["schedule"]), row["seed"]
 
 
 def command(run, folder, device):
+    """Return the command line of a run (divergence, estimator, beta, schedule, seed)."""
     divergence, estimator, beta, schedule, seed = run
     falling = [f"--beta={2 * beta}", "--beta_schedule=linear", "--beta_end=0.0"]
     return [sys.executable, locate("train.py"), "configs/tiny_js.py", f"--divergence={divergence}",
@@ -114,26 +108,27 @@ def command(run, folder, device):
 
 
 def row_of(run, folder):
-    """What a finished run's folder says, as values of a line of the csv."""
+    """Return the values of a finished run's line in the csv file, up to its curve."""
     before, after = (sweep.evaluations(folder)[i] for i in (0, -1))
     with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
-        rewards = np.array([json.loads(text)["reward"] for text in file]).reshape(-1, 10).mean(1)  # of 10
+        rewards = np.array([json.loads(text)["reward"] for text in file]).reshape(-1, 10).mean(1)
     return [*run, *(round(after[m], 5) for m in MEASURES), round(before["reward"], 5),
             round(before["heldout_reward"], 5), " ".join(f"{r:.4f}" for r in rewards)]
 
 
 # ---- the statistics ----------------------------------------------------------------------------------------
 def gain(row, measure="reward"):
-    """What a run gained over its base."""
+    """Return the reward that a run gained over its base."""
     return row[measure] - row["base_" + measure]
 
 
 def entropy_kept(row):
+    """Return the diversity of a run, as a share of its base's."""
     return row["entropy_kept"]
 
 
 def complete(rows):
-    """(betas of a KL, seeds) of the largest block of which every cell was run: comparisons use only that."""
+    """Return (betas of a KL, seeds) of the largest block in which every cell has a run."""
     done, seeds = {key(r) for r in rows}, {r["seed"] for r in rows}
     blocks = [(BETAS[:n], [s for s in sorted(seeds) if all((cell, s) in done for cell in cells(BETAS[:n]))])
               for n in range(1, len(BETAS) + 1)]
@@ -141,41 +136,39 @@ def complete(rows):
 
 
 def frontier(rows, seed, divergence, estimator, betas, measure="reward", schedule="constant"):
-    """Points (diversity kept, gain) of one seed: these betas, the run without a divergence, and the base."""
+    """Return points (diversity kept, gain) of a seed: base, `none`, and the runs with these betas of a KL."""
     strengths = [b * STRENGTH[divergence] for b in betas]
     return [(1.0, 0.0)] + [
-        (r["entropy_kept"], gain(r, measure)) for r in rows if r["seed"] == seed and (
+        (entropy_kept(r), gain(r, measure)) for r in rows if r["seed"] == seed and (
             r["divergence"] == "none" or (r["divergence"], r["estimator"], r["schedule"]) ==
             (divergence, estimator, schedule) and r["beta"] in strengths)]
 
 
 def reachable(points, level):
-    """The largest gain at `level` of diversity or more, on the upper hull of the points: between two runs
-    lies what a coin attains that chooses between their policies for each prompt."""
+    """Return the largest gain at diversity `level` or more, on the upper convex hull of the points. A policy
+    between two runs exists: for each prompt, a coin chooses one of their policies."""
     best = max((g for k, g in points if k >= level), default=-np.inf)
     mixed = [g + (g2 - g) * (level - k) / (k2 - k) for k, g in points for k2, g2 in points if k < level <= k2]
     return max([best, *mixed])
 
 
 def area(points, levels=LEVELS):
-    """Mean of the reachable gain over a range of diversity kept: one number for a frontier."""
+    """Return one number for a frontier: its mean reachable gain over a range of diversity kept."""
     return float(np.mean([reachable(points, level) for level in np.linspace(*levels, 51)]))
 
 
 def reach(rows, seed, forms, betas, measure, levels=LEVELS, schedule="constant"):
-    """`area` of one seed, as a mean over some forms (divergence, estimator)."""
+    """Return the mean `area` of one seed over some forms (divergence, estimator)."""
     return np.mean([area(frontier(rows, seed, *form, betas, measure, schedule), levels) for form in forms])
 
 
 def verdicts(rows, levels=LEVELS):
-    """The claims and what the runs say: lines (claim, comparison, measure, difference, what is shown)."""
-    betas, seeds = complete(rows)
-    at = {key(r): r for r in rows}
-    out = []
+    """Return what the runs say about the claims: lines (claim, comparison, measure, difference, verdict)."""
+    (betas, seeds), at, out = complete(rows), {key(r): r for r in rows}, []
 
     def compare(claim, what, measure, difference):
         out.append((claim, what, measure, *stats.say([difference(s) for s in seeds])))
-    # (i): the same number as beta for all three. "Beats" asks for more of one and no less of the other.
+    # (i): all three get the same beta. To beat a KL means more reward and no less diversity.
     for b in sorted(set(betas) & {STRENGTH["js"] * b for b in betas}):
         for kl in DIVERGENCES[:2]:
             for name, value in (("reward gained", gain), ("diversity kept", entropy_kept)):
@@ -199,13 +192,13 @@ def verdicts(rows, levels=LEVELS):
 
 
 def afterwards(rows):
-    """Comparisons that nobody had stated before the runs were seen: lines of `verdicts` without a claim."""
+    """Return comparisons that were chosen after the runs were seen: lines of `verdicts` without a claim."""
     (betas, seeds), at, out = complete(rows), {key(r): r for r in rows}, []
     twice = [("forward_kl", "unbiased"), ("reverse_kl", "sampled")]            # one method
     pairs = [("one method run twice: unbiased forward_kl - sampled reverse_kl", twice[:1], twice[1:]),
-             ("the same function, less noise: exact forward_kl - those two",
+             ("the same function, less noise: exact forward_kl - the method run twice",
               [("forward_kl", "exact")], twice),
-             ("another function, also of single samples: unbiased reverse_kl - those two",
+             ("another function, also of single samples: unbiased reverse_kl - the method run twice",
               [("reverse_kl", "unbiased")], twice)]
     for a, b in (("exact", "sampled"), ("unbiased", "sampled"), ("exact", "unbiased")):
         pairs.append((f"{a} - {b}, mean over divergences",
@@ -218,7 +211,7 @@ def afterwards(rows):
             out.append((what, name, *stats.say([
                 reach(rows, s, one, betas, measure) - reach(rows, s, other, betas, measure) for s in seeds])))
     weak = [(d, "exact", b * STRENGTH[d], "constant") for d in DIVERGENCES for b in sorted(betas)[:2]]
-    for name, value in (("reward gained", gain), ("the same for the reader",
+    for name, value in (("reward gained", gain), ("held-out reward gained",
                         lambda r: gain(r, "heldout_reward")), ("diversity kept", entropy_kept)):
         out.append((f"none - the {len(weak)} weakest exact cells", name, *stats.say([
             value(at[("none", "sampled", 0.0, "constant"), s])
@@ -228,7 +221,7 @@ def afterwards(rows):
 
 # ---- the report --------------------------------------------------------------------------------------------
 def groups(rows):
-    """{cell: its lines}, in the order of DIVERGENCES, ESTIMATORS and beta."""
+    """Return {cell: its lines}, sorted by name and by beta, with the cell without a divergence last."""
     out = {}
     for r in sorted(rows, key=lambda r: (r["divergence"] == "none", r["divergence"], r["estimator"],
                                          r["schedule"], r["beta"])):
@@ -237,32 +230,29 @@ def groups(rows):
 
 
 def steps_to(row):
-    """The step by which the mean reward was TARGET or more for twice ten steps (once may be luck). If it
-    never was, that is all steps: too few, so a mean over such runs is a lower bound."""
+    """Return the step at which the mean reward has been at least TARGET in two blocks of ten steps in a row.
+    For a run that never reaches TARGET this is the number of its steps, so a mean is a lower bound."""
     over = np.array(row["curve"].split(), float) >= TARGET
     twice = over[1:] & over[:-1]
     return 10.0 * (twice.argmax() + 2 if twice.any() else len(over))
 
 
 def trace(axis, found, x, y, style="o-", legend=True):
-    """A line through a divergence's cells from weak to strong, with crosses of one standard deviation."""
-    for d, colour in COLOURS.items():
+    """Draw a line through the cells of each divergence, with crosses of one standard deviation."""
+    def deviation(values):
+        return np.nanstd(values, ddof=1) if np.isfinite(values).sum() > 1 else 0
+    for d, color in COLORS.items():
         cell = [(np.array([x(r) for r in rs]), np.array([y(r) for r in rs]))
                 for (name, *_), rs in found if name == d]
         if cell:
-            xs, ys = ([np.nanmean(v[i]) for v in cell] for i in (0, 1))
-            errors = [[np.nanstd(v[i], ddof=1) if np.isfinite(v[i]).sum() > 1 else 0 for v in cell]
-                      for i in (0, 1)]
-            axis.errorbar(xs, ys, errors[1], errors[0], fmt=style, ms=3, lw=1, elinewidth=.6,
-                          color=colour, label=d if legend else None)
+            (xs, ys), (dx, dy) = ([[f(v[i]) for v in cell] for i in (0, 1)] for f in (np.nanmean, deviation))
+            axis.errorbar(xs, ys, dy, dx, fmt=style, ms=3, lw=1, elinewidth=.6, color=color,
+                          label=d if legend else None)
 
 
 def figures(rows, folder):
-    """frontier.png: the main result. frontier_more.png: the other views. From the csv's lines alone, those
-    of the block that `complete` finds."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Write frontier.png, the main result, and frontier_more.png, further views, into `folder`."""
+    plt, kept, judged = stats.pyplot(), "open-attribute entropy kept", "judge reward gained"
     betas, seeds = complete(rows)
     known = {(cell, seed) for cell in cells(betas) for seed in seeds}
     found = list(groups([r for r in rows if key(r) in known]).items())
@@ -277,13 +267,12 @@ def figures(rows, folder):
         trace(axis, pick(estimator), entropy_kept, gain)
         axis.plot(1, 0, "s", color="grey", label="base")
         axis.axvspan(*LEVELS, color=".94", zorder=0, label="compared here")
-        axis.set(title=f"{estimator}, {title}", xlabel="open-attribute entropy kept")
-    axes[0].set_ylabel("judge reward gained")
+        axis.set(title=f"{estimator}, {title}", xlabel=kept)
+    axes[0].set_ylabel(judged)
     axes[0].legend(frameon=False)
     figure.savefig(os.path.join(folder, "frontier.png"), dpi=110)
     plt.close(figure)
 
-    kept, judged = "open-attribute entropy kept", "judge reward gained"
     same = set(BETAS) & {STRENGTH["js"] * b for b in BETAS}
     figure, axes = plt.subplots(2, 3, figsize=(14, 8.4), layout="constrained")
     for axis, js, title in ((axes[0, 0], 1, "one beta for all"),
@@ -292,17 +281,16 @@ def figures(rows, folder):
         axis.set(title=f"sampled, {title}", xlabel=kept, ylabel=judged)
     trace(axes[0, 2], pick("sampled"), lambda r: r["kl_reverse"], gain)
     trace(axes[0, 2], pick("exact")[:-1], lambda r: r["kl_reverse"], gain, "o--", legend=False)
-    axes[0, 2].set(title="reward and KL(policy || base); dashed: exact", xlabel="nat per picture",
+    axes[0, 2].set(title="reward and KL(policy || base); dashed: exact", xlabel="nat per image",
                    ylabel=judged, xscale="log")
     trace(axes[1, 0], pick(), gain, lambda r: gain(r, "heldout_reward"), "o")
-    axes[1, 0].set(title="what is trained and what is only watched", xlabel=judged,
-                   ylabel="reader's score gained")
+    axes[1, 0].set(title="trained and held-out reward", xlabel=judged, ylabel="reader reward gained")
     trace(axes[1, 1], pick("sampled"), lambda r: r["beta"] / STRENGTH.get(r["divergence"], 1), steps_to)
     axes[1, 1].set(title=f"steps to a training reward of {TARGET}; 120: never",
                    xlabel=f"beta (js / {STRENGTH['js']})", ylabel="steps")
     trace(axes[1, 2], [c for c in found if c[0][3] == "linear"], entropy_kept, gain, "o")
     trace(axes[1, 2], pick("sampled"), entropy_kept, gain, ":", legend=False)
-    axes[1, 2].set(title="a falling beta (dots) and constant ones (dotted)", xlabel=kept, ylabel=judged)
+    axes[1, 2].set(title="falling beta (dots), constant betas (dotted)", xlabel=kept, ylabel=judged)
     for axis in axes.flat:
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(os.path.join(folder, "frontier_more.png"), dpi=110)
@@ -310,7 +298,7 @@ def figures(rows, folder):
 
 
 def report(rows, path):
-    """frontier.md: the verdicts, the figures, then every cell."""
+    """Write the report frontier.md to `path`: the verdicts, the figures, then every cell."""
     betas, seeds = complete(rows)
     lines, others = verdicts(rows), verdicts(rows, OTHER_LEVELS)
     means = [[e] + [" / ".join(f"{np.mean([reach(rows, s, [(d, e)], betas, m) for s in seeds]):.3f}"
@@ -318,21 +306,20 @@ def report(rows, path):
     changed = [f"{a[0]} {a[1]}, {a[2]}: {a[4]} -> {b[4]}" for a, b in zip(lines, others) if a[4] != b[4]]
     with open(path, "w", encoding="utf-8") as file:
         file.write(
-            f"# Performance against diversity\n\nBy `python frontier.py --only=figures` from frontier.csv: "
-            f"{len(rows)} runs, device {rows[0]['device']}, base {rows[0]['base']}. Verdicts use the betas "
-            f"of a KL {sorted(betas)} (js x {STRENGTH['js']}) and the seeds {seeds}; frontier.py says what "
-            f"they mean.\n\n![reward against diversity](frontier.png)\n\n"
+            f"# Performance against diversity\n\nMade by `python -m lab.frontier --only=figures` from "
+            f"frontier.csv: {len(rows)} runs, device {rows[0]['device']}, base {rows[0]['base']}. Verdicts "
+            f"use the betas of a KL {sorted(betas)} (js x {STRENGTH['js']}) and the seeds {seeds}. The "
+            f"claims are stated in lab/frontier.py.\n\n![reward against diversity](frontier.png)\n\n"
             f"{stats.judged(lines, len(seeds))}\n\n"
             f"**Another range.** Frontiers are compared where {LEVELS[0]} to {LEVELS[1]} of the diversity is "
             f"kept. From {OTHER_LEVELS[0]} to {OTHER_LEVELS[1]} the verdicts are the same"
-            f"{' but for: ' * bool(changed)}{'; '.join(changed)}.\n\n"
-            f"The frontiers themselves, mean reachable reward and the same for the reader:\n\n"
-            f"{stats.table(['', *DIVERGENCES], means)}\n\n**Looked at afterwards,** so to be read as "
-            f"questions for new runs:\n\n"
-            f"{stats.table(stats.HEAD[1:], afterwards(rows))}\n\n"
+            f"{' except for: ' * bool(changed)}{'; '.join(changed)}.\n\n"
+            f"The frontiers themselves, as mean reachable reward / mean reachable held-out reward:\n\n"
+            f"{stats.table(['', *DIVERGENCES], means)}\n\n**Chosen after the runs were seen.** These "
+            f"comparisons are questions for new runs:\n\n{stats.table(stats.HEAD[1:], afterwards(rows))}\n\n"
             f"![more views](frontier_more.png)\n\n" +
             stats.table(["divergence", "estimator", "beta", "schedule", "seeds", "judge", "reader",
-                         "entropy kept", "Vendi score", "KL to the base, nat a picture"],
+                         "entropy kept", "Vendi score", "KL to the base, nat per image"],
                   [[d, e, f"{b:g}", how, str(len(rs))] + [stats.spread([r[m] for r in rs]) for m in (
                       "reward", "heldout_reward", "entropy_kept", "vendi", "kl_reverse")]
                    for (d, e, b, how), rs in groups(rows).items()]) + "\n")
@@ -340,15 +327,13 @@ def report(rows, path):
 
 def main(argv):
     cfg, _ = config.load(Config, argv)
-    check(cfg)
-    config.at_least(cfg, first_seed=0)
     if cfg.only != "figures":
         sweep.make(cfg, load(cfg.csv), [(*cell, seed) for cell, seed in plan(cfg.seeds, cfg.first_seed)],
                    FIELDS, lambda run, folder: command(run, folder, cfg.device), row_of)
     if cfg.only != "runs":
         rows, folder = load(cfg.csv), os.path.dirname(cfg.csv) or "."
         if not rows or not complete(rows)[1]:
-            raise UserError(f"{cfg.csv} has no seed yet with all cells; go on with python frontier.py")
+            raise UserError(f"{cfg.csv} has no seed with all cells yet. Continue with python -m lab.frontier")
         figures(rows, folder)
         report(rows, os.path.join(folder, "frontier.md"))
         print(open(os.path.join(folder, "frontier.md"), encoding="utf-8").read())

@@ -1,31 +1,43 @@
-"""Intervals, verdicts and tables of experiments with a few paired seeds."""
+"""Intervals, verdicts and tables for experiments with a few paired seeds.
+
+The methods of an experiment share their seeds, so the statistics are about differences d [n], one per seed.
+A difference is shown if two 95 % intervals of its mean exclude 0: the bootstrap's and Student's. The
+bootstrap's interval alone is too narrow for a few seeds (`false_alarms`).
+"""
 import functools
 import math
 
 import numpy as np
 
-
-# ---- the statistics ----------------------------------------------------------------------------------------
-def interval(d, resamples=10000):
-    """The 95 % percentile bootstrap interval of the mean of d [n], n seeds."""
-    means = np.random.RandomState(0).choice(d, (resamples, len(d))).mean(1)
-    return np.percentile(means, [2.5, 97.5])
+# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom.
+STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
+           2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
+           2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423)
+HEAD = ["claim", "difference of", "in", "mean [95 % bootstrap interval] [Student's], seeds that agree",
+        "shown"]
 
 
 @functools.cache
+def resamples(n):
+    """Return the seeds that each of 10,000 bootstrap resamples contains, as indices [n,10000]."""
+    return np.ascontiguousarray(np.random.RandomState(0).randint(0, n, (10000, n)).T)
+
+
+def interval(d):
+    """Return (low, high), the 95 % percentile bootstrap interval of the mean of d [n]."""
+    return np.percentile(d[resamples(len(d))].mean(0), [2.5, 97.5])
+
+
 def student(n):
-    """Half the width of Student's 95 % interval of the mean of n values, in standard errors."""
-    k, step = n - 1, 1e-4                                                  # degrees of freedom; of the sum
-    t = np.arange(step / 2, 20, step)
-    # density gamma((k+1)/2) / (gamma(k/2) sqrt(k pi)) (1 + t^2/k)^(-(k+1)/2); .475 of it lies in [0, half]
-    height = math.exp(math.lgamma((k + 1) / 2) - math.lgamma(k / 2)) / math.sqrt(k * math.pi)
-    return t[np.searchsorted(np.cumsum(height * step * (1 + t * t / k) ** (-(k + 1) / 2)), .475)]
+    """Return half the width of Student's 95 % interval of the mean of n >= 2 values, in standard errors.
+    Above 30 degrees of freedom k, the quantile is expanded in 1/k, with an error below 1e-4."""
+    k = n - 1
+    return STUDENT[k - 1] if k <= len(STUDENT) else 1.95996 + 2.3723 / k + 2.8225 / k ** 2
 
 
 def shows(d):
-    """Differences d [n] -> (low, high) of `interval`, (low, high) of Student, and what is shown: more, less,
-    or nothing, where one of them holds 0. Both are asked, as the bootstrap of few seeds is too sure of
-    itself."""
+    """Return the bootstrap's (low, high), Student's (low, high), and the verdict on differences d [n]: "more"
+    or "less" if both intervals exclude 0, else "not shown"."""
     error = student(len(d)) * d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else np.inf
     both = interval(d), (d.mean() - error, d.mean() + error)
     side = np.sign(d.mean()) * all(low > 0 or high < 0 for low, high in both)
@@ -33,46 +45,51 @@ def shows(d):
 
 
 def say(differences):
-    """Paired differences -> 'mean [bootstrap] [Student], seeds that agree with the mean', what it shows."""
+    """Return ('mean [bootstrap] [Student's], seeds with the sign of the mean', verdict) of n differences."""
     d = np.asarray(differences, float)
     *both, shown = shows(d)
     intervals = " ".join(f"[{low:+.3f}, {high:+.3f}]" for low, high in both)
     return f"{d.mean():+.3f} {intervals}, {(d * d.mean() > 0).sum()} of {len(d)}", shown
 
 
+@functools.cache
 def false_alarms(n, trials=1000):
-    """How often a bootstrap interval, and how often `shows`, finds something in n normal differences of mean
-    0, drawn `trials` times."""
+    """Return two shares of `trials` in which n normal differences of mean 0 seem to show something: by the
+    bootstrap interval alone, and by both intervals."""
     found = [shows(d) for d in np.random.RandomState(1).randn(trials, n)]
-    return (np.mean([low > 0 or high < 0 for (low, high), *_ in found]),
-            np.mean([what != "not shown" for *_, what in found]))
-
-
-HEAD = ["claim", "difference of", "in", "mean [95 % bootstrap interval] [Student's], seeds that agree",
-        "shown"]
+    alone = np.mean([low > 0 or high < 0 for (low, high), *_ in found])
+    return alone, np.mean([verdict != "not shown" for *_, verdict in found])
 
 
 def judged(lines, n):
-    """Lines (claim, comparison, measure, *say) over n seeds -> how far to trust them, and a table."""
+    """Return how far to trust lines (claim, comparison, measure, *say) over n seeds, and their table."""
     alone, both = false_alarms(n)
-    return (f"**How far to trust a line.** Resampling {n} seeds cannot show what a further seed would do: "
-            f"of {n} normal differences without effect, a bootstrap interval excludes 0 in "
-            f"{100 * alone:.0f} of 100 cases, not in 5 (sweep.false_alarms). So \"shown\" asks for Student's "
-            f"interval as well, which leaves {100 * both:.0f}: about {both * len(lines):.0f} of these "
-            f"{len(lines)} lines would still be \"shown\" if there were nothing at all. (The bootstrap "
-            f"stays, as it assumes no normal differences.) And all runs share one base, one judge, one set "
-            f"of hyperparameters, the prompts and the draws of the evaluations: a seed changes which "
-            f"captions are trained on and what is sampled there, and the intervals speak of that alone.\n\n"
-            f"{table(HEAD, lines)}")
+    return (f"**How far to trust a line.** Resampling {n} seeds cannot show what a further seed would do. "
+            f"For {n} normal differences without any effect, a bootstrap interval excludes 0 in "
+            f"{100 * alone:.0f} of 100 cases, not in 5 (`false_alarms` in lab/stats.py). So \"shown\" also "
+            f"requires Student's interval, which leaves {100 * both:.0f} of 100 cases. Without any effect, "
+            f"about {both * len(lines):.0f} of these {len(lines)} lines would still be \"shown\". The "
+            f"bootstrap interval stays because it does not assume normal differences. All runs share one "
+            f"base, one judge, one set of hyperparameters, and the prompts and random numbers of the "
+            f"evaluations. A seed changes only the training prompts and the training samples. The intervals "
+            f"cover only this variation.\n\n{table(HEAD, lines)}")
 
 
 def spread(values):
-    """'mean ± standard deviation'; '-' where a value is not a number."""
+    """Return 'mean ± standard deviation', or '-' if a value is not finite."""
     if not np.isfinite(values).all():
         return "-"
     return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
 def table(head, lines):
-    """Rows of words and numbers -> a table in Markdown."""
+    """Return a Markdown table of rows of words and numbers."""
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *lines])
+
+
+def pyplot():
+    """Return matplotlib.pyplot, set to draw into files. Its import is slow, so it is not at the top."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt

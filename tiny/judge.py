@@ -1,19 +1,33 @@
-"""The two rewards of the tiny world: `Judge`, a learned opinion that can be hacked, and `reader`, which is exact."""
+"""The two rewards of the tiny world: a judge that is learned and can be hacked, and a reader that is exact.
+
+  judge    The cosine of an image and its prompt, under a small model like CLIP. pretrain.py trains it. It is
+           a learned reward, as HPS and CLIPScore are. Such a reward is good on images like those of its
+           training. On other images it has errors, and a policy that maximizes the reward can exploit them.
+           This is reward hacking.
+  reader   1 if the image shows exactly what the prompt says, otherwise 0. It is a verifiable reward. It reads
+           the image by geometry (shapes.py), and nothing in it is learned.
+
+By default a run trains on the judge, and the reader is the held-out reward. If the judge's reward rises while
+the reader's falls, the policy hacks the judge. In exercise 5 a student hacks the judge on purpose.
+
+The judge has two encoders into one space of unit vectors, as CLIP has (arXiv 2103.00020). It is trained with
+the sigmoid loss of SigLIP (arXiv 2303.15343 eq. 1).
+  images [B,3,32,32] -> 3 convolutions of stride 2 -> 2 linear layers -> [B,D]
+  N texts -> features of words (text.py) -> 2 linear layers -> sum over words -> 2 linear layers -> [N,D]
+
+Symbols: B images, N texts, D = 64 numbers of a unit vector.
+"""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tiny import shapes
-from tiny import text
+from tiny import shapes, text
 
 
 class Judge(nn.Module):
-    """Two encoders into one space, arXiv 2103.00020, trained with the sigmoid loss of SigLIP,
-    arXiv 2303.15343 eq. 1."""
-
     def __init__(self, width=64, caption_dim=text.DIM):
         super().__init__()
-        self.image = nn.Sequential(                                        # [B,3,32,32] -> [B,width]
+        self.image = nn.Sequential(                                        # [B,3,32,32] -> [B,D]
             nn.Conv2d(3, 32, 4, 2, 1), nn.GELU(), nn.Conv2d(32, 64, 4, 2, 1), nn.GELU(),
             nn.Conv2d(64, 64, 3, 2, 1), nn.GELU(), nn.Flatten(),
             nn.Linear(64 * 16, 128), nn.GELU(), nn.Linear(128, width))
@@ -22,36 +36,43 @@ class Judge(nn.Module):
         self.scale, self.bias = nn.Parameter(torch.tensor(2.3)), nn.Parameter(torch.tensor(-4.))
 
     def embed_images(self, images):
-        """images [B,3,32,32] in [-1,1] -> unit vectors [B,width]; evaluate.py's diversity uses them too."""
+        """Map images [B,3,32,32] in [-1,1] to unit vectors [B,D], on which evaluation measures diversity."""
         return F.normalize(self.image(images.clamp(-1, 1)), dim=1)
 
     def activations(self, images):
-        """What the three convolutions see: list of [B,C,h,w]."""
-        x, found = images.clamp(-1, 1), []
+        """Return the outputs of the three convolutions, a list of [B,C,h,w]. VA-pi compares them."""
+        x, outputs = images.clamp(-1, 1), []
         for layer in self.image[:6]:
             x = layer(x)
-            found += [x] if isinstance(layer, nn.GELU) else []
-        return found
+            outputs += [x] if isinstance(layer, nn.GELU) else []
+        return outputs
 
-    def embed_captions(self, captions):
-        """B captions -> unit vectors [B,width]. Words are summed, so order reaches us by their features."""
-        features, mask = text.encode(captions, self.scale.device, times=1)
+    def embed_captions(self, texts):
+        """Map N texts to unit vectors [N,D]. In the sum over words only their features know their order."""
+        features, mask = text.encode(texts, self.scale.device, times=1)
         words = self.word(features.to(self.scale.dtype)) * mask[..., None]
         return F.normalize(self.caption(words.sum(1)), dim=1)
 
     def loss(self, images, captions, truth):
-        """truth [B,N] in {0,1}: is caption n true of image b? -> mean over pairs of
-        -log sigmoid(+-(s cos + bias))."""
+        """Return the loss (a scalar) on all pairs of B images and N captions.
+
+        truth [B,N]: 1 where a caption is true of an image, else 0. The loss is the mean over all pairs of
+        -log sigmoid(z (exp(scale) cosine + bias)), where z is 1 for a true pair and -1 for a false pair.
+        SigLIP divides the sum over pairs by B instead of B N.
+        """
         logits = self.scale.exp() * self.embed_images(images) @ self.embed_captions(captions).T + self.bias
         return F.binary_cross_entropy_with_logits(logits, truth)
 
     @torch.no_grad()
-    def forward(self, images, captions):
-        """The reward: cosine in [-1,1] of each image [B,3,32,32] with its own caption -> [B]."""
-        return (self.embed_images(images) * self.embed_captions(captions)).sum(1)
+    def forward(self, images, prompts):
+        """Return the reward of each image [B,3,32,32] for its own prompt: their cosine in [-1,1], [B]."""
+        return (self.embed_images(images) * self.embed_captions(prompts)).sum(1)
 
 
-def reader(images, captions):
-    """1.0 where the exact reader finds just what the caption says, else 0.0 -> [B]. Grammar captions only."""
-    right = [shapes.matches(s, shapes.parse(c)) for s, c in zip(shapes.read(images), captions)]
+def reader(images, prompts):
+    """Return the exact reward [B]: 1.0 where an image [B,3,32,32] shows just what its prompt says, else 0.0.
+
+    Raises UserError for a prompt that is not of the world's grammar (shapes.CAPTIONS).
+    """
+    right = [shapes.matches(s, shapes.parse(p)) for s, p in zip(shapes.read(images), prompts)]
     return torch.tensor(right, dtype=torch.float, device=images.device)

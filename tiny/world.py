@@ -1,66 +1,68 @@
-"""The tiny world as train.py sees it: its models, captions, rewards, and what else can be measured there.
+"""The tiny world: its prompts, its rewards, what can be measured in it, and its models.
 
-A *world* is all that a run needs besides the algorithm. train.py and evaluate.py ask for these, and for
-nothing else, so llamagen.py can put real weights and real captions in its place:
+    World       prompts and rewards; common/interfaces.py says what a world offers
+    Pipeline    policy, reference and tokenizer, from a base that pretrain.py made or from a run
+    Images      rendered images with their captions, for algorithms that learn from images (vapi.py)
 
-    policy, reference, vqgan     the model to train, its frozen copy, the tokenizer
-    rewards                      {"reward": f, "heldout_reward": f}, functions (images, captions) -> [B]
-    draw(n)                      n training captions, by Python's random stream
-    encode(captions)             features [P,L,C] and mask [P,L], the conditions of the policy
-    autocast                     context in which policy and reference run: bfloat16, if the run wants it
-    decode(tokens)               tokens [B,T] -> images [B,3,H,W]
-    embed(images)                images -> unit vectors [B,d], for diversity
-    fixed_prompts(n)             the captions of every evaluation
-    extra(...)                   further measurements of an evaluation
-    picture(path, columns)       a grid of an evaluation's pictures
-and, for vapi.py alone,
-    draw_pictures(n)             n training pictures (caption, what `load` takes), by Python's random stream
-    load(items)                  these -> images [n,3,H,W] in [-1,1]
-    held_back_pictures()         captions and images that are never trained on
-    perceptual(images, originals)  a distance, of each to its own or of all to one -> [b]
-
-Because every attribute of a tiny picture can be read exactly, this world adds to an evaluation:
+Every attribute of a tiny image can be read exactly. So this world adds to an evaluation:
   reward/single ...   rewards by category
-  unseen              held-out reward on captions with a pair (shapes.HELD_OUT) that the policy has never seen
-  open_entropy        nat; sum over the attributes that the caption leaves open (shapes.open_attributes) of
-                      the entropy of their values. Always of 64 pictures: the plug-in estimate is biased, by
-                      about (values-1)/(2*64) each, so it compares only at equal numbers. Pictures that are
-                      unreadable or show too few objects do not enter; `unreadable` is their share. A prompt
-                      with fewer than 64 others has no entropy
+  unseen              held-out reward of prompts with a pair that the policy has never seen (shapes.HELD_OUT)
+  open_entropy        nat; sum over the attributes that the prompt leaves open (shapes.open_attributes) of the
+                      entropy of their values. It is always of 64 images: the plug-in estimate is biased by
+                      about (values - 1) / (2 * 64) for each attribute, so it compares only at equal numbers.
+                      Images that are unreadable or show too few objects do not count. A prompt with fewer
+                      than 64 usable images has no entropy
+  unreadable          the share of images that do not count
   entropy_kept        open_entropy as a share of the base's, on the prompts where both have one
-and to one of a run of vapi.py, which has pictures of its own:
-  reconstruction      mean reward of samples of held-back pictures (vapi.py)
-  frechet, precision, recall   of the drawn pictures against as many rendered ones of the same captions, in
-                      the judge's features (evaluate.py)
+and in a run that learns from images:
+  frechet, precision, recall   of the sampled images against as many rendered images of the same prompts, in
+                      the judge's features (metrics.py)
 """
+import copy
 import math
 import os
 import random
 from collections import Counter
+from dataclasses import dataclass
 
-import torch
-
-from common import files
-import evaluate
-from common import images as pictures
+import metrics
 import reward
-from tiny import shapes
-from tiny import text
-import vapi
-from common.config import UserError, locate
+from common import files, images
+from common.config import UserError, locate, option
 from common.device import freeze
+from common.interfaces import Conditions
 from model import GPT, GPTConfig
+from tiny import shapes, text
 from tiny.judge import Judge, reader
 from vqgan import VQGAN, VQConfig
-import metrics
 
-COUNTED = 64                    # readable pictures a prompt that enter open_entropy
-HELD_BACK = 128                 # pictures that `reconstruction` of vapi.py looks at
-UNSEEN_DRAWS = 8                # draws a prompt for captions with held-out pairs
+REWARDS = ("judge", "reader")
+COUNTED = 64                    # readable images of a prompt that enter open_entropy
+HELD_BACK = 128                 # images for `reconstruction` in vapi.py
+UNSEEN_DRAWS = 8                # images of each prompt with a held-out pair
+
+
+@dataclass(frozen=True)
+class Options:
+    """---- tiny world"""
+    init_from: str = option("assets/tiny_base.pt", "a base made by pretrain.py, or a run", ending="")
+
+    def check(cfg):
+        reward.check(cfg, REWARDS)
+        if cfg.eval_draws < COUNTED:
+            raise UserError(f"--eval_draws must be at least {COUNTED} in the tiny world, got "
+                            f"{cfg.eval_draws}: fewer images give no open_entropy")
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """---- images of the tiny world"""
+    wrong_captions: float = option(0.2, "share of images with another image's caption, as for the base",
+                                   low=0, high=1)
 
 
 def fixed_prompts(per_category, heldout=False):
-    """The same captions whoever asks: `per_category` of each category, drawn with their own generator."""
+    """The same prompts for every caller: `per_category` of each category, with a generator of their own."""
     rng = random.Random(1234)
     pools = [shapes.captions(category, heldout) for category in shapes.CATEGORIES]
     return [c for pool in pools for c in rng.sample(pool, min(per_category, len(pool)))]
@@ -72,8 +74,7 @@ def entropy(values):
 
 
 def open_entropy(scenes, caption):
-    """(entropy in nat or None, unreadable): of the first 64 usable scenes of one prompt, and how many were
-    not."""
+    """(entropy in nat of the first 64 usable scenes of one prompt or None, number of unusable scenes)."""
     found = [shapes.open_attributes(s, caption) for s in scenes]
     usable = [f for f in found if f is not None]
     if len(usable) < COUNTED:
@@ -82,14 +83,14 @@ def open_entropy(scenes, caption):
 
 
 def load_models(path, device, depth=0):
-    """Policy, tokenizer, judge (fp32, eval mode) and the run's options ({} for a base), all on `device`.
+    """(policy, tokenizer, judge, options of the run), in fp32 and eval mode. The options of a base are {}.
 
-    path: a base made by pretrain.py, a run's folder, or a checkpoint in one. depth: how many runs led here
-    by their init_from. Raises UserError.
+    path: a base made by pretrain.py, a run folder, or a checkpoint. depth: how many runs led here by their
+    init_from. Raises UserError.
     """
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     if depth > 9:
-        raise UserError(f"{path}: its init_from leads in a circle, never to a base")
+        raise UserError(f"{path}: its init_from leads in a circle and never to a base")
     parts = files.load(path, device)
     if {"gpt", "vqgan", "judge"} <= set(parts):
         return (files.unpack(GPT, GPTConfig, parts["gpt"], device, path),
@@ -98,107 +99,120 @@ def load_models(path, device, depth=0):
     try:
         begin, state = locate(parts["config"]["init_from"]), parts["model"]
     except (KeyError, TypeError):
-        raise UserError(f"{path} is no base or run of this version: it lacks gpt, vqgan and judge, or config "
-                        f"and model") from None
+        raise UserError(f"{path} is no base or run of this version: it lacks gpt, vqgan and judge, or "
+                        f"config and model") from None
     policy, vqgan, judge, _ = load_models(begin, device, depth + 1)
     files.load_weights(policy, state, path)
     return policy, vqgan, judge, parts["config"]
 
 
 class World:
-    columns = ["unseen", "open_entropy", "entropy_kept", "unreadable"]           # of `extra`, in the tables
-    from_pictures = ["reconstruction", "frechet", "precision", "recall"]         # with vapi, these as well
+    """Prompts and rewards. judge: a tiny.judge.Judge. with_images: the algorithm learns from images."""
 
-    def __init__(self, options, device):
-        """options: those of train.py; a base or a run of the tiny world is at options.init_from."""
-        if options.eval_draws < COUNTED:
-            raise UserError(f"eval_draws must be at least {COUNTED} in the tiny world, not "
-                            f"{options.eval_draws}: fewer pictures give no open_entropy")
-        path = locate(options.init_from)
-        self.device = device
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16")
-        self.policy, self.vqgan, self.judge, _ = load_models(path, device)
-        self.reference = load_models(path, device)[0]
-        freeze(self.reference, options.dtype)
-        for module in (self.vqgan, self.judge):            # used outside autocast, so never in bfloat16
-            freeze(module, "float64" if options.dtype == "float64" else "float32")
-        if options.dtype == "float64":
-            self.policy.double()
-        functions = reward.REWARDS | {"judge": self.judge, "reader": reader}
-        self.rewards = {name: reward.build(reward.parse(getattr(options, name)), functions)
-                        for name in ("reward", "heldout_reward")}
+    def __init__(self, options, judge, device, with_images=False):
+        self.judge = judge
+        known = {"judge": judge, "reader": reader} | reward.REWARDS
+        self.reward = reward.weighted(options.reward, known)
+        self.heldout = reward.weighted(options.heldout_reward, known)
         self.pools = [shapes.captions(category) for category in shapes.CATEGORIES]
-        self.vapi, self.wrong_captions = options.algorithm == "vapi", options.wrong_captions
-        self.columns = self.columns + self.from_pictures * self.vapi
+        self.images = Images(options.wrong_captions, self, device) if with_images else None
+        self.columns = ["unseen", "open_entropy", "entropy_kept", "unreadable"]
+        self.columns += ["reconstruction", "frechet", "precision", "recall"] if with_images else []
 
     def draw(self, n):
         return [random.choice(random.choice(self.pools)) for _ in range(n)]
 
-    def draw_pictures(self, n):
-        drawn = shapes.random_scenes(n, random)
-        return [(self.draw(1)[0] if random.random() < self.wrong_captions else caption.text, scene)
-                for caption, scene in drawn]
-
-    def load(self, scenes):
-        return shapes.render(scenes).to(self.device, self.policy.norm.weight.dtype)
-
-    def held_back_pictures(self):
-        captions, scenes = zip(*shapes.random_scenes(HELD_BACK, random.Random(4321)))
-        return [c.text for c in captions], self.load(scenes)
-
-    def perceptual(self, images, originals):
-        return vapi.lpips_of(self.judge.activations, images, originals)
-
-    def encode(self, captions):
-        features, mask = text.encode(captions, self.device)
-        return features.to(self.policy.norm.weight.dtype), mask
-
-    def decode(self, tokens):
-        return self.vqgan.decode(tokens)
+    fixed_prompts = staticmethod(fixed_prompts)
 
     def embed(self, images):
         return self.judge.embed_images(images)
 
-    fixed_prompts = staticmethod(fixed_prompts)
-
-    def extra(self, policy, prompts, scores, images, base, **sampling):
-        """The measurements named above. prompts: captions, each drawn equally often; scores {name: [P,n]};
-        base: results of the same evaluation for the base, or None."""
-        out, draws = {}, len(images) // len(prompts)
+    def measure(self, prompts, pixels, rewards, base, sample):
+        out, draws = {}, len(pixels) // len(prompts)
         for category in shapes.CATEGORIES:
             rows = [i for i, p in enumerate(prompts) if shapes.parse(p).category == category]
-            out |= {f"{name}/{category}": s[rows].mean().item() for name, s in scores.items()}
+            out |= {f"{name}/{category}": r[rows].mean().item() for name, r in rewards.items()}
         unseen = fixed_prompts(len(prompts) // len(shapes.CATEGORIES), heldout=True)
-        _, others = evaluate.draw(self, policy, unseen, UNSEEN_DRAWS, seed=1, **sampling)
-        out["unseen"] = self.rewards["heldout_reward"](
-            others, [p for p in unseen for _ in range(UNSEEN_DRAWS)]).mean().item()
-        scenes = shapes.read(images)
+        out["unseen"] = self.heldout(sample(unseen, UNSEEN_DRAWS),
+                                     [p for p in unseen for _ in range(UNSEEN_DRAWS)]).mean().item()
+        scenes = shapes.read(pixels)
         measured = [open_entropy(scenes[i * draws:(i + 1) * draws], shapes.parse(p))
                     for i, p in enumerate(prompts)]
         per_prompt = out["open_entropy_of"] = [h for h, _ in measured]
         known = [h for h in per_prompt if h is not None]
-        out["open_entropy"] = sum(known) / len(known) if known else float("nan")
+        out["open_entropy"] = sum(known) / len(known) if known else math.nan
         both = [(h, b) for h, b in zip(per_prompt, base["open_entropy_of"] if base else per_prompt)
                 if h is not None and b is not None]
-        out["entropy_kept"] = sum(h for h, _ in both) / sum(b for _, b in both) if both else float("nan")
+        out["entropy_kept"] = sum(h for h, _ in both) / sum(b for _, b in both) if both else math.nan
         out["unreadable"] = sum(n for _, n in measured) / len(scenes)
-        if self.vapi:
+        if self.images:
             rng = random.Random(1234)
-            real = self.embed(self.load([shapes.sample_scene(shapes.parse(p), rng) for p in prompts
-                                         for _ in range(draws)]))
-            drawn = self.embed(images)
-            out["reconstruction"] = vapi.reconstruction(self, policy, sampling["temperature"])
-            out["frechet"] = metrics.frechet(real, drawn)
-            out["precision"], out["recall"] = metrics.precision_recall(real, drawn)
+            real = self.embed(self.images.load([shapes.sample_scene(shapes.parse(p), rng) for p in prompts
+                                                for _ in range(draws)]))
+            sampled = self.embed(pixels)
+            out["frechet"] = metrics.frechet(real, sampled)
+            out["precision"], out["recall"] = metrics.precision_recall(real, sampled)
         return out
 
-    def picture(self, path, prompts, columns, a_row=2):
-        """A grid: a row a prompt (two of each category), side by side the first pictures of each (heading,
-        images); a frame is green where the reader finds what the caption says."""
+    def picture(self, path, prompts, columns, rows_of_category=2):
+        """Write a grid: a row for each prompt, two of each category, and side by side the first images of
+        each column (heading, images). A frame is green where the reader finds what the prompt says."""
         draws, shown = len(columns[0][1]) // len(prompts), max(3, 8 // len(columns))
-        each, rows = len(prompts) // len(shapes.CATEGORIES), []
-        for i, caption in enumerate(prompts):
-            if i % each < a_row:
-                groups = [images[i * draws:i * draws + shown] for _, images in columns]
-                rows.append((caption, groups, [reader(g, [caption] * shown) for g in groups]))
-        pictures.grid(rows, path, [heading for heading, _ in columns])
+        of_category, rows = len(prompts) // len(shapes.CATEGORIES), []
+        for i, prompt in enumerate(prompts):
+            if i % of_category < rows_of_category:
+                groups = [pixels[i * draws:i * draws + shown] for _, pixels in columns]
+                rows.append((prompt, groups, [reader(g, [prompt] * shown) for g in groups]))
+        images.grid(rows, path, [heading for heading, _ in columns])
+
+
+class Images:
+    """Rendered images with their captions."""
+
+    def __init__(self, wrong_captions, world, device):
+        self.wrong_captions, self.world, self.device = wrong_captions, world, device
+
+    def draw(self, n):
+        drawn = shapes.random_scenes(n, random)
+        return [(self.world.draw(1)[0] if random.random() < self.wrong_captions else caption.text, scene)
+                for caption, scene in drawn]
+
+    def load(self, scenes):
+        return shapes.render(scenes).to(self.device)
+
+    def held_back(self):
+        captions, scenes = zip(*shapes.random_scenes(HELD_BACK, random.Random(4321)))
+        return [c.text for c in captions], self.load(scenes)
+
+    def perceptual(self, images, originals):
+        """LPIPS on the judge's three convolutions. They were trained to tell captions apart. So they see
+        shape, color and number, at a precision of a few pixels, and hardly the noise within a plain area,
+        which the squared error counts."""
+        return metrics.lpips(self.world.judge.activations, images, originals)
+
+
+class Pipeline:
+    """Policy, reference and tokenizer of the tiny world, and the features of its prompts."""
+
+    def __init__(self, policy, vqgan, device, dtype="float32"):
+        self.policy, self.vqgan, self.device = policy, vqgan, device
+        self.reference = freeze(copy.deepcopy(policy), dtype)
+        freeze(vqgan)                                          # runs outside autocast, so never in bfloat16
+        self.policy.bf16 = self.reference.bf16 = dtype == "bfloat16"
+        self.tokens, self.codebook = policy.config.block_size, vqgan.codes()
+
+    def encode(self, prompts):
+        return Conditions(*text.encode(prompts, self.device))
+
+    def decode(self, tokens):
+        return self.vqgan.decode(tokens)
+
+    def encode_images(self, images):
+        return self.vqgan.encode(images)
+
+
+def open_world(options, device, with_images=False):
+    """(World, Pipeline) of the options above. Raises UserError for a base that cannot be loaded."""
+    policy, vqgan, judge, _ = load_models(locate(options.init_from), device)
+    return (World(options, freeze(judge), device, with_images),
+            Pipeline(policy, vqgan, device, options.dtype))

@@ -251,7 +251,7 @@ PROCESSES = [                                  # (words, a part of the one line)
      "files are missing"),
     ("train.py --out_dir=DIR --init_from=assets/prompts.txt", "damaged"),
     ("train.py --seed=0x" + "f" * 9000, "seed"), ("sample.py --n=0", "n must be"),
-    ("sample.py --ckpt=BROKEN", "damaged"), ("sample.py --prompt=;", "caption is empty"),
+    ("sample.py --ckpt=BROKEN", "damaged"), ("sample.py --prompt=;", "prompt is empty"),
     ("sample.py --out=x.xyz", ".png"),
     ("sample.py --gpt_ckpt=README.md --weights=DIR", "1 of 2 files are missing"),
     ("sample.py --prompt=\udcff", "no word"), ("evaluate.py", "name at least one run"),

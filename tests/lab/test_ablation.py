@@ -1,23 +1,23 @@
 """python -m pytest tests/lab/test_ablation.py
 
-The bookkeeping and the verdicts of ablation.py, on a csv in which the answer was put by hand.
+These tests check the bookkeeping and the verdicts of lab/ablation.py on csv files with known answers.
 """
 import csv
 import os
 
 import pytest
 
-from lab import ablation
-from lab import sweep
-import train
+import evaluate
+from common import config
 from common.config import UserError
-from common.config import load as options
+from lab import ablation, sweep
 
 
 @pytest.fixture
 def finished(tmp_path):
-    """The reward alone loses .1 of the reader's score, prior and noise change nothing, both together win .2
-    at their own temperature; but the best setting of the base is as good as that of the trained policies."""
+    """Return a folder with csv files. The reward alone loses .1 of the reader reward. The prior alone changes
+    nothing. Both together gain .2 at their own temperature, with noise .1 as well. But under its best setting
+    the base is as good as the trained policies."""
     gains = {"reward only": -.1, "perceptual only": -.1, "all": .2, "all, noise .5": -.3, "calibrated": -.05}
     with open(tmp_path / "ablation.csv", "w", newline="", encoding="utf-8") as file:
         out = csv.DictWriter(file, ablation.FIELDS)
@@ -74,8 +74,7 @@ def test_an_unfinished_csv_has_no_verdicts(finished):
 def test_commands_are_runs_that_train_understands():
     arms = {}
     for arm in ablation.ARMS:
-        cfg, _ = options(train.Config, ablation.command((arm, 3), "out/x", "cpu")[2:])
-        train.check(cfg)
+        cfg, _ = config.load(evaluate.options, ablation.command((arm, 3), "out/x", "cpu")[2:])
         assert cfg.seed == 3 and cfg.algorithm == "vapi" and cfg.eval_interval == cfg.max_steps
         arms[arm] = cfg
     assert arms["all"].temperature == ablation.BROAD and arms["calibrated"].temperature == 1

@@ -1,15 +1,14 @@
 """python -m pytest tests/lab/test_bench.py
 
-bench.py compares model.py with the usual way of running the same weights. A comparison of speed means
-something only if both compute the same: that is what is tested here, in the released layout (120 caption
-features of width 2,048, heads 64 wide), on random weights.
+lab/bench.py compares the speed of model.py with the plain path of lab/plain.py. The comparison is valid only
+if both compute the same. These tests check this on random weights in the released layout: 120 prompt features
+of width 2,048, and heads of width 64.
 """
 import pytest
 import torch
 from torch.testing import assert_close
 
-from lab import bench
-from lab import measure
+from lab import bench, measure
 
 CPU = torch.device("cpu")
 LAYOUT = dict(n_layer=3, n_head=2, dim=128, vocab_size=512, block_size=64)         # the rest is as released
@@ -18,7 +17,7 @@ LAYOUT = dict(n_layer=3, n_head=2, dim=128, vocab_size=512, block_size=64)      
 def setup(dtype=torch.float32, n=2, samples=3, scale=4):
     torch.manual_seed(0)
     gpt = bench.build("", CPU, dtype, **LAYOUT)
-    for p in gpt.parameters():                     # larger weights: attention that is far from a plain mean
+    for p in gpt.parameters():                     # with larger weights, attention is far from a plain mean
         if p.dim() == 2:
             p.mul_(scale)
     return gpt, bench.Plain(gpt), bench.prompts(gpt, n, CPU, dtype, samples)
@@ -27,14 +26,13 @@ def setup(dtype=torch.float32, n=2, samples=3, scale=4):
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("cfg_scale", [1.0, 7.5])
 def test_both_paths_give_the_same_logits(cfg_scale, dtype, error):
-    """error: in units of the largest logit, as guidance at 7.5 makes large ones, and rounding grows with
-    them."""
+    """error is in units of the largest logit: guidance makes large logits, and rounding grows with them."""
     gpt, plain, cond = setup(dtype)
     tokens = torch.randint(512, (6, 64))
     a, b = gpt(tokens, *cond, cfg_scale=cfg_scale), plain.forward(tokens, *cond, cfg_scale)
     assert b.std() > .5
     assert_close(a, b, rtol=0, atol=error * max(1, b.abs().max().item()))
-    # and the image does look at its caption and at itself
+    # The logits depend on the prompt.
     assert (plain.forward(tokens, cond[0].flip(0), *cond[1:], cfg_scale) - b).abs().max() > .1
 
 
@@ -47,7 +45,7 @@ def test_both_paths_draw_the_same_tokens(cfg_scale):
 
 
 def test_bf16_is_no_further_from_the_truth_than_the_plain_path():
-    """log n is rounded in bf16, the plain path's zero scores are not: this must not be what limits us."""
+    """bf16 rounds log n in model.py, while the plain path has exact zeros. This error must not dominate."""
     gpt, plain, cond = setup(torch.float32)
     tokens = torch.randint(512, (6, 64))
     truth = gpt(tokens, *cond)
@@ -69,6 +67,6 @@ def test_peak_bytes_counts_what_is_alive_at_once():
 def test_sampling_memory_is_linear_in_images_with_the_slope_of_the_cache():
     gpt, _, _ = setup()
     few, many = (measure.peak_bytes(lambda: gpt.generate(*bench.prompts(gpt, 1, CPU, torch.float32, n)), CPU)
-                 for n in (16, 32))                                    # with fewer, reading the caption peaks
+                 for n in (16, 32))                                    # below 16, reading the prompt peaks
     cache = 2 * 4 * 64 * 128 * 3                                        # k and v, fp32, T, D, layers
     assert (many - few) / 16 == pytest.approx(cache, rel=.25)

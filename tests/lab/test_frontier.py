@@ -1,25 +1,30 @@
 """python -m pytest tests/lab/test_frontier.py
 
-The statistics on points that can be checked by hand, and the bookkeeping: nothing made twice, nothing mixed.
+These tests check the statistics on points that can be computed by hand, and the bookkeeping: no run is made
+twice, and no csv file mixes runs that cannot be compared.
 """
 import csv
 import fcntl
 import itertools
 import json
+import math
 import os
 import sys
 
+import numpy as np
 import pytest
 
-from lab import frontier
-from lab import sweep
+import evaluate
+from common import config
 from common.config import Fault, UserError
+from common.run import schedule
+from lab import frontier, sweep
 from lab.frontier import area, cells, complete, key, load, plan, reachable, steps_to
 from lab.stats import false_alarms, judged, say, student
 
 
 def line(cell, seed, reward=.2, kept=.9, **more):
-    """A csv line as `load` returns it."""
+    """Return a line of the csv file as `load` returns it."""
     row = dict.fromkeys(frontier.MEASURES, 0.) | dict(zip(frontier.FIELDS[:5], (*cell, seed)))
     return row | dict(reward=reward, heldout_reward=reward, entropy_kept=kept, base_reward=.1, kl_reverse=1.,
                       base_heldout_reward=.1, curve=" ".join(["0.1"] * 6 + ["0.3"] * 6), minutes="2",
@@ -35,7 +40,7 @@ def test_the_plan_has_every_cell_once_and_is_balanced_from_the_start():
         betas = {c[2] for c, _ in first if c[:2] == (d, e) and c[3] == "constant"}
         assert len(betas) == 3 and sum(c[:2] == (d, e) and c[3] == "constant" for c, _ in first) == 9
     assert [(cell, seed + 5) for cell, seed in runs] == plan(5, first=5)
-    # what is compared at one beta must be there at that beta
+    # claim (i) needs runs of all divergences at the same beta
     assert {.125, .5} <= {c[2] for c, _ in first if c[0] == "js"} & {c[2] for c, _ in first if c[0] != "js"}
 
 
@@ -54,26 +59,36 @@ def test_intervals():
     assert text == "+0.100 [+0.100, +0.100] [+0.100, +0.100], 3 of 3" and shown == "more"
     assert say([-.2, -.1, -.15, -.1])[1] == "less" and say([-.2, .1, .15, -.1])[1] == "not shown"
     assert say([.3, .1, .2, -.1])[0].endswith("3 of 4") and say([-.3, .1])[0].endswith("1 of 2")
-    # three that agree are enough for the bootstrap, but Student's interval holds 0: the standard error is
-    # .1528 / sqrt(3) = .0882, times 4.303
+    # Three seeds that agree are enough for the bootstrap, but Student's interval contains 0: the standard
+    # error is .1528 / sqrt(3) = .0882, times 4.303.
     text, shown = say([.1, .2, .4])
     assert text == "+0.233 [+0.100, +0.400] [-0.146, +0.613], 3 of 3" and shown == "not shown"
-    assert say([.1])[1] == "not shown"                                    # one seed shows nothing
+    assert say([.1])[1] == "not shown"
 
 
 @pytest.mark.parametrize("n, half", [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (101, 1.984)])
 def test_student(n, half):
-    """Against the printed tables."""
-    assert student(n) == pytest.approx(half, abs=2e-3)
+    """The values of printed tables."""
+    assert student(n) == pytest.approx(half, abs=1e-3)
+
+
+@pytest.mark.parametrize("n", [*range(2, 33), 41, 101, 1001])
+def test_student_holds_95_percent(n):
+    """The density of Student's t, integrated numerically between -student(n) and student(n), gives .95."""
+    k = n - 1
+    t = np.linspace(0, student(n), 100_001)
+    height = math.exp(math.lgamma((k + 1) / 2) - math.lgamma(k / 2)) / math.sqrt(k * math.pi)
+    assert 2 * np.trapezoid(height * (1 + t * t / k) ** (-n / 2), t) == pytest.approx(.95, abs=2e-5)
 
 
 def test_how_far_to_trust_them():
-    # Three seeds by hand: 1 in 27 resamples is three times the smallest, more than 2.5 %. So the interval
-    # goes from the smallest to the largest, and misses 0 exactly where all signs agree, 1 in 4 times.
+    # Three seeds by hand: 1 in 27 resamples contains only the smallest value, and that is more than 2.5 %. So
+    # the interval reaches from the smallest to the largest value. It excludes 0 if all signs agree: 1 in 4.
     assert false_alarms(3)[0] == pytest.approx(.25, abs=.04)
     assert false_alarms(3)[0] > false_alarms(5)[0] > false_alarms(30)[0]
     for n in (3, 5, 30):
         assert false_alarms(n)[1] == pytest.approx(.05, abs=.02)
+    assert false_alarms(5) == (.159, .048)                               # the numbers of results/frontier.md
     lines = [("(i)", "a - b", "reward", *say([.1, .2, .3]))] * 20
     text = judged(lines, 3)
     assert text.count("3 of 3") == 20 and "about 1 of these 20 lines" in text
@@ -82,9 +97,9 @@ def test_how_far_to_trust_them():
 def test_steps_to_a_reward():
     def steps(curve):
         return steps_to(line(("js", "sampled", .5, "constant"), 0, curve=curve))
-    assert steps(" ".join(["0.1"] * 6 + ["0.3"] * 6)) == 80                # the second ten above .2 end there
+    assert steps(" ".join(["0.1"] * 6 + ["0.3"] * 6)) == 80           # the second block above .2 ends there
     assert steps("0.1 0.3 0.1 0.3 0.3") == 50 and steps("0.3 0.3 0.1") == 20
-    assert steps("0.1 0.3 0.1 0.1") == 40                                 # never twice: all of it
+    assert steps("0.1 0.3 0.1 0.1") == 40                                # never twice: all steps
 
 
 def test_only_a_complete_block_is_compared():
@@ -96,7 +111,7 @@ def test_only_a_complete_block_is_compared():
 
 @pytest.fixture
 def finished(tmp_path):
-    """A csv in which JS gains .05 more than the KLs, whatever the estimator, and falling betas .02 more."""
+    """Return a csv file in which JS gains .05 more than the KLs in every estimator, a falling beta .02."""
     path = tmp_path / "frontier.csv"
     with open(path, "w", newline="", encoding="utf-8") as file:
         out = csv.DictWriter(file, frontier.FIELDS)
@@ -116,7 +131,7 @@ def test_verdicts_say_what_was_put_in(finished):
     assert said["(iii)", "exact - sampled, js", "mean reachable reward"][1] == "not shown"
     assert said["(v)", "falling - constant, forward_kl", "mean reachable reward"][1] == "more"
     assert said["(v)", "falling - constant, js", "mean reachable reward"][0].startswith("+0.0")
-    # at one beta JS is weaker here: more reward and less diversity, which beats nobody
+    # At one beta, JS is weaker here: it gains more reward and keeps less diversity.
     assert said["(i)", "js - forward_kl, sampled, both beta 0.5", "reward gained"][1] == "more"
     assert said["(i)", "js - forward_kl, sampled, both beta 0.5", "diversity kept"][1] == "less"
 
@@ -127,7 +142,7 @@ def test_what_was_looked_at_afterwards(finished):
     assert said["js - forward_kl, mean over estimators", name][1] == "more"             # as was put in
     assert said["reverse_kl - forward_kl, mean over estimators", name][0].startswith("+0.000 [+0.000")
     assert said["exact - sampled, mean over divergences", name][1] == "not shown"
-    # none keeps .6; at the betas 1/32 and 1/16 of a KL all keep .85 + .3 b
+    # `none` keeps .6. At the betas b = 1/32 and 1/16 of a KL, all divergences keep .85 + .3 b.
     text, shown = said["none - the 6 weakest exact cells", "diversity kept"]
     assert float(text[:6]) == pytest.approx(.6 - .85 - .3 * (1 / 32 + 1 / 16) / 2, abs=1e-3)
     assert shown == "less"
@@ -176,7 +191,7 @@ def test_runs_are_made_once_and_never_mixed(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "out") == []
     with pytest.raises(UserError, match="another device or another base"):
         frontier.main([*options, "--device=cuda"])
-    # a sweep that is at work already, and lines that cannot be compared
+    # another sweep holds the lock; then lines that cannot be compared
     with open(path, "a") as busy:
         fcntl.flock(busy, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process"):
@@ -194,7 +209,7 @@ def test_runs_are_made_once_and_never_mixed(tmp_path, monkeypatch):
 
 
 def test_no_run_goes_on_without_its_sweep(tmp_path, monkeypatch):
-    """One run fails, the other would take a minute: it is ended, and its line is not written."""
+    """One run fails while another run would take a minute. The other run is ended and gets no line."""
     slow = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
     fails = "import os, sys, time\nwhile not os.path.exists(sys.argv[1]) or not open(sys.argv[1]).read():\n" \
             "    time.sleep(.01)\nsys.exit(3)"
@@ -209,11 +224,8 @@ def test_no_run_goes_on_without_its_sweep(tmp_path, monkeypatch):
 
 
 def test_commands_are_runs_that_train_understands():
-    import train
-    from common.config import load as options
     for cell in cells(frontier.BETAS):
-        cfg, _ = options(train.Config, frontier.command((*cell, 3), "out/x", "cpu")[2:])
-        train.check(cfg)
-        beta = [train.ramp(cfg.beta_schedule, cfg.beta, cfg.beta_end, s / 120) for s in range(121)]
+        cfg, _ = config.load(evaluate.options, frontier.command((*cell, 3), "out/x", "cpu")[2:])
+        beta = [schedule(cfg.beta_schedule, cfg.beta, cfg.beta_end, s / 120) for s in range(121)]
         assert (cfg.divergence, cfg.estimator, cfg.seed) == (cell[0], cell[1], 3)
         assert sum(beta) / 121 == pytest.approx(cell[2]) and json.dumps(cfg.out_dir)

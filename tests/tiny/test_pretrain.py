@@ -1,27 +1,27 @@
 """python -m pytest tests/tiny/test_pretrain.py"""
 import torch
 
-from common import files as checkpoint
 import pretrain
+from common import files
 from tiny import shapes
 from tiny.world import load_models
 
 
 def test_same_seed_same_file_and_it_loads(tmp_path):
-    """A base of a few steps: enough to pass through every phase, codes being revived included."""
-    files = [tmp_path / "a.pt", tmp_path / "b.pt"]
-    for path in files:
+    """A few steps are enough to run every phase, the revival of unused codes included."""
+    paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    for path in paths:
         pretrain.main([f"--out={path}", "--scenes=80", "--vq_steps=60", "--gpt_steps=3", "--judge_steps=3"])
-    first, second = (checkpoint.load(str(path)) for path in files)
+    first, second = (files.load(str(path)) for path in paths)
     for part in ("gpt", "vqgan", "judge"):
         assert first[part]["state"].keys() == second[part]["state"].keys()
         assert all(torch.equal(v, second[part]["state"][k]) for k, v in first[part]["state"].items())
-    policy, vqgan, _, options = load_models(str(files[0]), torch.device("cpu"))
+    policy, vqgan, _, options = load_models(str(paths[0]), torch.device("cpu"))
     assert options == {} and vqgan.decode(torch.zeros(1, 64, dtype=torch.long)).shape == (1, 3, 32, 32)
-    assert policy.output.weight.any()                            # it starts at zero, so a step was taken
+    assert policy.output.weight.any()    # the weights start at zero, so a step was taken
 
 
-def test_revived_codes_are_vectors_that_were_far_from_all():
+def test_revived_codes_are_vectors_that_were_far_from_all_codes():
     torch.manual_seed(0)
     vq = pretrain.VQGAN(pretrain.VQ)
     dead = torch.zeros(pretrain.VQ.codebook_size, dtype=torch.bool)
@@ -45,7 +45,7 @@ def test_near_misses_are_captions_of_the_same_form():
     for caption in list(shapes.CAPTIONS)[::7]:
         other = pretrain.near_miss(caption, rng)
         assert other in shapes.CAPTIONS and len(other.split()) == len(caption.split())
-        # A held-out caption would always be a false one, and its pair a sign of falsehood to the judge.
+        # A held-out caption would always be false, so the judge would learn to reject its pair.
         assert other == caption or not any((c, s) in shapes.HELD_OUT for s, c in shapes.CAPTIONS[other].slots)
         changed.append(sum(a != b for a, b in zip(caption.split(), other.split())))
     assert max(changed) == 1 and changed.count(1) > .95 * len(changed)
