@@ -57,7 +57,7 @@ def ours(folder):
 
 
 def uncond(ids, mask):
-    """Return the ids of the unconditional branch, as generation_inference.py makes them: tokens[1:-1] = pad."""
+    """Return the ids of the unconditional branch, as in generation_inference.py: tokens[1:-1] = pad."""
     out = ids.clone()
     for row, seen in zip(out, mask):
         start = int(seen.float().argmax())
