@@ -1,7 +1,7 @@
 """Performance and diversity of a policy, on fixed prompts with fixed seeds, beside its base.
 
     python evaluate.py out/tiny_js                      one run against its base
-    python evaluate.py out/tiny_js out/tiny_none ...    compare runs; those that differ only in seed are averaged
+    python evaluate.py out/tiny_js out/tiny_none ...    compare runs, averaged over seeds
     python evaluate.py out/llamagen_js --cfg_scale=7.5 --draws=8 --eval_prompts=16
     python evaluate.py out/tiny_vapi --temperature=0.8  at another temperature than in training
 (sample.py --save samples the prompts of a benchmark, such as GenEval, for the benchmark's own program.)
