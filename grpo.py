@@ -143,8 +143,7 @@ def loss_at(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, diverge
 
 
 def accumulate(total, stats):
-    """Add the statistics of a micro-batch to those of the step, in place. Of max_ names the largest
-    counts."""
+    """Add a micro-batch's statistics to the step's, in place. Of max_ names the largest counts."""
     for key, value in stats.items():
         if key in total:
             value = torch.maximum(total[key], value) if key.startswith("max_") else total[key] + value

@@ -114,8 +114,7 @@ def distributions(cfg, policy, rollout, conditions, scoring):
 
 @torch.no_grad()
 def rescore(cfg, policy, rollout, conditions, scoring):
-    """--score_cfg: make `rollout.logp` that of the distribution in the loss, which is not the one that
-    sampled.
+    """--score_cfg: replace `rollout.logp` by that of the loss, another distribution than the sampler's.
 
     Returns the largest abs(ratio - 1) between the two distributions.
     """
@@ -128,8 +127,7 @@ def rescore(cfg, policy, rollout, conditions, scoring):
 
 @torch.no_grad()
 def token_weights(cfg, pipeline, rollout, conditions, scoring):
-    """--critical_tokens: the weight of each token in the loss [b,T], with mean 1 over the step
-    (critical.py)."""
+    """--critical_tokens: return the weight of each token in the loss [b,T], with mean 1 over the step."""
     entropy = torch.cat([pi.entropy() for _, pi in distributions(
         cfg, pipeline.policy, rollout, conditions, scoring)])                                    # [b,T], nat
     picked = critical_tokens(*map(parallel.gather, (entropy, rollout.actions)), pipeline.codebook,

@@ -116,8 +116,7 @@ def prior_loss(logits, targets):
 
 
 def tempered(pi, temperature, rows):
-    """The distribution of samples at a temperature: `rows` [b] tells which row of pi's logits a sample
-    has."""
+    """Return the samples' distribution at a temperature. rows [b]: the row of pi that a sample has."""
     # A division by 1 would be a copy.
     return Categorical(pi.logits if temperature == 1 else pi.logits / temperature, rows=rows)
 
@@ -184,8 +183,7 @@ def vapi_loop(cfg, run, world, pipeline):
 
 @torch.no_grad()
 def sample(cfg, policy, context, conditions, image_of, uniform):
-    """G samples of each image, given its noisy tokens -> Rollout. uniform [b,T]: the random numbers, in
-    [0,1)."""
+    """Sample G times for each image, given its noisy tokens. uniform [b,T]: numbers in [0,1)."""
     tokens, logps = [], []
     for rows in torch.arange(len(image_of), device=image_of.device).split(cfg.micro_batch):
         used, own = image_of[rows].unique(return_inverse=True)

@@ -41,8 +41,7 @@ class Rollout:
 
 
 class Policy(Protocol):
-    """A model that is called in eval mode: dropout would make the loss see another distribution than the
-    sampler."""
+    """A model in eval mode: with dropout the loss would see another distribution than the sampler."""
 
     def rollout(self, conditions: Conditions, prompt: Tensor, *, cfg_scale=1.0, temperature=1.0, at_once=0,
                 generator: torch.Generator = None, part=(0, 1)) -> Rollout:

@@ -73,7 +73,7 @@ class Optimizer:
 
 
 def schedule(kind, start, end, progress):
-    """The value of a constant, linear or cosine schedule at `progress` in [0,1]."""
+    """Return the value of a constant, linear or cosine schedule at `progress` in [0,1]."""
     if kind == "constant":
         return start
     share = progress if kind == "linear" else (1 - math.cos(math.pi * progress)) / 2
@@ -81,7 +81,7 @@ def schedule(kind, start, end, progress):
 
 
 def learning_rate(cfg, step):
-    """Linear warm-up over n steps, from 1/n of the peak to the peak, then a cosine to min_lr_ratio of it."""
+    """Warm up linearly over n steps, from 1/n of the peak to the peak, then follow a cosine down."""
     n = max(1, round(cfg.warmup * cfg.max_steps))
     if step < n:
         return cfg.learning_rate * (step + 1) / n
@@ -91,7 +91,7 @@ def learning_rate(cfg, step):
 
 # ---- the run folder ----------------------------------------------------------------------------------------
 def open_run(choose, argv):
-    """Command line -> (options, checkpoint or None). A resumed run gets its own options.
+    """Read the command line -> (options, checkpoint or None). A resumed run keeps its own options.
 
     choose: as in config.load. Raises UserError for invalid options, a used folder, or nothing to resume.
     """
@@ -118,8 +118,7 @@ def open_run(choose, argv):
 
 
 def claim(folder, name="lock", option="--out_dir"):
-    """Make the folder and lock its file `name` -> the open file, which must be kept as long as the work
-    lasts.
+    """Make the folder and lock its file `name` -> the open file. Keep it open as long as the work lasts.
 
     Raises UserError, naming the option, if another process has the lock or nothing can be written there.
     """
@@ -140,7 +139,7 @@ def claim(folder, name="lock", option="--out_dir"):
 
 
 class Stop:
-    """Notes Ctrl-C and SIGTERM. `name` is then the name of the signal. A second signal ends the process."""
+    """Note Ctrl-C or SIGTERM: `name` is then the name of the signal. A second signal ends the process."""
 
     def __init__(self):
         self.name = ""
@@ -212,8 +211,7 @@ class Run:
 
     # ---- what a loop calls
     def steps(self):
-        """Yield the numbers of the steps to take, until max_steps, stop_after, a signal, or too many bad
-        steps."""
+        """Yield the numbers of steps until max_steps, stop_after, a signal, or too many bad steps."""
         cfg = self.cfg
         self.end = min(cfg.max_steps, self.start + (cfg.stop_after or cfg.max_steps))
         self.bar = tqdm(range(self.start, self.end), initial=self.start, total=cfg.max_steps, ncols=110,
@@ -271,8 +269,7 @@ class Run:
             self._save(self.done)
 
     def finish(self):
-        """End the run -> True on rank 0 if it reached max_steps. Raises Fault if a signal or bad steps ended
-        it."""
+        """End the run -> True on rank 0 if it reached max_steps. Raises Fault for a signal or bad steps."""
         if self.start == self.end and self.evaluates:       # resumed at the very end
             self.after = self._assess(self.policy, self.end)
         parallel.stop()

@@ -107,8 +107,7 @@ def load_models(path, device, depth=0):
 
 
 class World:
-    """Prompts and rewards. judge: a tiny.judge.Judge. with_images: for an algorithm that learns from
-    images."""
+    """Prompts and rewards. judge: a tiny.judge.Judge. with_images: the algorithm learns from images."""
 
     def __init__(self, options, judge, device, with_images=False):
         self.judge = judge
