@@ -16,6 +16,7 @@ file is ignored there.)
 import ast
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import re
@@ -42,6 +43,7 @@ def option(default, text, low=None, high=None, ending=None):
                              metadata={"help": text, "low": low, "high": high, "ending": ending})
 
 
+@functools.cache                            # the same parts make the same class, so that configs compare
 def compose(*parts):
     """One dataclass with the options of all parts, in their order."""
     return dataclasses.dataclass(frozen=True)(type("Config", parts[::-1], {}))
