@@ -84,7 +84,8 @@ def _checked(cls, key, value, where):
             got = " ".join(repr(value).split())[:200]
         except ValueError:                        # Python refuses to print integers of thousands of digits
             got = "a number with too many digits"
-        raise UserError(f"{where}: {key} must be {_expected(kind)}, got {got}")
+        size = " of at most 64 bits" if kind is int and type(value) is int else ""
+        raise UserError(f"{where}: {key} must be {_expected(kind)}{size}, got {got}")
     return value
 
 
