@@ -1,25 +1,27 @@
-"""The tokenizer: LlamaGen's VQ model, which turns an image into a short sequence of integers, and back.
+"""The tokenizer: LlamaGen's VQ model, which turns an image into T integers, and back.
 
-    image [B,3,H,W] --encoder--> z [B,8,h,w] --nearest code--> tokens [B,T]
-    tokens [B,T] --codebook, decoder--> image [B,3,H,W]
+    image [B,3,H,W] -> encoder -> z [B,n,h,w] -> nearest code -> tokens [B,T]
+    tokens [B,T] -> vectors of the codebook [B,T,n] -> decoder -> image [B,3,H,W]
 
-T = h*w, in raster order. A convolutional encoder shrinks the picture (16 times a side in VQ-16), each of
-the T vectors is replaced by the nearest of V learned code vectors, and a decoder paints the picture back.
-The language model in model.py only ever sees the indices. Sources: VQGAN, arXiv 2012.09841; LlamaGen,
-arXiv 2406.06525 sec. 3.1; unit-length codes of few dimensions, ViT-VQGAN, arXiv 2110.04627 sec. 3.2. The
-names of modules are the released ones, so that `vq_ds16_t2i.pt` loads unchanged.
+    B  images   T = h*w  tokens of an image, row by row   V  codes   n  latent dimensions (8 as released)
+
+A convolutional encoder shrinks the image, 16 times per side in VQ-16. Each of the T vectors is replaced by
+the nearest of V learned code vectors. A decoder makes an image of these. The policy in model.py only sees
+the indices. Sources: VQGAN, arXiv 2012.09841; LlamaGen, arXiv 2406.06525 sec. 3.1; codes of unit length and
+few dimensions, ViT-VQGAN, arXiv 2110.04627 sec. 3.2. Modules have the released names, so that
+`vq_ds16_t2i.pt` loads unchanged.
 
 Departures from LlamaGen's training:
- 1. No perceptual (LPIPS) and no GAN loss: a picture of flat shapes needs neither. Both matter for
-    photographs.
- 2. `num_groups` is an option: 32 groups of one channel are InstanceNorm, which erases flat colours.
- 3. Initial weights: residual branches start at zero and convolutions keep the scale of their input. In the
-    tiny world the squared error after 300 steps is then a third of that with PyTorch's defaults (LOG.md).
- 4. `loss` can make collages: pictures pasted together of two others, in which every patch has to keep the
-    token that it had in its own picture. Nothing else asks a token to speak of its own place only: GroupNorm
-    and attention see the whole picture, so a plain patch of background takes one of several codes by what
-    is elsewhere. Such flicker costs the reconstruction nothing, but a language model has to predict it:
-    1.4 nat a token in the tiny world without collages, .08 with them (LOG.md).
+ 1. There is no perceptual (LPIPS) and no GAN loss. Images of flat shapes need neither of them, but both
+    matter for photographs.
+ 2. `num_groups` is an option: 32 groups of one channel are InstanceNorm, which erases flat colors.
+ 3. Initial weights: residual branches start at zero, and convolutions keep the scale of their input. In the
+    tiny world the squared error after 300 steps is a third of that with PyTorch's defaults (LOG.md).
+ 4. `loss` can make collages. A collage consists of patches of two images, and every patch has to keep the
+    token that it had in its own image. Without collages nothing ties a token to its own place, because
+    GroupNorm and attention see the whole image. A plain patch of background then takes one of several codes,
+    depending on the rest of the image. The reconstruction does not suffer, but a policy has to predict these
+    codes: 1.4 nat per token in the tiny world without collages, .08 with them (LOG.md).
 """
 from dataclasses import dataclass
 
@@ -27,23 +29,25 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import files, released
+
 
 @dataclass
 class VQConfig:                            # the defaults are VQ-16 as released (72M parameters)
     codebook_size: int = 16384             # V
-    codebook_embed_dim: int = 8
+    codebook_embed_dim: int = 8            # n
     ch: int = 128                          # channels at full resolution
     ch_mult: tuple = (1, 1, 2, 2, 4)       # channels of each level in units of `ch`; a level halves the side
-    num_res_blocks: int = 2                # a level of the encoder; the decoder has one more
+    num_res_blocks: int = 2                # per level of the encoder; a level of the decoder has one more
     z_channels: int = 256
     num_groups: int = 32                   # of GroupNorm
     l1_weight: float = 0.0                 # mean |error|
     l2_weight: float = 1.0                 # mean error^2
     codebook_weight: float = 1.0
     commit_weight: float = 0.25
-    entropy_weight: float = 0.0            # > 0 keeps all codes in use
-    collage_weight: float = 0.0            # > 0 makes a patch keep its token in another picture (departure 4)
-    temperature: float = 0.01              # of softmax(-distance / temperature) in the last two
+    entropy_weight: float = 0.0            # > 0: all codes stay in use
+    collage_weight: float = 0.0            # > 0: a patch keeps its token in another image (departure 4)
+    temperature: float = 0.01              # of softmax(-distance / temperature) in the last two terms
 
 
 class ResnetBlock(nn.Module):
@@ -62,7 +66,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head attention of every position to every other; only where the picture is smallest."""
+    """Single-head attention between all positions. It is used only where the image is smallest."""
 
     def __init__(self, n, groups):
         super().__init__()
@@ -81,7 +85,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(n, n, 3, stride=2)
 
-    def forward(self, x):                                                  # padded right and below only
+    def forward(self, x):                                                  # pads at the right and bottom only
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -95,8 +99,8 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """ResNet blocks at one resolution, attention after each if it is the lowest one, and a change of
-    resolution."""
+    """ResNet blocks at one resolution, and then a change of resolution. In the lowest level attention follows
+    each block."""
 
     def __init__(self, n_in, n_out, blocks, groups, attend, **resample):
         super().__init__()
@@ -159,8 +163,7 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """The nearest of V codes on the unit sphere.
-    Both sides are normalised, so nearest means largest cosine."""
+    """The nearest of V codes. All vectors have length 1, so the nearest code has the largest cosine."""
 
     def __init__(self, c):
         super().__init__()
@@ -168,17 +171,18 @@ class Quantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / c.codebook_size, 1 / c.codebook_size)
 
     def codes(self):
-        return F.normalize(self.embedding.weight, dim=1)                   # [V,8]
+        """Return the unit vectors of all codes, [V,n]."""
+        return F.normalize(self.embedding.weight, dim=1)
 
-    def forward(self, z):                                                  # [B,8,h,w] -> tokens [B,T], cosine
-        z = F.normalize(z, dim=1).flatten(2).transpose(1, 2)               # [B,T,8]
-        cosine = z @ self.codes().T                                        # [B,T,V]
+    def forward(self, z):
+        """z [B,n,h,w] -> (tokens [B,T], unit vectors of z [B,T,n], their cosines to all codes [B,T,V])."""
+        z = F.normalize(z, dim=1).flatten(2).transpose(1, 2)
+        cosine = z @ self.codes().T
         return cosine.argmax(2), z, cosine
 
 
 class VQGAN(nn.Module):
-    """LlamaGen's tokenizer. `encode` and `decode` are what the other files use; `loss` is what pretrain.py
-    descends."""
+    """LlamaGen's tokenizer: `encode`, `decode`, and the `loss` that pretrain.py minimizes."""
 
     def __init__(self, config):
         super().__init__()
@@ -193,19 +197,25 @@ class VQGAN(nn.Module):
                 nn.init.kaiming_normal_(p, nonlinearity="linear")          # a convolution keeps the scale
 
     @classmethod
-    def from_pretrained(cls, path, **overrides):
-        """The tokenizer in a released file, in eval mode; arguments and errors as `load_vq` in weights.py."""
-        from full import weights                                           # here, as it imports this file
-        return weights.load_vq(path, **overrides)
+    def from_pretrained(cls, path, dtype=torch.float32, **overrides):
+        """Load a file in LlamaGen's layout into a VQGAN on the CPU, in eval mode, with parameters in `dtype`.
+
+        dtype: float32, bfloat16 or float16, as text or torch's. overrides: fields of VQConfig. Raises
+        UserError for a file that is missing, damaged or of another model.
+        """
+        state, told = files.read_released(path, released.UNUSED)
+        fields = released.fields(VQConfig, released.vq_shapes, state, told, overrides, path)
+        return files.build(cls, VQConfig(**fields), state, dtype, path)
 
     @torch.no_grad()
     def encode(self, images):
-        """images [B,3,H,W] in [-1,1], H = W a multiple of 2**(levels-1) -> tokens [B,T] in 0..V-1, raster
-        order."""
+        """Turn images [B,3,H,W] in [-1,1] into tokens [B,T] in 0..V-1, row by row.
+
+        Raises ValueError unless H and W are multiples of 2**(levels-1)."""
         factor = 2 ** (len(self.config.ch_mult) - 1)
         if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
             raise ValueError(f"encode takes images [B,3,H,W] with sides a multiple of {factor}, "
-                             f"not {tuple(images.shape)}")
+                             f"got {tuple(images.shape)}")
         return self.quantize(self.quant_conv(self.encoder(images)))[0]
 
     def codes(self):
@@ -213,44 +223,47 @@ class VQGAN(nn.Module):
         return self.quantize.codes()
 
     def decode(self, tokens):
-        """tokens [B,T] of a square picture -> images [B,3,H,W], about [-1,1] but not clipped to it."""
+        """Turn tokens [B,T] of square images into images [B,3,H,W], about in [-1,1] but not clipped.
+
+        Raises ValueError unless T is a square."""
         side = int(tokens.shape[1] ** .5)
         if tokens.dim() != 2 or side * side != tokens.shape[1]:
-            raise ValueError(f"decode takes the tokens [B,T] of square pictures, not {tuple(tokens.shape)}")
-        return self._paint(F.embedding(tokens, self.quantize.codes()), side, side)
+            raise ValueError(f"decode takes the tokens [B,T] of square images, got {tuple(tokens.shape)}")
+        return self.decode_vectors(F.embedding(tokens, self.quantize.codes()), side, side)
 
-    def _paint(self, code, h, w):                                          # code [B,T,8]
-        return self.decoder(self.post_quant_conv(code.transpose(1, 2).reshape(len(code), -1, h, w)))
+    def decode_vectors(self, vectors, h, w):
+        """Turn code vectors [B,h*w,n] into images [B,3,H,W]."""
+        return self.decoder(self.post_quant_conv(vectors.transpose(1, 2).reshape(len(vectors), -1, h, w)))
 
-    def loss(self, images, own=None):
-        """images [B,3,H,W] -> (loss, {name: detached term}, tokens [B,T]). VQ-VAE, arXiv 1711.00937 eq. 3.
+    def loss(self, images, collage=None):
+        """Return (loss, {name: detached term}, tokens) of images [B,3,H,W]. VQ-VAE, arXiv 1711.00937 eq. 3.
 
-        own [B,h,w], bool, one entry a token: trains on B collages besides, so that tokens are [2B,T]. Collage
-        b shows picture b where own is True, and its partner (the first's is the last, and so on) elsewhere.
+        collage [B,h,w], bool, one entry per token: also train on B collages, so that tokens are [2B,T] and
+        else [B,T]. Collage b shows image b where its entries are True, and image B-1-b elsewhere.
         """
         c, B = self.config, len(images)
-        if own is not None:
-            pixels = F.interpolate(own[:, None].float(), images.shape[2:]) > .5                   # [B,1,H,W]
+        if collage is not None:
+            pixels = F.interpolate(collage[:, None].float(), images.shape[2:]) > .5               # [B,1,H,W]
             images = torch.cat([images, torch.where(pixels, images, images.flip(0))])
         z = self.quant_conv(self.encoder(images))
         tokens, unit, cosine = self.quantize(z)
-        code = F.embedding(tokens, self.quantize.codes())                  # [B,T,8]
+        code = F.embedding(tokens, self.quantize.codes())                  # [B or 2B,T,n]
         terms = {"codebook": (c.codebook_weight, F.mse_loss(code, unit.detach())),    # moves codes to vectors
                  "commit": (c.commit_weight, F.mse_loss(unit, code.detach()))}        # moves vectors to codes
-        if c.entropy_weight or own is not None:
-            # p = softmax(-distance / temperature); on the unit sphere the squared distance is 2 - 2 cosine.
-            logp = F.log_softmax(2 * cosine / c.temperature, 2)            # [B,T,V]
+        if c.entropy_weight or collage is not None:
+            # p = softmax(-distance / temperature). On the unit sphere the squared distance is 2 - 2 cosine.
+            logp = F.log_softmax(2 * cosine / c.temperature, 2)            # [B or 2B,T,V]
         if c.entropy_weight:
-            # E[H(p)] - H(E[p]): each choice sure, all choices used
+            # E[H(p)] - H(E[p]): low if each choice is sure and all choices are used
             mean = logp.exp().mean((0, 1))
             terms["entropy"] = (c.entropy_weight,
                                 -(logp.exp() * logp).sum(2).mean() + (mean * (mean + 1e-5).log()).sum())
-        if own is not None:
-            # -log p(the token that the patch has in its own picture)
-            kept = torch.where(own.flatten(1), tokens[:B], tokens[:B].flip(0))
+        if collage is not None:
+            # -log p(the token that the patch has in its own image)
+            kept = torch.where(collage.flatten(1), tokens[:B], tokens[:B].flip(0))
             terms["collage"] = (c.collage_weight, F.nll_loss(logp[B:].flatten(0, 1), kept.flatten()))
-        # Straight through: the decoder sees the code, its gradient goes to the vector that was rounded.
-        painted = self._paint(unit + (code - unit).detach(), *z.shape[2:])
-        terms["l1"] = c.l1_weight, F.l1_loss(painted, images)
-        terms["l2"] = c.l2_weight, F.mse_loss(painted, images)
+        # Straight through: the decoder gets the code, and its gradient goes to the vector that was rounded.
+        decoded = self.decode_vectors(unit + (code - unit).detach(), *z.shape[2:])
+        terms["l1"] = c.l1_weight, F.l1_loss(decoded, images)
+        terms["l2"] = c.l2_weight, F.mse_loss(decoded, images)
         return sum(w * v for w, v in terms.values()), {k: v.detach() for k, (w, v) in terms.items()}, tokens

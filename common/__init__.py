@@ -1,1 +1,1 @@
-"""What every run needs: options, files, a run's folder, processes, devices, images. No file here knows an algorithm."""
+"""What every run needs: options, files, processes, devices, images. No file here knows an algorithm."""

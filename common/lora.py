@@ -2,12 +2,12 @@
 
     python train.py configs/janus_js.py --lora_rank=64
 
-Training all weights takes 20 bytes a parameter (llamagen.py counts them): 132 GB for Janus-Pro-7B. LoRA
+Training all weights takes 20 bytes per parameter (full/llamagen.py lists them): 132 GB for Janus-Pro-7B. LoRA
 (arXiv 2106.09685) freezes each matrix W [out,in] of the blocks and learns a low-rank correction beside it,
-    y = W x + (alpha / rank) B A x,      A [rank,in] random, B [out,rank] zero at first
-so that the untrained policy is the base exactly. Gradients and AdamW's moments exist for A and B only, about
-2 % of the parameters at rank 64; and as W never changes, the reference needs no copy of its own: it is the
-same W without the adapters. 2 bytes a parameter remain. What it costs: only corrections of that rank can be
+    y = W x + (alpha / rank) B A x,      A [rank,in] random, B [out,rank] zero at first.
+So the untrained policy is exactly the reference. Only A and B have gradients and AdamW's moments: about 2 %
+of the parameters at rank 64. W never changes, so the reference needs no copy of its own. It is the same W
+without the adapters, and 2 bytes per parameter remain. The cost: only corrections of this rank can be
 learned. Embeddings, norms and the output are not trained.
 """
 import copy
@@ -16,14 +16,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-ALPHA = 32                      # of the paper; with alpha / rank in front, the rate need not follow the rank
+ALPHA = 32           # of the paper. The factor alpha / rank makes one learning rate fit all ranks.
 
 
 class LowRank(nn.Module):
     def __init__(self, base, rank, generator):
         super().__init__()
         self.base, self.scale = base, ALPHA / rank
-        # The weights may be stored in bf16, what is trained may not: its steps would be rounded away.
+        # W may be stored in bf16, but A and B may not: small steps of the optimizer would be rounded away.
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         a = torch.randn(rank, base.in_features, generator=generator) / base.in_features ** .5
         self.a = nn.Parameter(a.to(base.weight.device, dtype))
@@ -31,7 +31,7 @@ class LowRank(nn.Module):
 
     @property
     def weight(self):
-        """W + (alpha / rank) B A, for who asks for the matrix (model.py, Attention.read)."""
+        """Return W + (alpha / rank) B A. Attention.read in model.py uses the matrix itself."""
         return self.base.weight + self.scale * self.b @ self.a
 
     def forward(self, x):
@@ -39,8 +39,8 @@ class LowRank(nn.Module):
 
 
 def adapt(reference, rank):
-    """A GPT or Janus, which gets frozen -> a policy that shares its weights and has adapters in all matrices
-    of its blocks, the same ones whenever it is called. Only they are trained."""
+    """Freeze a GPT or Janus, and return a policy that shares its weights and has adapters in all matrices of
+    its blocks. Only the adapters are trained. Their initial values are the same at every call."""
     shared = {id(p): p for p in reference.requires_grad_(False).parameters()}
     policy, generator = copy.deepcopy(reference, shared), torch.Generator().manual_seed(0)
     for module in list(policy.layers.modules()):

@@ -1,34 +1,38 @@
 """The second policy, Janus-Pro: a language model that has learned to write images as well (arXiv 2501.17811).
 
-    prompt ids [P,L] -> words [P,L,D]  |  image tokens 0 .. T-2 -> 8 numbers each -> two-layer MLP [B,T-1,D]
-    a Llama: n_layer x (RMSNorm, causal attention with 1-D RoPE, RMSNorm, SwiGLU) -> two-layer MLP [B,T,V]
+    prompt ids [P,L] -> words [P,L,D]  |  tokens 0 .. T-2 -> 8 numbers each -> two-layer MLP [B,T-1,D]
+    a Llama: layers of RMSNorm, causal attention with 1-D RoPE, RMSNorm, SwiGLU -> two-layer MLP [B,T,V]
+
+    B sequences   P prompts   L prompt tokens   T image tokens   V codes   D width   hd width of a head
+    R rows: B, or 2B under guidance, first the conditional ones, then the unconditional ones
 
     python train.py configs/janus_js.py                                     the paper's second experiment
     python sample.py --world=janus --gpt_ckpt=Janus-Pro-1B --prompt="a red fox in the snow"
 
-LlamaGen is a Llama as well, so Janus *is* model.py's GPT: blocks, guidance, cache, sampler and teacher
-forcing are written once, and train.py cannot tell the two apart. Only `_read` differs, what image tokens get
-of their caption. LlamaGen's is one token a layer; here it is the keys and values of all L prompt tokens,
-which are computed once a prompt as well and shared by its G images. What is particular:
- 1. The prompt is a turn of a chat that ends with the token begin-of-image, and the state *there* predicts
-    image token 0. (A public trainer pairs token t with the state that has read token t: off by one, and the
-    answer is in sight. tests/test_janus.py looks whether it is in ours.)
- 2. The unconditional branch of CFG is the same prompt with the pad token in every place between the first and
-    the last. So it still tells how long the caption is. The id of that token is 100002 in the 1B model and
-    100015 in the 7B model, which is why it is read from tokenizer.json. These pads are attended to. Those on
-    the left, which make prompts of a batch equally long, are not.
- 3. RoPE compares positions by their difference only, so we count from the image: the prompt has -L .. -1,
-    image tokens 0 and up. Then padding moves nothing.
- 4. Hugging Face's Llama turns number j of a head together with number j + hd/2, model.py turns neighbours.
-    Scores are sums over all pairs, so the order of the rows of the query and key matrices is free: `load`
-    makes pairs neighbours, and `rotate` is shared too.
- 5. Its own sampler guides at 5, and so does the rollout. The paper's code then scores the samples by the
-    conditional branch alone: another distribution than the one that sampled. Ours is the guided one in both,
-    unless --score_cfg=1 asks for the paper's; max_ratio_error in the log then shows how far apart they are.
+Janus and LlamaGen's GPT are ImageTransformers (model.py): teacher forcing, guidance, cache and sampler are
+written once. The two differ in `read`, that is, in what an image token gets of its prompt. LlamaGen reduces a
+prompt to one token per layer. Janus keeps the keys and values of all L prompt tokens. These are computed once
+per prompt, too, and all images of the prompt share them. Five rules are particular to Janus:
+ 1. The prompt is a turn of a chat that ends with the token begin-of-image. The state *there* predicts image
+    token 0. (A public trainer pairs token t with the state that has read token t. This is off by one, so the
+    model sees the answer. tests/full/test_janus.py checks that ours does not.)
+ 2. The unconditional branch of guidance is the same prompt, with the pad token in every place between the
+    first and the last. So this branch still tells the length of the prompt, and image tokens attend to these
+    pads. They do not attend to the pads on the left, which make the prompts of a batch equally long. The id
+    of the pad token is 100002 in the 1B model and 100015 in the 7B model, so it is read from tokenizer.json.
+ 3. RoPE depends on differences of positions only. So we count from the image: prompt tokens have positions
+    -L .. -1, and image tokens 0 and up. Then padding moves nothing.
+ 4. Hugging Face's Llama rotates number j of a head with number j + hd/2, and `rotate` rotates neighbors. An
+    attention score is a sum over all pairs, so the rows of the query and key matrices may be reordered.
+    `load` makes the members of a pair neighbors.
+ 5. Janus's own sampler guides at 5, and so does the rollout. The paper's code then evaluates the samples by
+    the conditional branch alone, which is another distribution than the one that sampled. Here the loss is
+    about the guided distribution, unless --score_cfg=1 asks for the paper's. The logged max_ratio_error then
+    shows the difference.
 
-The understanding half of the model (SigLIP, its aligner, the word logits) has no part in this and is not
-loaded. Sources: github.com/deepseek-ai/Janus (generation_inference.py, janus/models), and transformers' port,
-which the tests hold every logit against. For 7B on one card, or 1B on one of 24 GB: lora.py.
+The understanding half of the model (SigLIP, its aligner, the logits of words) is not loaded. Sources:
+github.com/deepseek-ai/Janus (generation_inference.py, janus/models), and transformers' port, with which the
+tests compare every logit. For 7B on one card, or 1B on a card of 24 GB, see common/lora.py.
 """
 import os
 import re
@@ -37,13 +41,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from full import llamagen
-import model
-from full.prompts import need
-from full import weights
+from common import files, llama, released
 from common.config import UserError
-from model import GPT, Block, RMSNorm
-from vqgan import VQConfig
+from common.llama import Block, FeedForward, RMSNorm
+from full import llamagen, weights
+from full.prompts import need
+from model import ImageTransformer
+from vqgan import VQGAN, VQConfig
 
 
 @dataclass
@@ -59,51 +63,51 @@ class JanusConfig:                       # the defaults are Janus-Pro-1B
     head_dim: int = 2048                 # hidden width of the MLP to the logits; 4096 in 7B
     block_size: int = 576                # T: 24 x 24 tokens are 384 pixels
     words: int = 102400                  # ids of the text tokenizer
-    pad_id: int = 100002                 # point 2
+    pad_id: int = 100002                 # rule 2
     model_type: str = "janus"
-    # What model.py asks for besides; no fields, as a Llama has no dropout.
-    token_dropout_p = resid_dropout_p = ffn_dropout_p = 0.0
 
 
-class Attention(model.Attention):
-    def read(self, x, table, bias):
-        """Prompt rows x [P,L,D] -> their output [P,L,D], and (k, v) [P,heads,L,hd] for the image tokens."""
-        q, k, v = self.qkv(x, table)
+class PromptAttention(llama.Attention):
+    def read(self, x, rotation, bias):
+        """Let prompt rows x [P,L,D] attend to each other. Return their output [P,L,D], and their keys and
+        values for the image rows, two of [P,heads,L,hd]."""
+        q, k, v = self.qkv(x, rotation)
         return self.attend(q, k, v, bias), (k, v)
 
 
-class Janus(GPT):
-    """Janus-Pro without its understanding half; what is not here is in GPT. For `cond` it takes the prompts'
-    ids [P,L], padded on the left, as `Prompts.encode` makes them."""
+class Janus(ImageTransformer):
+    """Janus-Pro without its understanding half. `cond` is the prompts' ids [P,L], padded on the left, as
+    `Prompts.encode` makes them. Raises ValueError if the config is impossible."""
 
     def __init__(self, config):
-        nn.Module.__init__(self)                                           # of GPT's parts only some are ours
+        super().__init__()
         self.config = c = config
         self.side = int(c.block_size ** .5)
         if self.side ** 2 != c.block_size or c.dim % (2 * c.n_head) or c.pad_id >= c.words:
-            raise ValueError(f"block_size must be a square, dim a multiple of 2 * n_head, pad_id a word: {c}")
+            raise ValueError(f"block_size must be a square, dim a multiple of 2 * n_head, pad_id a word, "
+                             f"got {c}")
         self.words = nn.Embedding(c.words, c.dim)
         self.tok_embeddings = nn.Sequential(nn.Embedding(c.vocab_size, c.code_dim),
                                             nn.Linear(c.code_dim, c.dim), nn.GELU(), nn.Linear(c.dim, c.dim))
-        self.layers = nn.ModuleList(Block(c, Attention) for _ in range(c.n_layer))
+        self.layers = nn.ModuleList(Block(
+            PromptAttention(c.dim, c.n_head), FeedForward(c.dim, c.multiple_of), c.dim, c.norm_eps)
+            for _ in range(c.n_layer))
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.output = nn.Sequential(nn.Linear(c.dim, c.head_dim), nn.GELU(),
                                     nn.Linear(c.head_dim, c.vocab_size))
-        self.recompute = False
 
     @classmethod
     def from_pretrained(cls, path, **overrides):
-        """The policy in a folder of released files, in eval mode; arguments and errors as `load`."""
+        """Return the policy in a folder of released files; arguments and errors as in `load`."""
         return load(path, **overrides)[0]
 
-    def _check(self, cond, *args):
+    def check_prompt(self, cond):
         if cond.dim() != 2 or cond.is_floating_point():
-            raise ValueError(f"cond must be prompt ids [P,L], not {cond.dtype} {tuple(cond.shape)}")
-        super()._check(cond, *args)
+            raise ValueError(f"cond must be prompt ids [P,L], got {cond.dtype} {tuple(cond.shape)}")
 
-    def _table(self, x, start=0, stop=None):
-        """The rotations of positions start .. stop-1 (or of all image tokens), [S,hd/2], on x's device and in
-        its precision, but never below fp32."""
+    def rotations(self, x, start=0, stop=None):
+        """Return the rotations of positions start .. stop-1, by default of all image tokens: [..,hd/2].
+        They have the precision of x, but at least fp32."""
         c, hd = self.config, self.config.dim // self.config.n_head
         # angle = position * base^(-2j / hd),  j = 0 .. hd/2 - 1
         freq = c.rope_base ** (-torch.arange(0, hd, 2).double() / hd)
@@ -111,39 +115,36 @@ class Janus(GPT):
         dtype = torch.promote_types(x.dtype, torch.complex64)
         return torch.polar(torch.ones_like(angle), angle).to(x.device, dtype)
 
-    def _read(self, cond, cond_mask, prompt, cfg_scale):
-        """As GPT's -> (hidden state [R,1,D] at begin-of-image, which predicts token 0; a list of the keys and
-        values of the prompt in each layer, (k, v) [R,heads,L,hd]; 0 or, in the padding, -inf [R,1,1,L])."""
+    def read(self, cond, cond_mask, prompt, cfg_scale):
+        """Run the prompt tokens, once per prompt. A cache holds all of them (p = L), and the bias is 0, or
+        -inf in the padding. ImageTransformer describes what is returned."""
         P, L = cond.shape
         visible = torch.ones_like(cond).bool() if cond_mask is None else cond_mask.bool()         # [P,L]
         row = torch.arange(P, device=cond.device) if prompt is None else prompt                   # [B]
-        if cfg_scale > 1:                                                  # point 2
+        if cfg_scale > 1:                                                  # rule 2
             ends = visible & (visible.cumsum(1) == 1)                      # the first, begin-of-sentence
             ends[:, -1] = True                                             # and begin-of-image
             cond = torch.cat([cond, torch.where(ends, cond, self.config.pad_id)])
             visible, row = visible.repeat(2, 1), torch.cat([row, row + P])
         x = self.words(cond)                                               # [P or 2P,L,D]
-        table = self._table(x, -L, 0)                                      # point 3
-        own = torch.eye(L, dtype=torch.bool, device=x.device)              # no row may be empty
+        rotation = self.rotations(x, -L, 0)                                # rule 3
+        itself = torch.eye(L, dtype=torch.bool, device=x.device)           # no row may be empty
 
-        def bias(sees):
-            zero = torch.zeros(sees.shape, device=x.device, dtype=table.real.dtype)
-            return zero.masked_fill(~sees, -torch.inf)
-        sees, prompts = bias((visible[:, None] | own).tril())[:, None], []                   # [..,1,L,L]
+        def bias(seen):
+            zeros = torch.zeros(seen.shape, device=x.device, dtype=rotation.real.dtype)
+            return zeros.masked_fill(~seen, -torch.inf)
+        causal, caches = bias((visible[:, None] | itself).tril())[:, None], []               # [..,1,L,L]
         for layer in self.layers:
-            x, keys_values = self._run(layer.read, x, table, sees)
-            prompts.append([part[row] for part in keys_values])
-        return x[row, -1:], prompts, bias(visible)[row][:, None, None]
-
-
-weights.MODELS[JanusConfig] = Janus                         # so that weights.py can build one
+            x, keys_values = self.run(layer.read, x, rotation, causal)
+            caches.append([y[row] for y in keys_values])
+        return x[row, -1:], caches, bias(visible)[row][:, None, None]
 
 
 # ---- released files ------------------------------------------------------------------------------------
 UNUSED = re.compile(r"(model\.)?(vision_model|aligner)\.|(.*\.)?lm_head\.|.*rotary_emb\.inv_freq$|"
                     r".*codebook_used$")
 VQ = "gen_vision_model."
-NAMES = [  # (theirs, ours), one after the other; first what the -HF layout says otherwise
+NAMES = [  # (theirs, ours), applied in this order: first from the -HF layout to the official one
     (r"^model\.", ""), (r"^generation_embeddings", "gen_embed"), (r"^vqmodel", "gen_vision_model"),
     (r"^generation_aligner\.fc1", "gen_aligner.layers.0"),
     (r"^generation_aligner\.hidden_layers\.0", "gen_aligner.layers.2"),
@@ -151,7 +152,7 @@ NAMES = [  # (theirs, ours), one after the other; first what the -HF layout says
     (r"^(gen_vision_model\.(?:en|de)coder)\.(?:down|up)\.", r"\1.conv_blocks."),
     (r"^(gen_vision_model\..*\.)block\.", r"\1res."), (r"\.mid\.block_1\.", ".mid.0."),
     (r"\.mid\.attn_1\.", ".mid.1."), (r"\.mid\.block_2\.", ".mid.2."),
-    # then from the official layout to our modules
+    # and then from the official layout to our modules
     (r"^language_model\.(model\.)?", ""), (r"^embed_tokens", "words"), (r"^gen_embed", "tok_embeddings.0"),
     (r"^gen_aligner\.layers\.0", "tok_embeddings.1"), (r"^gen_aligner\.layers\.2", "tok_embeddings.3"),
     (r"^gen_head\.output_mlp_projector", "output.0"), (r"^gen_head\.vision_head", "output.2"),
@@ -159,10 +160,9 @@ NAMES = [  # (theirs, ours), one after the other; first what the -HF layout says
 
 
 def _state(path, n_head):
-    """(tensors by our names, those of the tokenizer by LlamaGen's) of released files in either layout."""
-    (state, dropped), ours = weights.gather(path), {}
-    weights.refuse_others(path, state, UNUSED)
-    state = weights.sift(path, state, dropped, UNUSED)
+    """Return the policy's tensors by our names and the tokenizer's by LlamaGen's, from either layout."""
+    (state, beside), ours = weights.gather(path), {}
+    state = files.select(state, UNUSED, path, beside)
     for key in list(state):
         name = key
         for theirs, new in NAMES:
@@ -170,9 +170,9 @@ def _state(path, n_head):
         ours[name] = state.pop(key)
     for key in [k for k in ours if k.endswith("self_attn.q_proj.weight")]:
         qkv = [key.replace("q_proj", f"{part}_proj") for part in "qkv"]
-        if all(k in ours for k in qkv):                    # else weights.build says which one is missing
+        if all(k in ours for k in qkv):                    # else files.build says which tensor is missing
             q, k, v = (ours.pop(name) for name in qkv)
-            # Row (half, j) of a head becomes row (j, half): point 4.
+            # Row (half, j) of a head becomes row (j, half): rule 4.
             q, k = (w.view(n_head, 2, -1, w.shape[1]).transpose(1, 2).reshape(w.shape) for w in (q, k))
             ours[key.replace("self_attn.q_proj", "attention.wqkv")] = torch.cat([q, k, v])
     return ours, {key.removeprefix(VQ): ours.pop(key) for key in list(ours) if key.startswith(VQ)}
@@ -181,30 +181,32 @@ def _state(path, n_head):
 def _shapes(state):
     (V, code_dim), (words, D) = (state[k + ".weight"].shape for k in ("tok_embeddings.0", "words"))
     return dict(vocab_size=V, code_dim=code_dim, words=words, head_dim=len(state["output.0.weight"]),
-                **weights.layer_shapes(state, D))
+                **released.layer_shapes(state, D))
 
 
 def load(path, dtype=torch.float32, **overrides):
-    """A folder of released files -> (Janus, VQGAN) on the CPU, in eval mode, parameters in `dtype`.
+    """Load a folder of released files. Return (Janus, VQGAN) on the CPU, in eval mode.
 
     path: deepseek-ai/Janus-Pro-1B or -7B as downloaded, or a port to transformers' layout: safetensors or
-    pytorch_model.bin, in one file or several, config.json, tokenizer.json. overrides: fields of JanusConfig,
-    whatever the files tell. UserError for files that are missing, damaged or of another model."""
-    # What config.json leaves out is a default of transformers' Llama; the official one tells no block_size.
-    _, told = weights.config_beside(path)
-    llama = told.get("language_config") or told.get("text_config") or {}
-    theta = (llama.get("rope_parameters") or llama).get("rope_theta", 10000.0)
-    told = dict(block_size=(told.get("vq_config") or {}).get("num_patches", 24) ** 2,
-                n_head=llama.get("num_attention_heads", 32), norm_eps=llama.get("rms_norm_eps", 1e-6),
+    pytorch_model.bin, in one or several files, config.json, tokenizer.json. dtype: of the policy's
+    parameters. overrides: fields of JanusConfig. Raises UserError for files that are missing, damaged or of
+    another model.
+    """
+    # What config.json leaves out is a default of transformers' Llama. The official one tells no block_size.
+    _, config = weights.config_beside(path)
+    text = config.get("language_config") or config.get("text_config") or {}
+    theta = (text.get("rope_parameters") or text).get("rope_theta", 10000.0)
+    told = dict(block_size=(config.get("vq_config") or {}).get("num_patches", 24) ** 2,
+                n_head=text.get("num_attention_heads", 32), norm_eps=text.get("rms_norm_eps", 1e-6),
                 rope_base=theta, pad_id=Prompts(path).pad)
     try:
-        parts = _state(path, overrides.get("n_head", told["n_head"]))
-    except RuntimeError as error:                          # of `view`
-        raise UserError(f"{path}: {error}: n_head?") from None
-    state, cfg = weights.examine(JanusConfig, _shapes, path, overrides, lambda _: (parts[0], told))
-    vq_state, vq = weights.examine(VQConfig, weights.vq_shapes, path, {}, lambda _: (parts[1], {}))
-    return (weights.build(JanusConfig(**cfg), state, dtype, path),
-            weights.build(VQConfig(**vq), vq_state, torch.float32, path))
+        state, vq_state = _state(path, overrides.get("n_head", told["n_head"]))
+    except RuntimeError as error:                          # raised by `view`
+        raise UserError(f"{path}: {error}. Is n_head right?") from None
+    fields = released.fields(JanusConfig, _shapes, state, told, overrides, path)
+    vq_fields = released.fields(VQConfig, released.vq_shapes, vq_state, {}, {}, path)
+    return (files.build(Janus, JanusConfig(**fields), state, dtype, path),
+            files.build(VQGAN, VQConfig(**vq_fields), vq_state, torch.float32, path))
 
 
 # ---- prompts -------------------------------------------------------------------------------------------
@@ -212,31 +214,31 @@ START, PAD, IMAGE = "<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>", "<begi
 
 
 class Prompts:
-    """Captions to prompt ids, by the tokenizer.json in a folder. UserError if it, or one of the three special
-    tokens, or the package `tokenizers` is missing."""
+    """Turns prompts into ids, by the tokenizer.json in a folder. Raises UserError if this file, one of the
+    three special tokens, or the package `tokenizers` is missing."""
 
     def __init__(self, folder):
         path = os.path.join(folder, "tokenizer.json")
         tokenizers = need("tokenizers")
         if not os.path.isfile(path):
-            raise UserError(f"no file {path}: it comes with the weights")
+            raise UserError(f"there is no file {path}. It is released with the weights.")
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:                         # tokenizers raises nothing more special
-            raise UserError(f"{path} is no tokenizer ({str(error)[:80]}): fetch it again") from None
+        except Exception as error:                         # tokenizers raises no narrower class
+            raise UserError(f"{path} is no tokenizer ({str(error)[:80]}). Fetch it again.") from None
         self.start, self.pad, self.image = map(self.tokenizer.token_to_id, (START, PAD, IMAGE))
         if None in (self.start, self.pad, self.image):
-            raise UserError(f"{path} is not Janus-Pro's: it lacks one of {START}, {PAD}, {IMAGE}")
+            raise UserError(f"{path} is not Janus-Pro's: it lacks one of {START}, {PAD}, {IMAGE}.")
 
-    def prepare(self, captions):
-        """Nothing: there are no features to compute beforehand, as t5.py has to."""
+    def prepare(self, prompts):
+        """Do nothing. Unlike T5 (full/t5.py), Janus has no features to compute beforehand."""
 
-    def encode(self, captions, device="cpu"):
-        """P captions -> ids [P,L] and mask [P,L], True at the prompt's tokens, padded on the left to the
-        longest of these."""
-        # One turn of the user, and the assistant answers with an image. The special tokens are put there by
-        # hand: whether tokenizer.json adds the first one depends on who wrote it.
-        texts = [f"<|User|>: {caption.strip()}\n\n<|Assistant|>:" for caption in captions]
+    def encode(self, prompts, device="cpu"):
+        """Return the ids [P,L] of P prompts, and a mask [P,L] that is True at a prompt's tokens. Prompts are
+        padded on the left to the longest of these."""
+        # The user asks, and the assistant answers with an image. The special tokens are added here, because
+        # not every tokenizer.json adds the first one.
+        texts = [f"<|User|>: {prompt.strip()}\n\n<|Assistant|>:" for prompt in prompts]
         rows = [[self.start, *self.tokenizer.encode(text, add_special_tokens=False).ids, self.image]
                 for text in texts]
         L = max(map(len, rows))

@@ -26,7 +26,7 @@ import urllib.request
 
 import torch
 
-from common import config, files
+from common import config, files, released
 from common.config import UserError, option
 from model import GPT, PRESETS, GPTConfig
 from vqgan import VQGAN, VQConfig
@@ -146,9 +146,6 @@ def find(names, folder="weights", download=True):
 # ---- reading any layout --------------------------------------------------------------------------------
 WRAPPERS = ("model", "module", "state_dict")               # `model` and not `ema`, as in the official sampler
 PREFIX = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")    # of DDP and torch.compile, at the start or inside
-UNUSED = re.compile(                                       # buffers that are recomputed or never used
-    r"freqs_cis$|causal_mask$|layers\.\d+\.attention\.kv_cache\.|.*rotary_emb\.inv_freq$|"
-    r"discriminator\.|optimizer_disc\.|quantize\.codebook_used$")
 PORT_LAYERS = {"self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",   # to released names
                "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2",
                "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
@@ -199,18 +196,11 @@ def config_beside(path):
     return beside, _read(beside) if os.path.isfile(beside) else {}
 
 
-def tokens_by_name(path):
-    """Return the number of image tokens that the name of a file or folder tells, or None. A name with _256
-    means 256 pixels, so 16 x 16 tokens of VQ-16."""
-    pixels = re.findall(r"_(256|384|512)(?!\d)", os.path.basename(os.path.abspath(path)))
-    return (int(pixels[-1]) // 16) ** 2 if pixels else None
-
-
 def convert(path, target):
     """Read a file or folder in any layout of this file's docstring and write it to `target` in the released
     layout, with its tensors as they are. Raises UserError if it is missing or damaged or of another kind."""
     state, beside = gather(path)
-    state, told = files.select(state, UNUSED, path, beside), {}
+    state, told = files.select(state, released.UNUSED, path, beside), {}
     if "model.embed_tokens.weight" in state:               # Hugging Face's Llama layout
         for key in [k for k in state if k.endswith("self_attn.q_proj.weight")]:
             qkv = [key.replace("q_proj", f"{part}_proj") for part in "qkv"]
@@ -225,7 +215,7 @@ def convert(path, target):
         if wrong := [key for key, value in told.items() if type(value) is not files.TOLD[key]]:
             raise UserError(f"{where}: {wrong[0]} must be of type {files.TOLD[wrong[0]].__name__}, got "
                             f"{told[wrong[0]]!r:.99}.")
-    if "tok_embeddings.weight" in state and (tokens := tokens_by_name(path)):
+    if "tok_embeddings.weight" in state and (tokens := released.tokens_by_name(path)):
         told.setdefault("block_size", tokens)
     _write({"model": state, **({"config": told} if told else {})}, target)
 
@@ -241,82 +231,6 @@ def export(model, path, dtype=torch.float32):
     sampler reads such a file. A name with _256 or _512 tells from_pretrained the number of image tokens."""
     state = model if isinstance(model, dict) else model.state_dict()
     _write({"model": {PREFIX.sub("", k): v.to("cpu", dtype) for k, v in state.items()}}, path)
-
-
-# ---- DELETE down to "the command" once branch `model` is merged: from_pretrained is then beside the models
-def refuse_others(path, state, unused):
-    """Nothing to do: `sift` refuses as well."""
-
-
-def sift(path, state, dropped, unused):
-    return files.select(state, unused, path, dropped)
-
-
-def layer_shapes(state, D):
-    """Return the fields of a config that the layers of `state` tell, of width D."""
-    hidden = len(state["layers.0.feed_forward.w1.weight"])
-    # Any multiple that rounds 2/3 * 4D up to this width gives the same model; `hidden` itself always does.
-    return dict(dim=D, n_layer=len({k.split(".")[1] for k in state if k.startswith("layers.")}),
-                multiple_of=256 if -(-int(2 * 4 * D / 3) // 256) * 256 == hidden else hidden)
-
-
-def _gpt_shapes(state):
-    V, D = state["tok_embeddings.weight"].shape
-    told = dict(vocab_size=V, **layer_shapes(state, D))
-    if (rows := state.get("cls_embedding.embedding_table.weight")) is not None:     # the last is "no class"
-        return dict(told, model_type="c2i", cls_token_num=1, num_classes=len(rows) - 1)
-    L, C = state["cls_embedding.uncond_embedding"].shape
-    return dict(told, model_type="t2i", cls_token_num=L, caption_dim=C)
-
-
-def vq_shapes(state):
-    ch, (V, width) = len(state["encoder.conv_in.weight"]), state["quantize.embedding.weight"].shape
-    levels, blocks = (len({key.split(".")[place] for key in state if key.startswith(start)})
-                      for place, start in ((2, "encoder.conv_blocks."), (4, "encoder.conv_blocks.0.res.")))
-    widths = [len(state[f"encoder.conv_blocks.{i}.res.0.conv1.weight"]) for i in range(levels)]
-    return dict(ch=ch, ch_mult=tuple(w // ch for w in widths), num_res_blocks=blocks, codebook_size=V,
-                codebook_embed_dim=width, z_channels=len(state["encoder.conv_out.weight"]))
-
-
-def examine(cls, shapes, path, overrides, read=lambda path: files.read_released(path, UNUSED)):
-    """Return ({name: tensor}, {field of `cls`: value}), from shapes, then the file, then the overrides."""
-    names = [field.name for field in dataclasses.fields(cls)]
-    if strange := [name for name in overrides if name not in names]:
-        raise UserError(f"there is no option {strange[0]!r}. The options are: dtype, {', '.join(names)}.")
-    state, told = read(path)
-    try:
-        return state, {**shapes(state), **told, **overrides}
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} does not look like a file for {cls.__name__} ({error}). Of its {len(state)} "
-                        f"entries, the first are {', '.join(list(state)[:3])}.") from None
-
-
-def build(cfg, state, dtype, path):
-    return files.build(MODELS[type(cfg)], cfg, state, dtype, path)
-
-
-def load_gpt(path, dtype=torch.float32, **overrides):
-    """Return the GPT in a file of the released layout. overrides: fields of GPTConfig."""
-    state, told = examine(GPTConfig, _gpt_shapes, path, overrides)
-    heads = {(n_layer, dim): n_head for n_layer, n_head, dim in PRESETS.values()}
-    told = {"n_head": heads.get((told["n_layer"], told["dim"])), **told}
-    if told["n_head"] is None:
-        raise UserError(f"{path}: no tensor tells the number of heads, and {told['n_layer']} layers of width "
-                        f"{told['dim']} are no published size. Give n_head=.")
-    if "block_size" not in told:
-        told["block_size"] = tokens_by_name(path)
-        if told["block_size"] is None:
-            raise UserError(f"{path}: neither a tensor nor the name tells the number of image tokens. Give "
-                            f"block_size=, which is 256, 576, 1024 for images of 256, 384, 512 pixels.")
-        pixels = 16 * int(told["block_size"] ** .5)
-        print(f"{path}: {told['block_size']} image tokens, as its name says {pixels} pixels")
-    return build(GPTConfig(**told), state, dtype, path)
-
-
-def load_vq(path, dtype=torch.float32, **overrides):
-    """Return the VQGAN in a file of the released layout. overrides: fields of VQConfig."""
-    state, told = examine(VQConfig, vq_shapes, path, overrides)
-    return build(VQConfig(**told), state, dtype, path)
 
 
 # ---- the command ---------------------------------------------------------------------------------------

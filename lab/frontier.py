@@ -66,7 +66,7 @@ class Config:
     jobs: int = option(2, "runs at a time, with one thread each", low=1)
     device: Literal["cuda", "mps", "cpu"] = option("cpu", "a tiny run is as fast on one core as on a GPU")
     csv: str = option("results/frontier.csv", "the file of results, one line for each run", ending=".csv")
-    out: str = option("out/frontier", "folder of the run folders, which are removed after each run", ending="")
+    out: str = option("out/frontier", "folder of the run folders; each is removed after its run", ending="")
 
 
 # ---- the runs ----------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""python -m pytest tests/core/test_learns.py           a few steps of the real base, about 30 s
-python -m pytest -m slow tests/core/test_learns.py   README's results over five seeds, 13 min on 2 cores
+"""python -m pytest tests/core/test_learns.py           a few real steps, about 30 s
+python -m pytest -m slow tests/core/test_learns.py   README's results over five seeds, 13 minutes on 2 cores
 """
 import json
 import os
@@ -18,7 +18,7 @@ def evaluations(folder):
 
 
 def test_a_few_steps_raise_the_reward_that_is_trained(tmp_path):
-    """Without warm-up, 12 steps raise the judge's reward by more than chance does."""
+    """Without warm-up, 12 steps raise the reward of the judge by more than chance does."""
     train.main([f"--out_dir={tmp_path / 'run'}", "--max_steps=12", "--warmup=0",
                 "--eval_prompts=1", "--divergence=none", "--device=cpu", "--eval_interval=12"])
     before, after = evaluations(tmp_path / "run")
@@ -49,9 +49,9 @@ def five_seeds():
 
 
 @pytest.mark.slow
-def test_reader_rises_in_every_seed(five_seeds):
+def test_reader_reward_rises_in_every_seed(five_seeds):
     gains = [after["heldout_reward"] - before["heldout_reward"] for before, after in five_seeds["js"]]
-    print("gain in the reader's reward by js, seeds 0-4:", [round(g, 3) for g in gains])
+    print("gain of js in the reader's reward, seeds 0-4:", [round(g, 3) for g in gains])
     assert min(gains) >= .15
 
 

@@ -14,7 +14,7 @@ TINY = VQConfig(codebook_size=64, ch=16, ch_mult=(1, 2), num_res_blocks=1, z_cha
 
 
 def released_keys(levels, blocks, widths):
-    """The key table of the facts, spelt out apart from vqgan.py: {key: shape} of an LlamaGen VQ file."""
+    """Return {name: shape} of a LlamaGen VQ file. It follows a description of the files, not vqgan.py."""
     keys = {}
 
     def conv(name, n_in, n_out, k):
@@ -67,7 +67,7 @@ def test_keys_and_shapes_as_released(mult):
 
 
 def test_round_trip_of_the_shipped_tokenizer():
-    """Pictures survive 64 codes: the reader finds every attribute in at least 95 % of them (see LOG.md)."""
+    """Images survive 64 codes: the reader finds every attribute in at least 95 % of them (see LOG.md)."""
     _, vqgan, _, _ = load_models(locate("assets/tiny_base.pt"), "cpu")
     scenes = [s for _, s in shapes.random_scenes(400, random.Random(11), allow_heldout=True)]
     images = shapes.render(scenes)
@@ -81,7 +81,7 @@ def test_round_trip_of_the_shipped_tokenizer():
 
 
 def test_nearest_code_is_nearest():
-    """argmax of the cosine = argmin of the distance between unit vectors, by brute force."""
+    """The largest cosine is the smallest distance between unit vectors, which is computed one by one here."""
     torch.manual_seed(0)
     model, images = VQGAN(TINY), torch.rand(2, 3, 8, 8) * 2 - 1
     z = torch.nn.functional.normalize(model.quant_conv(model.encoder(images)), dim=1)       # [2,8,4,4]
@@ -90,7 +90,7 @@ def test_nearest_code_is_nearest():
                for b in range(2)]
     assert model.encode(images).tolist() == nearest
     assert torch.equal(model.decode(torch.tensor(nearest)).detach(),
-                       model._paint(code[torch.tensor(nearest)], 4, 4).detach())
+                       model.decode_vectors(code[torch.tensor(nearest)], 4, 4).detach())
 
 
 def test_loss_terms_and_straight_through():
@@ -111,21 +111,21 @@ def test_loss_terms_and_straight_through():
     mean = torch.distributions.Categorical(probs=p.probs.mean((0, 1)))
     assert terms["entropy"].item() == pytest.approx((p.entropy().mean() - mean.entropy()).item(), abs=1e-2)
     (g,) = torch.autograd.grad(
-        terms_l2 := (model._paint(z + (model.quantize.codes()[tokens] - z).detach(), 4, 4)
+        terms_l2 := (model.decode_vectors(z + (model.quantize.codes()[tokens] - z).detach(), 4, 4)
                      - images).square().mean(), z)
     assert terms_l2.item() == pytest.approx(terms["l2"].item(), rel=1e-5) and g.abs().sum() > 0
 
 
 def test_collages():
-    """Picture by picture and token by token: what is shown, which token is asked for, and what it costs."""
+    """Each image and each token of a collage: what is shown, which token is asked for, and its loss."""
     torch.manual_seed(0)
-    model, images, own = VQGAN(TINY), torch.rand(3, 3, 8, 8) * 2 - 1, torch.rand(3, 4, 4) < .5
+    model, images, mask = VQGAN(TINY), torch.rand(3, 3, 8, 8) * 2 - 1, torch.rand(3, 4, 4) < .5
     collages = images.clone()
     for b in range(3):
         for y in range(8):
             for x in range(8):
-                collages[b, :, y, x] = images[b if own[b, y // 2, x // 2] else 2 - b, :, y, x]
-    loss, terms, tokens = model.loss(images, own)
+                collages[b, :, y, x] = images[b if mask[b, y // 2, x // 2] else 2 - b, :, y, x]
+    loss, terms, tokens = model.loss(images, mask)
     both = torch.cat([images, collages])
     assert torch.equal(tokens, model.encode(both))
     assert terms["l2"].item() == pytest.approx((model.decode(tokens) - both).square().mean().item(), rel=1e-4)
@@ -133,7 +133,7 @@ def test_collages():
     cost = 0
     for b in range(3):
         for t in range(16):
-            asked = tokens[b if own[b, t // 4, t % 4] else 2 - b, t]
+            asked = tokens[b if mask[b, t // 4, t % 4] else 2 - b, t]
             distance = (model.quantize.codes() - z[b, :, t // 4, t % 4]).square().sum(1)
             cost -= torch.log_softmax(-distance / TINY.temperature, 0)[asked].item() / 48
     assert terms["collage"].item() == pytest.approx(cost, rel=1e-4)

@@ -1,8 +1,8 @@
-"""LlamaGen's transformer once more, slowly: the reference that tests/test_model.py holds model.py against.
+"""LlamaGen's transformer once more, slowly: tests/core/test_model.py compares model.py with it.
 
-Written from the facts about the released checkpoints, not from model.py, and sharing no code with it.
-Every attention matrix is spelt out, every pair is rotated by itself and nothing is cached, so that each
-rule of the architecture stands in one visible place. The arithmetic is done in the dtype of the state dict.
+It is written from the facts about the released checkpoints, not from model.py, and shares no code with it.
+Every attention matrix is spelt out, every pair is rotated by itself, and nothing is cached. So each rule of
+the architecture stands in one visible place. The arithmetic is done in the dtype of the state dict.
 Letters: B sequences, S positions (prefix and image), L prefix length, T image tokens, D width, h head size.
 """
 import math

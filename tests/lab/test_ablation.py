@@ -7,9 +7,9 @@ import os
 
 import pytest
 
-import train
+import evaluate
+from common import config
 from common.config import UserError
-from common.config import load as options
 from lab import ablation, sweep
 
 
@@ -74,8 +74,7 @@ def test_an_unfinished_csv_has_no_verdicts(finished):
 def test_commands_are_runs_that_train_understands():
     arms = {}
     for arm in ablation.ARMS:
-        cfg, _ = options(train.Config, ablation.command((arm, 3), "out/x", "cpu")[2:])
-        train.check(cfg)
+        cfg, _ = config.load(evaluate.options, ablation.command((arm, 3), "out/x", "cpu")[2:])
         assert cfg.seed == 3 and cfg.algorithm == "vapi" and cfg.eval_interval == cfg.max_steps
         arms[arm] = cfg
     assert arms["all"].temperature == ablation.BROAD and arms["calibrated"].temperature == 1

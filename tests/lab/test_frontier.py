@@ -14,7 +14,10 @@ import sys
 import numpy as np
 import pytest
 
+import evaluate
+from common import config
 from common.config import Fault, UserError
+from common.run import schedule
 from lab import frontier, sweep
 from lab.frontier import area, cells, complete, key, load, plan, reachable, steps_to
 from lab.stats import false_alarms, judged, say, student
@@ -221,11 +224,8 @@ def test_no_run_goes_on_without_its_sweep(tmp_path, monkeypatch):
 
 
 def test_commands_are_runs_that_train_understands():
-    import train
-    from common.config import load as options
     for cell in cells(frontier.BETAS):
-        cfg, _ = options(train.Config, frontier.command((*cell, 3), "out/x", "cpu")[2:])
-        train.check(cfg)
-        beta = [train.ramp(cfg.beta_schedule, cfg.beta, cfg.beta_end, s / 120) for s in range(121)]
+        cfg, _ = config.load(evaluate.options, frontier.command((*cell, 3), "out/x", "cpu")[2:])
+        beta = [schedule(cfg.beta_schedule, cfg.beta, cfg.beta_end, s / 120) for s in range(121)]
         assert (cfg.divergence, cfg.estimator, cfg.seed) == (cell[0], cell[1], 3)
         assert sum(beta) / 121 == pytest.approx(cell[2]) and json.dumps(cfg.out_dir)
