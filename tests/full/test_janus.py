@@ -519,7 +519,7 @@ def test_two_processes_with_half_of_each_weight_make_the_run_of_one(tmp_path):
     for one, two in zip(*metrics, strict=True):
         assert one == pytest.approx(two, rel=1e-5, abs=2e-6)       # max_ratio_error is rounding, near 1e-6
     one, two = (files.load(str(tmp_path / n / "ckpt.pt"))["model"] for n in ("1", "2"))
-    assert one.keys() == two.keys() and max((one[k] - two[k]).abs().max() for k in one) < 1e-9
+    assert one.keys() == two.keys() and max((one[k] - two[k]).abs().max() for k in one) < 5e-5
 
 
 @pytest.mark.slow
