@@ -1,6 +1,6 @@
-"""python -m pytest tests/full/test_janus.py     (and -m slow: a tiny Janus learns, and FSDP2, about 3 minutes)
+"""python -m pytest tests/full/test_janus.py         (and -m slow: learning, FSDP2: about 3 minutes)
 
-Janus-Pro against transformers' JanusForConditionalGeneration, and through train.py.
+These tests compare Janus-Pro with transformers' JanusForConditionalGeneration, and run it through train.py.
 """
 import json
 import os
@@ -53,7 +53,7 @@ def ours(folder):
 
 
 def uncond(ids, mask):
-    """The ids of the unconditional branch, as in generation_inference.py: tokens[1:-1] = pad, row by row."""
+    """Return the ids of the unconditional branch, as in generation_inference.py: tokens[1:-1] = pad."""
     out = ids.clone()
     for row, seen in zip(out, mask):
         start = int(seen.float().argmax())
@@ -63,7 +63,7 @@ def uncond(ids, mask):
 
 @torch.no_grad()
 def their_logits(theirs, ids, mask, tokens):
-    """Teacher forcing by transformers' modules: the state at the last prompt token predicts token 0."""
+    """Return logits by teacher forcing with transformers' modules. The last prompt token predicts token 0."""
     inputs = torch.cat([theirs.get_input_embeddings()(ids),
                         theirs.prepare_embeddings_for_image_generation(tokens[:, :-1])], 1)
     mask = torch.cat([mask.long(), torch.ones_like(tokens[:, :-1])], 1)
@@ -92,9 +92,9 @@ def test_logits_are_those_of_transformers(theirs, ours, folder, scale):
 
 
 @torch.no_grad()
-def test_greedy_pictures_are_those_of_the_official_loop(theirs, ours, folder):
-    """Once more as in generation_inference.py: one prompt, no padding, no cache, a token at a time; and by
-    transformers' own generate, for the batch."""
+def test_greedy_images_are_those_of_the_official_loop(theirs, ours, folder):
+    """The loop of generation_inference.py has one prompt, no padding, no cache, and one token at a time. The
+    batch is compared with transformers' own generate."""
     policy, text = ours[0], Prompts(folder)
     ids, mask = text.encode(CAPTIONS)
     drawn = policy.generate(ids, mask, cfg_scale=5.0, temperature=0)
@@ -125,7 +125,7 @@ def test_tokenizer_is_that_of_transformers(theirs, ours):
 
 @torch.no_grad()
 def test_the_first_image_token_is_predicted_at_begin_of_image(theirs, ours, folder):
-    """The off-by-one of facts/vapi.md, item 7: row t of the logits must not have seen token t."""
+    """Row t of the logits must not depend on token t. A public trainer has this off by one."""
     policy, (ids, mask) = ours[0], Prompts(folder).encode(CAPTIONS[:1])
     prompt = theirs.model.language_model(input_ids=ids).last_hidden_state[:, -1]
     tokens = torch.randint(40, (1, 16))
@@ -216,7 +216,7 @@ def test_layouts_shards_and_precisions_hold_the_same(theirs, tmp_path, capsys):
 
 
 def test_the_pad_token_is_that_of_the_tokenizer(theirs, tmp_path):
-    """Its id differs between 1B and 7B."""
+    """The id differs between 1B and 7B."""
     special = janus_files.SPECIAL[-1:] + janus_files.SPECIAL[:-1]
     janus_files.make(str(tmp_path), theirs, "official", special=special)
     assert janus.load(str(tmp_path))[0].config.pad_id == 256 == Prompts(str(tmp_path)).pad
@@ -265,8 +265,8 @@ def test_errors_are_one_line(theirs, tmp_path, how, message):
 
 
 def test_sizes_of_the_released_models():
-    """Parameters of both as transformers counts them, with a matrix of its own for the words' logits; and of
-    the parts that we load."""
+    """Count the parameters of both models by transformers, with a separate matrix for the logits of words.
+    Count the parts that we load as well."""
     import transformers as t
     for name, c in (("Janus-Pro-1B", JanusConfig()),
                     ("Janus-Pro-7B", JanusConfig(dim=4096, n_layer=30, n_head=32, head_dim=4096))):
