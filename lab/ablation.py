@@ -27,7 +27,6 @@ Differences are paired by seed, or taken from the one base. lab/stats.py explain
 import os
 import sys
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -38,11 +37,9 @@ from common import config, files
 from common.config import UserError, option, locate
 from lab import stats, sweep
 
-
-NO_REWARD = ("--mse_weight=0", "--perceptual_weight=0")
 ARMS = {"reward only": ("--prior_weight=0",),
         "perceptual only": ("--prior_weight=0", "--mse_weight=0"),
-        "prior only": NO_REWARD,
+        "prior only": ("--mse_weight=0", "--perceptual_weight=0"),
         "all": (),
         "all, noise .1": ("--context_noise=0.1",),
         "all, noise .5": ("--context_noise=0.5",),
@@ -59,12 +56,7 @@ NUMBERS = FIELDS[2:-len(sweep.STAMP)]
 
 
 @dataclass(frozen=True)
-class Config:
-    only: Literal["all", "runs", "figures"] = option("all", "all: the runs, then the figure and the report")
-    seeds: int = option(5, "seeds of each arm", low=1, high=1000)
-    minutes: float = option(0.0, "start no run after this time; 0: no limit", low=0)
-    jobs: int = option(2, "runs at a time, with one thread each", low=1)
-    device: Literal["cuda", "mps", "cpu"] = option("cpu", "a tiny run is as fast on one core as on a GPU")
+class Config(sweep.Config):
     csv: str = option("results/ablation.csv", "the file of results, one line for each run", ending=".csv")
     out: str = option("out/ablation", "folder of the run folders; those of the arm `all` stay", ending="")
 
@@ -77,15 +69,9 @@ def command(key, folder, device):
             f"--device={device}", f"--out_dir={folder}", "--eval_interval=150"]
 
 
-def measures(results, names=MEASURES):
-    """Return these measures of an evaluation, rounded. JSON has no NaN, so an evaluation stores None."""
-    return [round(float("nan") if results[m] is None else results[m], 5) for m in names]
-
-
 def row_of(key, folder):
     """Return the values of a finished run's line in the csv file: after training, then before it."""
-    before, after = (sweep.evaluations(folder)[i] for i in (0, -1))
-    return [*key, *measures(after), *measures(before)]
+    return [*key, *sweep.measured(folder, MEASURES, MEASURES)]
 
 
 def under_settings(cfg, path):
@@ -97,37 +83,26 @@ def under_settings(cfg, path):
             if (seed, *setting) not in done]
     if not todo:
         return
-    if not rows:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(",".join(SETTING_FIELDS) + "\n")
-    measure = evaluator(cfg)
-    for key in tqdm(todo, desc="settings", ncols=110):
-        line = ",".join(map(str, (*key, *measures(measure(*key), SETTING_FIELDS[3:]))))
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-
-def evaluator(cfg):
-    """Return a function (seed, temperature, cfg_scale) -> results, of the base (seed -1) or the arm `all`."""
-    def run(seed):
-        return evaluate.options_of(os.path.join(cfg.out, f"all_{seed}"))
-    world, pipeline = evaluate.open_world(run(cfg.seeds - 1)[0], torch.device(cfg.device))
+    runs = [evaluate.options_of(os.path.join(cfg.out, f"all_{seed}")) for seed in range(cfg.seeds)]
+    world, pipeline = evaluate.open_world(runs[-1][0], torch.device(cfg.device))
     base = evaluate.evaluate(world, pipeline, pipeline.reference, temperature=BROAD)
-
-    def measure(seed, temperature, cfg_scale):
-        if seed >= 0:
-            files.load_weights(pipeline.policy, run(seed)[1], f"all_{seed}")
-        policy = pipeline.policy if seed >= 0 else pipeline.reference
-        return evaluate.evaluate(world, pipeline, policy, base, temperature=temperature,
-                                 cfg_scale=cfg_scale).results
-    return measure
+    with open(path, "a" if rows else "w", encoding="utf-8") as file:
+        if not rows:
+            print(*SETTING_FIELDS, sep=",", file=file)
+        for seed, temperature, cfg_scale in tqdm(todo, desc="settings", ncols=110):
+            policy = pipeline.policy if seed >= 0 else pipeline.reference
+            if seed >= 0:
+                files.load_weights(policy, runs[seed][1], f"all_{seed}")
+            found = evaluate.evaluate(world, pipeline, policy, base, temperature=temperature,
+                                      cfg_scale=cfg_scale)
+            values = sweep.rounded(found.results, SETTING_FIELDS[3:])
+            print(seed, temperature, cfg_scale, *values, sep=",", file=file, flush=True)
 
 
 # ---- the verdicts ------------------------------------------------------------------------------------------
 BETTER = {"heldout_reward": 1, "frechet": -1, "precision": 1}    # 1: more is better; -1: less is better
 NAMES = {"heldout_reward": "reader", "reward": "judge", "frechet": "Frechet distance",
          "entropy_kept": "entropy kept", "token_entropy": "token entropy", "kl_reverse": "KL to the base"}
-CLAIMS = ["(i)", "(ii)", "(iii)", "(iii) at 1", "(iv)", "(v)"]
 
 
 def best(rows, seed, measure):
@@ -157,41 +132,38 @@ def verdicts(rows, settings):
         compare("(v)", "all - base, each under its best setting", measure,
                 [best(settings, s, measure)[0] - of_base
                  for s in sorted({r["seed"] for r in settings if r["seed"] >= 0})])
-    return sorted(out, key=lambda line: CLAIMS.index(line[0]))
+    return sorted(out, key=lambda line: line[0])               # the numerals up to (v) sort like words
 
 
 def figure(rows, settings, path):
     """Write the figure to `path`. Left: the reader reward of each arm. Middle and right: quality against
     recall under every temperature and guidance, for the base and the trained policies."""
-    plt = stats.pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     at = {(r["seed"], r["temperature"], r["cfg_scale"]): r for r in settings}
-    for x, arm in enumerate(ARMS):
-        for r in (r for r in rows if r["arm"] == arm):
-            axes[0].plot(x, r["heldout_reward"], "o", color="tab:blue", ms=4, alpha=.7)
-            axes[0].plot(x, r["base_heldout_reward"], "_", color="black", ms=16)
-    axes[0].set_xticks(range(len(ARMS)), ARMS, rotation=30, ha="right")
-    axes[0].set(ylabel="reader reward", title="dots: seeds; black: the base at their temperature")
-    for axis, measure, title in ((axes[1], "heldout_reward", "reader reward"),
-                                 (axes[2], "frechet", "Frechet distance, judge's features")):
-        for name, seeds, color in (("base", [-1], "black"),
-                                    ("VA-pi", sorted({r["seed"] for r in settings} - {-1}), "tab:blue")):
-            for style, marker, chosen, what in (
-                    ("-", "o", [s for s in SETTINGS if s[1] == 1], "temperature 1.4 to .6"),
-                    ("--", "^", [s for s in SETTINGS if s[0] == 1], "guidance 1 to 3"),
-                    (":", "s", [s for s in SETTINGS if s[0] == .6], "guidance 1 to 2 at .6")):
-                xs, ys = (np.array([[at[s, *c][k] for c in chosen] for s in seeds])
-                          for k in ("recall", measure))
-                axis.errorbar(xs.mean(0), ys.mean(0), ys.std(0), xs.std(0), fmt=marker + style, color=color,
-                              ms=4, lw=1, elinewidth=.6, label=f"{name}, {what}")
-        axis.set(xlabel="recall", ylabel=title)
-    axes[1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    trained = sorted({r["seed"] for r in settings} - {-1})
+    ways = (("o-", [s for s in SETTINGS if s[1] == 1], "temperature 1.4 to .6"),
+            ("^--", [s for s in SETTINGS if s[0] == 1], "guidance 1 to 3"),
+            ("s:", [s for s in SETTINGS if s[0] == .6], "guidance 1 to 2 at .6"))
+    with stats.panels(path, 1, 3, (15, 4.6), dpi=100) as axes:
+        for x, arm in enumerate(ARMS):
+            for r in (r for r in rows if r["arm"] == arm):
+                axes[0].plot(x, r["heldout_reward"], "o", color="tab:blue", ms=4, alpha=.7)
+                axes[0].plot(x, r["base_heldout_reward"], "_", color="black", ms=16)
+        axes[0].set_xticks(range(len(ARMS)), ARMS, rotation=30, ha="right")
+        axes[0].set(ylabel="reader reward", title="dots: seeds; black: the base at their temperature")
+        for axis, measure, title in ((axes[1], "heldout_reward", "reader reward"),
+                                     (axes[2], "frechet", "Frechet distance, judge's features")):
+            for name, seeds, color in (("base", [-1], "black"), ("VA-pi", trained, "tab:blue")):
+                for style, chosen, what in ways:
+                    xs, ys = (np.array([[at[s, *c][k] for c in chosen] for s in seeds])
+                              for k in ("recall", measure))
+                    axis.errorbar(xs.mean(0), ys.mean(0), ys.std(0), xs.std(0), fmt=style, color=color, ms=4,
+                                  lw=1, elinewidth=.6, label=f"{name}, {what}")
+            axis.set(xlabel="recall", ylabel=title)
+        axes[1].legend(frameon=False, fontsize=8)
 
 
-def report(rows, settings, path):
-    """Write the report ablation.md to `path`: the arms, the verdicts, and the settings."""
+def report(rows, settings):
+    """Return the report: the arms, the verdicts, and the settings."""
     def arm(name, prefix="", only="all"):
         of = [r for r in rows if r["arm"] == only]
         return [name, *(stats.spread([r[prefix + m] for r in (of[:1] if prefix else of)]) for m in MEASURES)]
@@ -199,19 +171,16 @@ def report(rows, settings, path):
              arm("base at 1", "base_", "calibrated"), arm("all at 1", "", "calibrated")]
 
     def setting(t, s):
-        found = {who: [r for r in settings if (r["temperature"], r["cfg_scale"]) == (t, s)
-                       and (r["seed"] >= 0) == who] for who in (False, True)}
-        return [f"{t:g}", f"{s:g}", *(stats.spread([r[m] for r in found[who]])
+        found = [r for r in settings if (r["temperature"], r["cfg_scale"]) == (t, s)]
+        return [f"{t:g}", f"{s:g}", *(stats.spread([r[m] for r in found if (r["seed"] >= 0) == trained])
                                       for m in ("heldout_reward", "frechet", "precision", "recall")
-                                      for who in (False, True))]
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(
-            "# Ablation of VA-pi in the tiny world\n\nMade by `python -m lab.ablation --only=figures` from "
+                                      for trained in (False, True))]
+    return (f"# Ablation of VA-pi in the tiny world\n\nMade by `python -m lab.ablation --only=figures` from "
             f"ablation.csv and ablation_settings.csv: {len(rows)} runs, device {rows[0]['device']}, base "
             f"{rows[0]['base']}. Entries are mean ± standard deviation over seeds. lab/ablation.py states "
-            "the claims.\n\n" + stats.table(["arm", *(NAMES.get(m, m) for m in MEASURES)], lines) + "\n\n"
-            + stats.judged(verdicts(rows, settings), len({r["seed"] for r in rows}))
-            + "\n\nThe base and the arm `all` under other temperatures and guidance:\n\n"
+            f"the claims.\n\n{stats.table(['arm', *(NAMES.get(m, m) for m in MEASURES)], lines)}\n\n"
+            f"{stats.judged(verdicts(rows, settings), len({r['seed'] for r in rows}))}\n\n"
+            f"The base and the arm `all` under other temperatures and guidance:\n\n"
             + stats.table(["temperature", "guidance", *(f"{m}, {who}" for m in (
                 "reader", "Frechet", "precision", "recall") for who in ("base", "VA-pi"))],
                 [setting(*s) for s in SETTINGS]) + "\n")
@@ -222,8 +191,7 @@ def main(argv):
     plan = [(arm, seed) for seed in range(cfg.seeds) for arm in ARMS]
     stem = cfg.csv.removesuffix(".csv")
     if cfg.only != "figures":
-        sweep.make(cfg, sweep.load(cfg.csv, FIELDS, NUMBERS, 2), plan, FIELDS,
-                   lambda key, folder: command(key, folder, cfg.device), row_of,
+        sweep.make(cfg, sweep.load(cfg.csv, FIELDS, NUMBERS, 2), plan, FIELDS, command, row_of,
                    keep=lambda key: key[0] == "all")
         under_settings(cfg, stem + "_settings.csv")
     if cfg.only != "runs":
@@ -232,8 +200,7 @@ def main(argv):
         if len(rows) < len(plan) or len(settings) < (cfg.seeds + 1) * len(SETTINGS):
             raise UserError(f"{cfg.csv} has not all runs and settings. Continue with python -m lab.ablation")
         figure(rows, settings, stem + ".png")
-        report(rows, settings, stem + ".md")
-        print(open(stem + ".md", encoding="utf-8").read())
+        stats.publish(report(rows, settings), stem + ".md")
 
 
 if __name__ == "__main__":
