@@ -21,6 +21,7 @@ from common import config
 from common.config import UserError, option
 from common.images import LINE, PAD, pyplot
 from divergences import DIVERGENCES, STRENGTH, check_gradients
+from lab.stats import panels
 
 WIDEST = 1624                              # pixels: a wider film is shrunk to this width
 
@@ -30,25 +31,22 @@ def plot(path):
 
     divergences.py defines c, g and U'. Each curve is multiplied by STRENGTH, so all have one slope at x = 0.
     """
-    plt = pyplot()
     x = torch.linspace(-6, 2.5, 400, dtype=torch.float64)
-    figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
-    for name, d in DIVERGENCES.items():
-        strength = STRENGTH[name]
-        label = name + (f" x {strength}" if strength > 1 else "")
-        axes[0].plot(x, strength * d.weight(x), label=label)
-        axes[1].plot(x, strength * (d.f(x) + d.c(x)), label=label)
-        axes[2].plot(x, -strength * d.weight(x) / x.exp(), label=label)
-    axes[0].set(title="subtracted from the advantage: c(w), sampled", ylabel="c(w)", ylim=(-8, 6))
-    axes[1].set(title="g(w), unbiased and exact", ylabel="g(w)", ylim=(-8, 6))
-    axes[2].set(title="force on a token of the reference, $U'(x)$, sampled", ylabel="U'(x)", ylim=(-6.5, 3))
-    for axis in axes:
-        axis.set_xlabel("x = log(reference / policy); x > 0: a suppressed token")
-        axis.axhline(0, color="grey", lw=.6)
-        axis.axvline(0, color="grey", lw=.6)
-        axis.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with panels(path, 1, 3, (14, 3.8), dpi=120) as axes:
+        for name, d in DIVERGENCES.items():
+            strength = STRENGTH[name]
+            label = name + (f" x {strength}" if strength > 1 else "")
+            for axis, y in zip(axes, (d.weight(x), d.f(x) + d.c(x), -d.weight(x) / x.exp())):
+                axis.plot(x, strength * y, label=label)
+        axes[0].set(title="subtracted from the advantage: c(w), sampled", ylabel="c(w)", ylim=(-8, 6))
+        axes[1].set(title="g(w), unbiased and exact", ylabel="g(w)", ylim=(-8, 6))
+        axes[2].set(title="force on a token of the reference, $U'(x)$, sampled", ylabel="U'(x)",
+                    ylim=(-6.5, 3))
+        for axis in axes:
+            axis.set_xlabel("x = log(reference / policy); x > 0: a suppressed token")
+            axis.axhline(0, color="grey", lw=.6)
+            axis.axvline(0, color="grey", lw=.6)
+            axis.legend(frameon=False)
 
 
 # ---- The demo: one softmax over ten tokens, a reward of 1 for token 4, the objective E_pi[r] - beta D ------
@@ -106,40 +104,36 @@ def demo(path, steps=1500, frames=60, batch=16, rate=.5, strength=.25, seed=0):
     """
     plt = pyplot()
     beta = {name: strength * STRENGTH[name] for name in DIVERGENCES}
+    z = {form: RHO.log() for form in FORMS}
+    generators = {form: torch.Generator().manual_seed(seed) for form in FORMS}
     figure, axes = plt.subplots(3, 3, figsize=(9, 6.5), dpi=70, sharex=True, sharey=True)
     figure.subplots_adjust(left=.06, right=.99, top=.96, bottom=.09, wspace=.04, hspace=.2)
-    bars, moving = {}, []              # draw() omits animated artists, so that everything else is drawn once
+    # draw() omits animated artists, so everything else is drawn only once.
+    style, bars = dict(animated=True), {}
+    label, moving = figure.supxlabel("step 0", fontsize=10, **style), []
     for axis, (name, estimator) in zip(axes.flat, FORMS):
-        bars[name, estimator] = axis.bar(range(10), RHO.tolist(), color="tab:blue", animated=True)
-        outlines = axis.bar(range(10), RHO.tolist(), fill=False, edgecolor="black", lw=.8, animated=True)
-        marks = axis.plot(range(10), fixed_point(name, estimator, beta[name]).tolist(), "_", color="tab:red",
-                          ms=11, mew=2, animated=True)
-        moving += [*bars[name, estimator], *outlines, *marks]
+        bars[name, estimator] = axis.bar(range(10), RHO.tolist(), color="tab:blue", **style)
+        moving += [*bars[name, estimator],
+                   *axis.bar(range(10), RHO.tolist(), fill=False, edgecolor="black", lw=.8, **style),
+                   *axis.plot(range(10), fixed_point(name, estimator, beta[name]).tolist(), "_",
+                              color="tab:red", ms=11, mew=2, **style)]
         axis.set_title(f"{name} (beta {beta[name]:g}), {estimator}", fontsize=9)
         axis.set(yscale="log", ylim=(5e-4, 1.2))                           # rare tokens stay visible
         axis.minorticks_off()
-    label = figure.supxlabel("step 0", fontsize=10, animated=True)
     figure.canvas.draw()
-    background = figure.canvas.copy_from_bbox(figure.bbox)
-
-    def frame(step):
-        for form, bars_of_form in bars.items():
-            for bar, height in zip(bars_of_form, z[form].softmax(0).tolist()):
-                bar.set_height(height)
-        label.set_text(f"token (token 4 is rewarded), step {step}")
-        figure.canvas.restore_region(background)
-        for artist in (*moving, label):
-            figure.draw_artist(artist)
-        return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-
-    z = {form: RHO.log() for form in FORMS}
-    generators = {form: torch.Generator().manual_seed(seed) for form in FORMS}
-    images = [frame(0)]
-    for i in range(1, frames + 1):
-        for _ in range(steps // frames):
+    background, images = figure.canvas.copy_from_bbox(figure.bbox), []
+    for step in range(steps // frames * frames + 1):
+        if step % (steps // frames) == 0:
             for form in FORMS:
-                z[form] = z[form] + rate * update(z[form], *form, beta[form[0]], batch, generators[form])
-        images.append(frame(i * (steps // frames)))
+                for bar, height in zip(bars[form], z[form].softmax(0).tolist()):
+                    bar.set_height(height)
+            label.set_text(f"token (token 4 is rewarded), step {step}")
+            figure.canvas.restore_region(background)
+            for artist in (*moving, label):
+                figure.draw_artist(artist)
+            images.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))
+        for form in FORMS:
+            z[form] = z[form] + rate * update(z[form], *form, beta[form[0]], batch, generators[form])
     plt.close(figure)
     save_gif(images, path, 100)
 

@@ -125,13 +125,11 @@ def complete(rows):
     return max(blocks, key=lambda block: (len(block[0]) >= 3, len(block[0]) * len(block[1])))
 
 
-def frontier(rows, seed, divergence, estimator, betas, measure="reward", schedule="constant"):
+def frontier(rows, seed, betas, measure, divergence, estimator, schedule="constant"):
     """Return points (diversity kept, gain) of a seed: base, `none`, and the runs with these betas of a KL."""
-    strengths = [b * STRENGTH[divergence] for b in betas]
-    return [(1.0, 0.0)] + [
-        (entropy_kept(r), gain(r, measure)) for r in rows if r["seed"] == seed and (
-            r["divergence"] == "none" or (r["divergence"], r["estimator"], r["schedule"]) ==
-            (divergence, estimator, schedule) and r["beta"] in strengths)]
+    wanted = {(divergence, estimator, b * STRENGTH[divergence], schedule) for b in betas}
+    return [(1.0, 0.0)] + [(entropy_kept(r), gain(r, measure)) for r in rows if r["seed"] == seed
+                           and (r["divergence"] == "none" or key(r)[0] in wanted)]
 
 
 def reachable(points, level):
@@ -147,57 +145,53 @@ def area(points, levels=LEVELS):
     return float(np.mean([reachable(points, level) for level in np.linspace(*levels, 51)]))
 
 
-def reach(rows, seed, forms, betas, measure, levels=LEVELS, schedule="constant"):
-    """Return the mean `area` of one seed over some forms (divergence, estimator)."""
-    return np.mean([area(frontier(rows, seed, *form, betas, measure, schedule), levels) for form in forms])
+def reach(rows, seed, forms, betas, measure, levels=LEVELS):
+    """Return the mean `area` of one seed over forms (divergence, estimator), or (.., schedule)."""
+    return np.mean([area(frontier(rows, seed, betas, measure, *form), levels) for form in forms])
+
+
+def compared(rows, pairs, levels=LEVELS):
+    """Yield a line (*words, measure, difference, verdict) for each measure of REACHED and each of the pairs
+    (*words, forms, other forms, betas of a KL). The difference is between what the two `reach`."""
+    seeds = complete(rows)[1]
+    for measure, name in REACHED.items():
+        for *words, one, other, betas in pairs:
+            a, b = ([reach(rows, s, forms, betas, measure, levels) for s in seeds] for forms in (one, other))
+            yield *words, name, *stats.say(np.subtract(a, b))
 
 
 def verdicts(rows, levels=LEVELS):
     """Return what the runs say about the claims: lines (claim, comparison, measure, difference, verdict)."""
     (betas, seeds), at, out = complete(rows), {key(r): r for r in rows}, []
-
-    def compare(claim, what, measure, difference):
-        out.append((claim, what, measure, *stats.say([difference(s) for s in seeds])))
     # (i): all three get the same beta. To beat a KL means more reward and no less diversity.
-    for b in sorted(set(betas) & {STRENGTH["js"] * b for b in betas}):
-        for kl in DIVERGENCES[:2]:
-            for name, value in (("reward gained", gain), ("diversity kept", entropy_kept)):
-                compare("(i)", f"js - {kl}, sampled, both beta {b:g}", name, lambda s: value(
-                    at[("js", "sampled", b, "constant"), s]) - value(at[(kl, "sampled", b, "constant"), s]))
-    for measure, name in REACHED.items():
-        def at_best(s, d, e, betas=betas, schedule="constant"):
-            return reach(rows, s, [(d, e)], betas, measure, levels, schedule)
-        for estimator in ESTIMATORS:
-            for kl in DIVERGENCES[:2]:
-                compare("(ii)", f"js - {kl}, {estimator}", name,
-                        lambda s: at_best(s, "js", estimator) - at_best(s, kl, estimator))
-        for claim, estimator in (("(iii)", "exact"), ("(iv)", "unbiased")):
-            for d in DIVERGENCES:
-                compare(claim, f"{estimator} - sampled, {d}", name,
-                        lambda s: at_best(s, d, estimator) - at_best(s, d, "sampled"))
-        for d in DIVERGENCES:
-            compare("(v)", f"falling - constant, {d}", name, lambda s: at_best(
-                s, d, "sampled", [SCHEDULED], "linear") - at_best(s, d, "sampled", [SCHEDULED]))
-    return out
+    for b, kl in product(sorted(set(betas) & {STRENGTH["js"] * b for b in betas}), DIVERGENCES[:2]):
+        for name, value in (("reward gained", gain), ("diversity kept", entropy_kept)):
+            js, other = ([value(at[(d, "sampled", b, "constant"), s]) for s in seeds] for d in ("js", kl))
+            words = "(i)", f"js - {kl}, sampled, both beta {b:g}", name
+            out.append((*words, *stats.say(np.subtract(js, other))))
+    pairs = [("(ii)", f"js - {kl}, {e}", [("js", e)], [(kl, e)], betas)
+             for e in ESTIMATORS for kl in DIVERGENCES[:2]]
+    pairs += [(claim, f"{e} - sampled, {d}", [(d, e)], [(d, "sampled")], betas)
+              for claim, e in (("(iii)", "exact"), ("(iv)", "unbiased")) for d in DIVERGENCES]
+    pairs += [("(v)", f"falling - constant, {d}", [(d, "sampled", "linear")], [(d, "sampled")], [SCHEDULED])
+              for d in DIVERGENCES]
+    return out + list(compared(rows, pairs, levels))
 
 
 def afterwards(rows):
     """Return comparisons that were chosen after the runs were seen: lines of `verdicts` without a claim."""
-    (betas, seeds), at, out = complete(rows), {key(r): r for r in rows}, []
+    (betas, seeds), at = complete(rows), {key(r): r for r in rows}
     twice = [("forward_kl", "unbiased"), ("reverse_kl", "sampled")]            # one method
     pairs = [("one method run twice: unbiased forward_kl - sampled reverse_kl", twice[:1], twice[1:]),
              ("the same function, less noise: exact forward_kl - the method run twice",
               [("forward_kl", "exact")], twice),
              ("another function, also of single samples: unbiased reverse_kl - the method run twice",
               [("reverse_kl", "unbiased")], twice)]
-    pairs += [(f"{a} - {b}, mean over divergences", [*product(DIVERGENCES, [a])], [*product(DIVERGENCES, [b])])
-              for a, b in (("exact", "sampled"), ("unbiased", "sampled"), ("exact", "unbiased"))]
-    pairs += [(f"{a} - {b}, mean over estimators", [*product([a], ESTIMATORS)], [*product([b], ESTIMATORS)])
-              for a, b in (("reverse_kl", "js"), ("reverse_kl", "forward_kl"), ("js", "forward_kl"))]
-    for measure, name in REACHED.items():
-        for what, one, other in pairs:
-            out.append((what, name, *stats.say([
-                reach(rows, s, one, betas, measure) - reach(rows, s, other, betas, measure) for s in seeds])))
+    for a, b in (("exact", "sampled"), ("unbiased", "sampled"), ("exact", "unbiased")):
+        pairs.append((f"{a} - {b}, mean over divergences", *([(d, e) for d in DIVERGENCES] for e in (a, b))))
+    for a, b in (("reverse_kl", "js"), ("reverse_kl", "forward_kl"), ("js", "forward_kl")):
+        pairs.append((f"{a} - {b}, mean over estimators", *([(d, e) for e in ESTIMATORS] for d in (a, b))))
+    out = list(compared(rows, [(*pair, betas) for pair in pairs]))
     weak = [(d, "exact", b * STRENGTH[d], "constant") for d in DIVERGENCES for b in sorted(betas)[:2]]
     for name, value in (("reward gained", gain), ("held-out reward gained",
                         lambda r: gain(r, "heldout_reward")), ("diversity kept", entropy_kept)):

@@ -34,8 +34,8 @@ def student(n):
 
 
 def shows(d):
-    """Return two intervals (low, high) of the mean of d [n], and the verdict. The intervals are Student's and,
-    first, the bootstrap's percentiles. The verdict is "more" or "less" if both exclude 0, else "not shown"."""
+    """Return the bootstrap's percentile interval of the mean of d [n], (low, high), Student's, and the
+    verdict: "more" or "less" if both exclude 0, else "not shown"."""
     error = student(len(d)) * d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else np.inf
     both = np.percentile(d[resamples(len(d))].mean(0), [2.5, 97.5]), (d.mean() - error, d.mean() + error)
     side = np.sign(d.mean()) * all(low > 0 or high < 0 for low, high in both)
