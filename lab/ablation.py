@@ -12,9 +12,7 @@ the trained policies with the base under every temperature and guidance.
 
 The tiny base is well calibrated at temperature 1, and its best temperature is .8. LlamaGen at 1 is far too
 broad (FID 14, and 2.4 with guidance). So we train and evaluate the tiny policy at 1.4, where it is too broad
-as well. The arm `calibrated` runs at temperature 1, for comparison.
-
-    arms = {reward only, perceptual distance only, prior only, all, all with noise xi .1 and .5, calibrated}
+as well. The arm `calibrated` runs at temperature 1, for comparison. ARMS lists all arms.
 
 Claims, each stated before it was tested, with its verdict in results/ablation.md:
   (i)   the reward alone makes images worse than the base's
@@ -37,12 +35,9 @@ from common import config, files
 from common.config import UserError, option, locate
 from lab import stats, sweep
 
-ARMS = {"reward only": ("--prior_weight=0",),
-        "perceptual only": ("--prior_weight=0", "--mse_weight=0"),
-        "prior only": ("--mse_weight=0", "--perceptual_weight=0"),
-        "all": (),
-        "all, noise .1": ("--context_noise=0.1",),
-        "all, noise .5": ("--context_noise=0.5",),
+ARMS = {"reward only": ("--prior_weight=0",), "perceptual only": ("--prior_weight=0", "--mse_weight=0"),
+        "prior only": ("--mse_weight=0", "--perceptual_weight=0"), "all": (),
+        "all, noise .1": ("--context_noise=0.1",), "all, noise .5": ("--context_noise=0.5",),
         "calibrated": ("--temperature=1.0",)}
 BROAD = 1.4                                    # the temperature of configs/tiny_vapi.py
 # (temperature, guidance): each alone, then both, because a base that is too broad may need both.
@@ -50,9 +45,9 @@ SETTINGS = [(t, 1.0) for t in (BROAD, 1.2, 1.0, .9, .8, .7, .6)] + [(1.0, s) for
 SETTINGS += [(t, s) for t in (1.2, .8, .6) for s in (1.25, 1.5, 2.0)]
 MEASURES = ("reward", "heldout_reward", "frechet", "precision", "recall", "entropy_kept", "unreadable",
             "reconstruction", "token_entropy", "kl_reverse")
-FIELDS = ("arm", "seed", *MEASURES, *(f"base_{m}" for m in MEASURES), *sweep.STAMP)
+NUMBERS = (*MEASURES, *(f"base_{m}" for m in MEASURES))        # after training, then before it
+FIELDS = ("arm", "seed", *NUMBERS, *sweep.STAMP)
 SETTING_FIELDS = ("seed", "temperature", "cfg_scale", *(m for m in MEASURES if m != "reconstruction"))
-NUMBERS = FIELDS[2:-len(sweep.STAMP)]
 
 
 @dataclass(frozen=True)
@@ -67,11 +62,6 @@ def command(key, folder, device):
     arm, seed = key
     return [sys.executable, locate("train.py"), "configs/tiny_vapi.py", *ARMS[arm], f"--seed={seed}",
             f"--device={device}", f"--out_dir={folder}", "--eval_interval=150"]
-
-
-def row_of(key, folder):
-    """Return the values of a finished run's line in the csv file: after training, then before it."""
-    return [*key, *sweep.measured(folder, MEASURES, MEASURES)]
 
 
 def under_settings(cfg, path):
@@ -107,31 +97,27 @@ NAMES = {"heldout_reward": "reader", "reward": "judge", "frechet": "Frechet dist
 
 def best(rows, seed, measure):
     """Return the best value that the policy of a seed has under any of SETTINGS, and the line that has it."""
-    own = [r for r in rows if r["seed"] == seed]
-    row = max(own, key=lambda r: BETTER[measure] * r[measure])
+    row = max((r for r in rows if r["seed"] == seed), key=lambda r: BETTER[measure] * r[measure])
     return row[measure], row
 
 
 def verdicts(rows, settings):
     """Return what the runs say about the claims: lines (claim, comparison, measure, difference, verdict)."""
-    by_arm, out = {arm: {r["seed"]: r for r in rows if r["arm"] == arm} for arm in ARMS}, []
-
-    def compare(claim, what, measure, differences):
-        text, shown = stats.say(differences)
-        words = dict(zip(("more", "less"), ("better", "worse")[::BETTER[measure]]))
-        out.append((claim, what, NAMES.get(measure, measure), text, words.get(shown, shown)))
-    for measure in BETTER:
-        for claim, arm in (("(i)", "reward only"), ("(i)", "perceptual only"), ("(ii)", "prior only"),
-                           ("(iii)", "all"), ("(iii) at 1", "calibrated")):
-            compare(claim, f"{arm} - base", measure,
-                    [r[measure] - r["base_" + measure] for r in by_arm[arm].values()])
-        for arm in ("all, noise .1", "all, noise .5"):
-            compare("(iv)", f"{arm} - all", measure,
-                    [r[measure] - by_arm["all"][s][measure] for s, r in by_arm[arm].items()])
-        of_base = best(settings, -1, measure)[0]
-        compare("(v)", "all - base, each under its best setting", measure,
-                [best(settings, s, measure)[0] - of_base
-                 for s in sorted({r["seed"] for r in settings if r["seed"] >= 0})])
+    at, out = {(r["arm"], r["seed"]): r for r in rows}, []
+    pairs = [("(i)", "reward only", "base"), ("(i)", "perceptual only", "base"), ("(ii)", "prior only", "base"),
+             ("(iii)", "all", "base"), ("(iii) at 1", "calibrated", "base"), ("(iv)", "all, noise .1", "all"),
+             ("(iv)", "all, noise .5", "all")]
+    for measure, sign in BETTER.items():
+        found = [(claim, f"{arm} - {other}", [
+            r[measure] - (r["base_" + measure] if other == "base" else at[other, r["seed"]][measure])
+            for r in rows if r["arm"] == arm]) for claim, arm, other in pairs]
+        of_base, trained = best(settings, -1, measure)[0], sorted({r["seed"] for r in settings} - {-1})
+        found.append(("(v)", "all - base, each under its best setting",
+                      [best(settings, s, measure)[0] - of_base for s in trained]))
+        words = dict(zip(("more", "less"), ("better", "worse")[::sign]))
+        for claim, what, differences in found:
+            text, shown = stats.say(differences)
+            out.append((claim, what, NAMES.get(measure, measure), text, words.get(shown, shown)))
     return sorted(out, key=lambda line: line[0])               # the numerals up to (v) sort like words
 
 
@@ -191,7 +177,8 @@ def main(argv):
     plan = [(arm, seed) for seed in range(cfg.seeds) for arm in ARMS]
     stem = cfg.csv.removesuffix(".csv")
     if cfg.only != "figures":
-        sweep.make(cfg, sweep.load(cfg.csv, FIELDS, NUMBERS, 2), plan, FIELDS, command, row_of,
+        sweep.make(cfg, sweep.load(cfg.csv, FIELDS, NUMBERS, 2), plan, FIELDS, command,
+                   row_of=lambda key, folder: [*key, *sweep.measured(folder, MEASURES, MEASURES)],
                    keep=lambda key: key[0] == "all")
         under_settings(cfg, stem + "_settings.csv")
     if cfg.only != "runs":

@@ -162,10 +162,11 @@ def film(runs, path, milliseconds=700):
     for step in common:
         grids = [Image.open(found[step]) for found in steps]
         canvas = Image.new("RGB", (sum(g.width for g in grids), LINE + max(g.height for g in grids)), "white")
-        for i, (run, g) in enumerate(zip(runs, grids)):
-            x = sum(other.width for other in grids[:i])
+        x = 0
+        for run, g in zip(runs, grids):
             ImageDraw.Draw(canvas).text((x + PAD, 1), run, "black", ImageFont.load_default())
             canvas.paste(g, (x, LINE))
+            x += g.width
         canvas.thumbnail((WIDEST, canvas.height), Image.LANCZOS)
         frames.append(canvas)
     save_gif(frames, path, milliseconds)

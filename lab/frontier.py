@@ -222,10 +222,9 @@ def trace(axis, found, x, y, style="o-", legend=True):
     def deviation(values):
         return np.nanstd(values, ddof=1) if np.isfinite(values).sum() > 1 else 0
     for d, color in COLORS.items():
-        cell = [(np.array([x(r) for r in rs]), np.array([y(r) for r in rs]))
-                for (name, *_), rs in found if name == d]
-        if cell:
-            (xs, ys), (dx, dy) = ([[f(v[i]) for v in cell] for i in (0, 1)] for f in (np.nanmean, deviation))
+        if cells_of := [rs for (name, *_), rs in found if name == d]:
+            xs, ys, dx, dy = ([f([value(r) for r in rs]) for rs in cells_of]
+                              for f in (np.nanmean, deviation) for value in (x, y))
             axis.errorbar(xs, ys, dy, dx, fmt=style, ms=3, lw=1, elinewidth=.6, color=color,
                           label=d if legend else None)
 
@@ -236,7 +235,7 @@ def figures(rows, folder):
     main_figure, more_views = (os.path.join(folder, name) for name in ("frontier.png", "frontier_more.png"))
     betas, seeds = complete(rows)
     known = set(product(cells(betas), seeds))
-    found = list(groups([r for r in rows if key(r) in known]).items())
+    found = [*groups([r for r in rows if key(r) in known]).items()]
 
     def pick(estimator=None, betas=None, js=strong):
         return [(cell, rs) for cell, rs in found if cell[0] == "none" or cell[3] == "constant"
