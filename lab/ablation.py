@@ -104,9 +104,9 @@ def best(rows, seed, measure):
 def verdicts(rows, settings):
     """Return what the runs say about the claims: lines (claim, comparison, measure, difference, verdict)."""
     at, out = {(r["arm"], r["seed"]): r for r in rows}, []
-    pairs = [("(i)", "reward only", "base"), ("(i)", "perceptual only", "base"), ("(ii)", "prior only", "base"),
-             ("(iii)", "all", "base"), ("(iii) at 1", "calibrated", "base"), ("(iv)", "all, noise .1", "all"),
-             ("(iv)", "all, noise .5", "all")]
+    pairs = [("(i)", "reward only", "base"), ("(i)", "perceptual only", "base"),
+             ("(ii)", "prior only", "base"), ("(iii)", "all", "base"), ("(iii) at 1", "calibrated", "base"),
+             ("(iv)", "all, noise .1", "all"), ("(iv)", "all, noise .5", "all")]
     for measure, sign in BETTER.items():
         found = [(claim, f"{arm} - {other}", [
             r[measure] - (r["base_" + measure] if other == "base" else at[other, r["seed"]][measure])
