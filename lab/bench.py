@@ -16,6 +16,7 @@ lab/measure.py measures the ceilings in the same run. A sampling step has to rea
 values of earlier positions. The update has to do the arithmetic that any order of computation needs.
 """
 import functools
+import itertools
 import os
 import time
 from dataclasses import dataclass
@@ -71,8 +72,7 @@ def build(preset, device, dtype=torch.float32, **changes):
 def pair(name, device, dtype, changes):
     """Return (policy, reference, autocast context) as in train.py: weights in fp32, bf16 by autocast."""
     gpt, ref = build(name, device, **changes).requires_grad_(True), build(name, device, **changes)
-    if dtype == torch.bfloat16:
-        freeze(ref, "bfloat16")
+    freeze(ref, str(dtype)[6:])
     return gpt, ref, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -115,8 +115,8 @@ def sampling(device, repeats, limits):
         cond, mask, prompt = prompts(gpt, n // per_prompt, device, dtype, per_prompt)
 
         def sample(side):
-            return side.generate(cond, mask, prompt, cfg_scale=cfg_scale,
-                                 generator=torch.Generator(device).manual_seed(0))
+            generator = torch.Generator(device).manual_seed(0)
+            return side.generate(cond, mask, prompt, cfg_scale=cfg_scale, generator=generator)
         tokens = sample(gpt)
         same = (tokens == sample(plain)).float().mean().item()
         if dtype == full:
@@ -147,15 +147,11 @@ def update(device, repeats, limits):
         c, cond = gpt.config, prompts(gpt, n, device, torch.float32, G)
         tokens = torch.randint(c.vocab_size, (n * G, c.block_size), device=device)
         adv = torch.randn(n * G, device=device)
-
-        def plain(model):
-            return Plain(model).forward(tokens, *cond), None
-
-        def ours(model):
-            return model.hidden(tokens, *cond), model.logits
+        plain = lambda model: (Plain(model).forward(tokens, *cond), None)                    # logits [B,T,V]
+        ours = lambda model: (model.hidden(tokens, *cond), model.logits)                     # hidden [B,T,D]
 
         def step(form, chunk=0, recompute=False):
-            """Return GRPO's loss. form: model -> (hidden [B,T,D], function to logits), or (logits, None)."""
+            """Return GRPO's loss. form: a model -> the arguments of Categorical."""
             gpt.zero_grad()
             gpt.recompute = recompute
             with autocast:
@@ -168,9 +164,9 @@ def update(device, repeats, limits):
             return loss.item()
         with torch.no_grad(), autocast:
             logp_old = Categorical(*plain(gpt)).log_prob(tokens)
-        times, peaks = compare(name, dtype, [
-            lambda: step(plain), lambda: step(ours, chunk), lambda: step(ours),
-            lambda: step(ours, chunk or 16, recompute=True)], device, repeats)
+        sides = [lambda: step(plain), lambda: step(ours, chunk), lambda: step(ours),
+                 lambda: step(ours, chunk or 16, recompute=True)]
+        times, peaks = compare(name, dtype, sides, device, repeats)
         # 2 FLOP for each weight and row in a forward pass, 4 in a backward pass, 2 for the reference. Counted
         # are the rows that any order of computation needs, and the logits once. Attention is left out.
         inner = sum(p.numel() for p in gpt.layers.parameters())
@@ -193,8 +189,7 @@ def shared_images(device, repeats, limits):
         gpt, ref, autocast = pair(name, device, dtype, changes)
         (cond, mask, prompt), c = prompts(gpt, n, device, torch.float32, G), gpt.config
         images, tokens = (torch.randint(c.vocab_size, (b, c.block_size), device=device) for b in (n, n * G))
-        adv = torch.randn(n * G, device=device)
-        logp_old = torch.zeros(tokens.shape, device=device)
+        adv, logp_old = torch.randn(n * G, device=device), torch.zeros(tokens.shape, device=device)
         cfg = SimpleNamespace(temperature=1.0, divergence="none", estimator="sampled", clip_eps=.2,
                               prior_dropout=False, prior_weight=.1)
 
@@ -212,8 +207,8 @@ def shared_images(device, repeats, limits):
                                              lambda: step(cond, mask, images, prompt)], device, repeats)
         yield {"model": name, "dtype": str(dtype)[6:], "images": f"{n} x {G}", "tokens": c.block_size,
                "a forward for each sample, s": times[0], "for each image, s": times[1],
-               "ratio": times[0] / times[1], "peak MiB: for each sample": peaks[0],
-               "for each image": peaks[1]}
+               "ratio": times[0] / times[1],
+               "peak MiB: for each sample": peaks[0], "for each image": peaks[1]}
         gpt = ref = None
 
 
@@ -254,13 +249,11 @@ def show(key, value):
 
 def goals(device, part, rows):
     """Yield a line (goal, asked, measured, reached) for each goal that these rows decide."""
-    for *case, what, least in GOALS:
-        for row in rows:
-            if row.get("CFG", "7.5") == "7.5" and case == [device.type, part, row["model"], row["dtype"],
-                                                           str(row["images"])]:
-                yield (f"{row['model']}, {part}, {row['dtype']}, {row['images']} images: {what}",
-                       f"at least {show(what, least)}", show(what, row[what]),
-                       "no" if row[what] < least else "yes")
+    for (*case, what, least), row in itertools.product(GOALS, rows):
+        _, _, model, dtype, images = found = [device.type, part, row["model"], row["dtype"], str(row["images"])]
+        if found == case and row.get("CFG", "7.5") == "7.5":
+            yield (f"{model}, {part}, {dtype}, {images} images: {what}", f"at least {show(what, least)}",
+                   show(what, row[what]), "no" if row[what] < least else "yes")
 
 
 def show_growth(costs, path):

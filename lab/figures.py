@@ -27,10 +27,8 @@ WIDEST = 1624                              # pixels: a wider film is shrunk to t
 
 
 def plot(path):
-    """Save a PNG with three panels against x = log w: c(w), g(w), and the force U'(x) of the sampled forms.
-
-    divergences.py defines c, g and U'. Each curve is multiplied by STRENGTH, so all have one slope at x = 0.
-    """
+    """Save a PNG with three panels against x = log w: c(w), g(w), and the force U'(x) of the sampled forms
+    (divergences.py). Each curve is multiplied by STRENGTH, so all have one slope at x = 0."""
     x = torch.linspace(-6, 2.5, 400, dtype=torch.float64)
     with panels(path, 1, 3, (14, 3.8), dpi=120) as axes:
         for name, d in DIVERGENCES.items():
@@ -56,22 +54,20 @@ FORMS = [(name, estimator) for estimator in ("sampled", "unbiased", "exact") for
 
 
 def shaping(name, estimator, logp, logq):
-    """Return what beta multiplies before it is subtracted from the reward of each token, [10].
-
-    This is c for `sampled` and g for the other estimators. With h = r - beta c or r - beta g, the mean
-    gradient of the objective in the logits is pi (h - E_pi[h]).
-    """
+    """Return what beta multiplies before it is subtracted from the reward of each token, [10]: c if sampled,
+    else g. With h = r - beta c or r - beta g, the mean gradient of the objective in the logits is
+    pi (h - E_pi[h])."""
     d, x = DIVERGENCES[name], logq - logp
     return d.c(x) if estimator == "sampled" else d.f(x) + d.c(x)
 
 
 def fixed_point(name, estimator, beta, steps=5000, rate=.1):
-    """Return the policy pi [10] at which the mean update is zero.
+    """Return the policy pi [10] at which the mean update is zero. There every token has the same r - beta g
+    (or r - beta c).
 
-    There every token has the same r - beta g (or r - beta c). Two cases have a closed form. For exact or
-    unbiased reverse KL, pi = rho exp(r/beta) / Z. Sampled reverse KL descends the forward KL, so its fixed
-    point is pi = beta rho / (l - r), where l makes pi sum to 1. This function finds all cases by adding
-    r - beta g to the logits repeatedly. This is natural gradient ascent, which is fast even for small pi.
+    Two cases have a closed form. For exact or unbiased reverse KL, pi = rho exp(r/beta) / Z. Sampled reverse
+    KL descends the forward KL, so its fixed point is pi = beta rho / (l - r), where l makes pi sum to 1. We
+    find all cases by natural gradient ascent, which is fast even for small pi: add r - beta g to the logits.
     """
     logq, z = RHO.log(), RHO.log()
     for _ in range(steps):
@@ -83,10 +79,8 @@ def fixed_point(name, estimator, beta, steps=5000, rate=.1):
 
 
 def update(z, name, estimator, beta, batch, generator):
-    """Return the gradient of the objective in the logits z [10], estimated from `batch` sampled tokens.
-
-    The baseline is the mean over the samples. For `exact` only the reward is estimated.
-    """
+    """Return the gradient of the objective in the logits z [10], estimated from `batch` sampled tokens. The
+    baseline is the mean over the samples. For `exact` only the reward is estimated."""
     logp = z.log_softmax(0)
     pi, penalty = logp.exp(), beta * shaping(name, estimator, logp, RHO.log())
     a = torch.multinomial(pi, batch, replacement=True, generator=generator)
@@ -97,11 +91,9 @@ def update(z, name, estimator, beta, batch, generator):
 
 
 def demo(path, steps=1500, frames=60, batch=16, rate=.5, strength=.25, seed=0):
-    """Save a GIF of nine policies that learn, each from `batch` sampled tokens per step.
-
-    All use the same random numbers. beta is strength * STRENGTH. Blue bars show the policy, black outlines
-    the reference, and red marks the fixed points.
-    """
+    """Save a GIF of nine policies that learn, each from `batch` tokens per step and the same random numbers.
+    beta is strength * STRENGTH. Blue bars show the policy, black outlines the reference, and red marks the
+    fixed points."""
     plt = pyplot()
     beta = {name: strength * STRENGTH[name] for name in DIVERGENCES}
     z = {form: RHO.log() for form in FORMS}
@@ -148,10 +140,8 @@ def save_gif(frames, path, milliseconds):
 
 
 def film(runs, path, milliseconds=700):
-    """Save a GIF with the samples of run folders side by side, at the steps that all runs have evaluated.
-
-    The samples are the files samples_STEP.png. Raises UserError where the runs share fewer than two steps.
-    """
+    """Save a GIF with the files samples_STEP.png of run folders side by side, at the steps that all have.
+    Raises UserError where the runs share fewer than two steps."""
     steps = [{int(found[1]): name for name in glob.glob(os.path.join(glob.escape(run), "samples_*.png"))
               if (found := re.search(r"_(\d+)\.png$", name))} for run in runs]
     common = sorted(set.intersection(*map(set, steps)))
@@ -160,9 +150,8 @@ def film(runs, path, milliseconds=700):
                         f"{len(common)}. Train the runs with the same --eval_interval.")
     frames = []
     for step in common:
-        grids = [Image.open(found[step]) for found in steps]
+        grids, x = [Image.open(found[step]) for found in steps], 0
         canvas = Image.new("RGB", (sum(g.width for g in grids), LINE + max(g.height for g in grids)), "white")
-        x = 0
         for run, g in zip(runs, grids):
             ImageDraw.Draw(canvas).text((x + PAD, 1), run, "black", ImageFont.load_default())
             canvas.paste(g, (x, LINE))

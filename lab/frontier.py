@@ -30,7 +30,6 @@ so the grid contains this method twice. Its two runs differ only by rounding. `a
 separate what (iii) and (iv) mix: the noise of a gradient, and the function whose gradient it is.
 """
 import json
-import operator
 import os
 import sys
 from dataclasses import dataclass
@@ -109,7 +108,7 @@ def row_of(run, folder):
 
 
 # ---- the statistics ----------------------------------------------------------------------------------------
-entropy_kept = operator.itemgetter("entropy_kept")         # the diversity of a run, as a share of its base's
+entropy_kept = lambda row: row["entropy_kept"]             # the diversity of a run, as a share of its base's
 
 
 def gain(row, measure="reward"):

@@ -3,8 +3,7 @@
  1. Both sides of a comparison alternate in one process, so a machine that slows down slows both. The first
     round is discarded, because it allocates, loads and compiles.
  2. GPU kernels run asynchronously, so we synchronize before we read the clock.
- 3. A speed says little without the speed that the machine can reach. `ceilings` measures this speed in the
-    same run, instead of taking it from a data sheet.
+ 3. A speed says little without the speed that the machine can reach. `ceilings` measures it in the same run.
 """
 import contextlib
 import itertools
@@ -87,11 +86,9 @@ def ceilings(device, repeats):
 
 def least_seconds_of_a_step(gpt, rows, cache, limits, device, repeats):
     """Return the least seconds of a sampling step of `rows` rows that reads `cache` bytes of keys and values.
-
     On a GPU: the time to read all weights and the cache once, at the speed of a copy. On a CPU neither memory
     nor arithmetic alone limits a product with so few rows. So we time the products with the model's own
-    matrices, with nothing between them, and add the time to read the cache.
-    """
+    matrices, with nothing between them, and add the time to read the cache."""
     matrices = [m.weight for m in [*gpt.layers.modules(), gpt.output] if isinstance(m, torch.nn.Linear)]
     if device.type == "cuda":
         return (sum(w.nbytes for w in matrices) + cache) / limits["copy"]

@@ -15,9 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextlib.contextmanager
 def math_kernel():
-    """Use the math kernel for attention, as the released sampler does.
-
-    The sampler is older than torch 2.5, which computes half precision in fp32 there. This is switched off."""
+    """Use the math kernel for attention, as the released sampler does. The sampler is older than torch 2.5,
+    which computes half precision in fp32 there. This is switched off."""
     allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)               # on a CPU as well
     try:

@@ -97,8 +97,8 @@ def make(cfg, rows, plan, fields, command, row_of, keep=lambda key: False):
     done = {tuple(str(r[f]) for f in fields[:len(plan[0])]) for r in rows}
     todo, begin, running = [k for k in plan if tuple(map(str, k)) not in done], time.time(), {}
     os.makedirs(cfg.out, exist_ok=True)
-    name = os.path.basename(cfg.csv)
-    lock = claim(os.path.dirname(cfg.csv) or ".", name, "--csv")
+    home, name = os.path.split(cfg.csv)
+    lock = claim(home or ".", name, "--csv")
     if not rows:
         with open(cfg.csv, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(fields)
