@@ -169,9 +169,8 @@ def update(device, repeats, limits):
         times, peaks = compare(name, dtype, sides, device, repeats)
         # 2 FLOP for each weight and row in a forward pass, 4 in a backward pass, 2 for the reference. Counted
         # are the rows that any order of computation needs, and the logits once. Attention is left out.
-        inner = sum(p.numel() for p in gpt.layers.parameters())
-        flop = 8 * (inner * (n * G * (c.block_size - 1) + n * c.cls_token_num)
-                    + gpt.output.weight.numel() * n * G * c.block_size)
+        inner, output = sum(p.numel() for p in gpt.layers.parameters()), gpt.output.weight.numel()
+        flop = 8 * n * (inner * (G * (c.block_size - 1) + c.cls_token_num) + output * G * c.block_size)
         yield {"model": name, "dtype": str(dtype)[6:], "images": f"{n} x {G}", "tokens": c.block_size,
                "plain, s": times[0], "ours, s": times[1], "ratio": times[0] / times[1],
                "share of ceiling": flop / times[1] / limits[dtype], "all logits at once, s": times[2],
@@ -202,9 +201,9 @@ def shared_images(device, repeats, limits):
                                        tokens, logp_old, adv, tokens.numel())
             loss.backward()
             return loss.item()
-        every = torch.arange(n * G, device=device)
-        times, peaks = compare(name, dtype, [lambda: step(cond[prompt], mask[prompt], images[prompt], every),
-                                             lambda: step(cond, mask, images, prompt)], device, repeats)
+        per_sample = cond[prompt], mask[prompt], images[prompt], torch.arange(n * G, device=device)
+        sides = [lambda: step(*per_sample), lambda: step(cond, mask, images, prompt)]
+        times, peaks = compare(name, dtype, sides, device, repeats)
         yield {"model": name, "dtype": str(dtype)[6:], "images": f"{n} x {G}", "tokens": c.block_size,
                "a forward for each sample, s": times[0], "for each image, s": times[1],
                "ratio": times[0] / times[1],
@@ -216,16 +215,15 @@ def growth(device, repeats):
     """Return how the cost of sampling grows with T tokens, a prompt of length L, and G images of it: {title:
     (letter, xs, {side: seconds}, peak MiB, counted MiB of keys and values)}. All points of a panel alternate.
     The fastest run of each point counts, because other work of the machine only adds time."""
-    size = dict(dim=256, n_layer=4, n_head=4, vocab_size=1024, caption_dim=256)
+    size, out = dict(dim=256, n_layer=4, n_head=4, vocab_size=1024, caption_dim=256), {}
     if device.type == "cuda":
         size = dict(dim=768, n_layer=12, n_head=12, vocab_size=16384)
-    base, out = dict(T=100, L=120, G=8), {}
     axes = {"tokens": ("T", [25, 64, 100, 144, 196, 256]), "prompt length": ("L", [8, 60, 120, 240]),
             "images of a prompt": ("G", [1, 2, 4, 8, 16, 32])}
     for title, (letter, xs) in tqdm(axes.items(), desc="growth", ncols=110):
         plain, ours, memory, counted = [], [], [], []
         for x in xs:
-            at = base | {letter: x}
+            at = dict(T=100, L=120, G=8) | {letter: x}
             gpt = build("", device, **size, block_size=at["T"], cls_token_num=at["L"])
             cond = prompts(gpt, 1, device, torch.float32, at["G"])
             plain.append(functools.partial(Plain(gpt).generate, *cond))
@@ -249,10 +247,10 @@ def show(key, value):
 
 def goals(device, part, rows):
     """Yield a line (goal, asked, measured, reached) for each goal that these rows decide."""
-    for (*case, what, least), row in itertools.product(GOALS, rows):
-        _, _, model, dtype, images = found = [device.type, part, row["model"], row["dtype"], str(row["images"])]
-        if found == case and row.get("CFG", "7.5") == "7.5":
-            yield (f"{model}, {part}, {dtype}, {images} images: {what}", f"at least {show(what, least)}",
+    for (kind, where, *of, what, least), row in itertools.product(GOALS, rows):
+        here = (kind, where) == (device.type, part) and row.get("CFG", "7.5") == "7.5"
+        if here and of == [row["model"], row["dtype"], str(row["images"])]:
+            yield (f"{of[0]}, {part}, {of[1]}, {of[2]} images: {what}", f"at least {show(what, least)}",
                    show(what, row[what]), "no" if row[what] < least else "yes")
 
 
@@ -269,9 +267,7 @@ def show_growth(costs, path):
         axes[3].set(title="memory, images of a prompt", xlabel="G", ylabel="MiB", ylim=0)
         for axis in axes:
             axis.legend(frameon=False)
-
-    def exponent(xs, ys):                                                  # k of the best fit y = a x^k
-        return np.polyfit(np.log(xs), np.log(ys), 1)[0]
+    exponent = lambda xs, ys: np.polyfit(np.log(xs), np.log(ys), 1)[0]     # k of the best fit y = a x^k
     return (f"Our time grows as T^{exponent(T, t['ours']):.2f} with the tokens and as "
             f"G^{exponent(G, g['ours']):.2f} with the images per prompt. From L = {L[0]} to {L[-1]} it grows "
             f"{p['ours'][-1] / p['ours'][0]:.2f} times (plain: {p['plain'][-1] / p['plain'][0]:.2f} times). "

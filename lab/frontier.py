@@ -26,7 +26,7 @@ constant betas, one falling run would win wherever it lies between two of them, 
 a straight line there. The position of the single runs along the curve still matters a little.
 
 One control was not planned. Unbiased forward KL and sampled reverse KL are the same method (divergences.py),
-so the grid contains this method twice. Its two runs differ only by rounding. `afterwards` uses the pair to
+so the grid contains it twice, and its two runs differ only by rounding. `afterwards` uses the pair to
 separate what (iii) and (iv) mix: the noise of a gradient, and the function whose gradient it is.
 """
 import json
@@ -88,7 +88,7 @@ def load(path):
 
 def key(row):
     """Return (cell, seed) of a line."""
-    return (row["divergence"], row["estimator"], float(row["beta"]), row["schedule"]), row["seed"]
+    return tuple(row[name] for name in FIELDS[:4]), row["seed"]
 
 
 def command(run, folder, device):

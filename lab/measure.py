@@ -63,10 +63,11 @@ def peak_bytes(f, device):
 
 def ceilings(device, repeats):
     """Return {"copy": bytes/s read and written by a large copy, dtype: FLOP/s of a large product in it}."""
-    gpu, times = device.type == "cuda", 20 if device.type == "cuda" else 1
+    gpu = device.type == "cuda"
+    times = 20 if gpu else 1               # a GPU must work for longer than a call takes to start
 
     def fastest(f):
-        def many():                        # a GPU must work for longer than a call takes to start
+        def many():
             for _ in range(times):
                 f()
         end = time.time() + gpu
