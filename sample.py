@@ -120,7 +120,7 @@ def open_pipeline(cfg, prompts, where):
     if state:
         files.load_weights(pipeline.policy, state, path)
     if pipeline.kind == "c2i":                             # whatever the name of its file
-        pipeline.text = llamagen.Numbers()
+        pipeline.text = llamagen.Classes()
     else:
         pipeline.text = kind.text_encoder(o, weights.find(kind.text_files(o), o.weights), where)
     pipeline.text.prepare(prompts)

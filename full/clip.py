@@ -11,7 +11,7 @@ vector is read at a class token, a text vector at an end-of-text token. Vectors 
 The package transformers implements CLIP. This file adds what can change a reward without raising an error:
 how an image becomes 224 x 224 pixels, and which weight of a file belongs where.
 
-    reward = clip.build("hps", {"model": "HPS_v2.1_compressed.pt", "tokenizer": "clip-vit-large-patch14"})
+    reward = clip.Reward("hps", {"model": "HPS_v2.1_compressed.pt", "tokenizer": "clip-vit-large-patch14"})
     reward(images, prompts)            # images [B,3,H,W] in about [-1,1], B prompts -> rewards [B]
 
 Departures from the official code:
@@ -21,7 +21,7 @@ Departures from the official code:
  4. HPS runs under autocast. Here the towers run in `dtype`. Unit vectors, cosines and the head are in fp32.
  5. CLIPScore's paper uses the factor 2.5 instead of 100, and prepends "A photo depicts" to the text.
 """
-import contextlib
+import glob
 import math
 import os
 
@@ -113,41 +113,25 @@ def open_clip_config(state, heads=None):
     return CLIPConfig(vision_config=vision, text_config=text, projection_dim=state["visual.proj"].shape[1])
 
 
-@contextlib.contextmanager
-def _explain(what):
-    """Turn every exception inside into a UserError of one line, which begins with `what`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ModuleNotFoundError as error:
-        raise UserError(f"a package is missing: pip install -r requirements-full.txt ({error})") from None
-    except Exception as error:
-        raise UserError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
-
-
 def load_clip(path, heads=None):
     """Load the CLIPModel in a folder of the Hugging Face Hub, or in a file of open_clip, as HPS is. Raises
     UserError if it is missing or damaged, or if names or shapes of weights do not fit."""
-    with _explain(f"{path} is neither a folder of a CLIPModel nor a file in open_clip's layout"):
+    with files.explain(f"{path} is neither a folder of a CLIPModel nor a file in open_clip's layout"):
         import safetensors
         import transformers
         transformers.logging.set_verbosity_error()         # it would print a page where we raise one line
         source, options = path, {}
-        if os.path.isdir(path):
-            for file in (os.path.join(path, name) for name in os.listdir(path)):
-                if file.endswith(".bin"):
-                    files.verify(file)
-                if file.endswith(".safetensors"):          # transformers converts integers to floats silently
-                    with safetensors.safe_open(file, "pt") as opened:
-                        kinds = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}
-                    if wrong := [k for k in kinds if "F" not in kinds[k] and not k.endswith("position_ids")]:
-                        raise UserError(f"{file}: {wrong[0]!r:.99} must hold floats, got {kinds[wrong[0]]}")
-        else:
-            source, state = None, files.load(path)["state_dict"]
-            if wrong := [k for k, v in state.items() if not k.isprintable() or not v.is_floating_point()]:
-                raise UserError(f"{path}: {wrong[0]!r:.99} must hold floats, got {state[wrong[0]].dtype}")
+        if not os.path.isdir(path):
+            source, state = None, files.select(files.load(path)["state_dict"], path)
             options = {"config": open_clip_config(state, heads), "state_dict": from_open_clip(state)}
+        for file in glob.glob(f"{glob.escape(path)}/*.bin"):
+            files.verify(file)
+        for file in glob.glob(f"{glob.escape(path)}/*.safetensors"):
+            with safetensors.safe_open(file, "pt") as opened:
+                kinds = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}
+            # transformers converts integers to floats silently.
+            if wrong := [k for k in kinds if "F" not in kinds[k] and not k.endswith("position_ids")]:
+                raise UserError(f"{file}: {wrong[0]!r:.99} must hold floats, got {kinds[wrong[0]]}")
         model, info = transformers.CLIPModel.from_pretrained(
             source, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     # transformers only warns of weights that do not fit, and leaves them random. The reward would be noise.
@@ -162,22 +146,25 @@ def load_clip(path, heads=None):
 def load_head(path, width):
     """Load the aesthetic head as weight [1,width] and bias [1]. Raises UserError.
     Its five layers have no nonlinearity between them, so together they are one affine function."""
-    with _explain(f"{path} is no aesthetic head for image vectors of {width} numbers"):
-        state, weight, bias = files.load(path), torch.ones(1, 1), torch.zeros(1)
-        for i in (7, 6, 4, 2, 0):                          # 1, 3 and 5 were dropout
-            w, b = state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]
-            if not (w.is_floating_point() and b.is_floating_point()):
-                raise ValueError(f"layers.{i} must hold floats, got {w.dtype} and {b.dtype}")
-            weight, bias = weight @ w.float(), weight @ b.float() + bias     # weight (w x + b) + bias
+    with files.explain(f"{path} is no aesthetic head for image vectors of {width} numbers"):
+        state, weight, bias = files.select(files.load(path), path), torch.ones(1, 1), torch.zeros(1)
+        for i in (7, 6, 4, 2, 0):      # the last first, so `weight` stays one row; 1, 3 and 5 were dropout
+            w, b = state[f"layers.{i}.weight"].float(), state[f"layers.{i}.bias"].float()
+            weight, bias = weight @ w, weight @ b + bias   # weight (w x + b) + bias
         if weight.shape != (1, width) or bias.shape != (1,):
             raise ValueError(f"it maps {tuple(weight.shape)[1:]} numbers")
-        return weight, bias                                # last layer first, so that `weight` stays one row
+        return weight, bias
 
 
 class Reward:
-    """A reward: images [B,3,H,W] in about [-1,1] and B prompts -> rewards [B], in fp32 on `device`."""
+    """The frozen reward `name`: images [B,3,H,W] in about [-1,1] and B prompts -> rewards [B] in fp32.
 
-    def __init__(self, name, paths, device, dtype, antialias, batch):
+    paths: {part: path}, with the parts of FILES[name]. The tokenizer is a folder, the head a .pth file, and
+    `load_clip` describes the model. dtype: of the towers. antialias: see `pad_square`. batch: images or
+    prompts at once. Raises UserError for bad files.
+    """
+
+    def __init__(self, name, paths, device="cpu", dtype=torch.float32, antialias=True, batch=64):
         model = load_clip(paths["model"])
         self.scale = model.logit_scale.float().exp().item()        # before the cast: bf16 would make 100 99
         self.model = model.to(device, dtype).eval().requires_grad_(False)
@@ -185,7 +172,7 @@ class Reward:
         if name == "aesthetic":
             self.head = [v.to(device) for v in load_head(paths["head"], model.config.projection_dim)]
             return
-        with _explain(f"{paths['tokenizer']} is no folder of a tokenizer"):
+        with files.explain(f"{paths['tokenizer']} is no folder of a tokenizer"):
             from transformers import AutoTokenizer
             self.tokenizer = AutoTokenizer.from_pretrained(paths["tokenizer"], local_files_only=True)
         # CLIPModel reads a text at its first end-of-text token. Old configs wrongly say that this is token 2.
@@ -235,15 +222,3 @@ class Reward:
         if self.name == "pickscore":                       # Flow-GRPO divides this by 26, GCPO by 100
             return self.scale * cosine
         return 100 * cosine.clamp(min=0) if self.name == "clipscore" else cosine
-
-
-def build(name, paths, device="cpu", dtype=torch.float32, antialias=True, batch=64):
-    """Return the frozen reward `name`. paths: {part: path}, with the parts of FILES[name]; the tokenizer is a
-    folder, the head a .pth file, and `load_clip` describes the model. dtype: of the towers. antialias: see
-    `pad_square`. batch: images or prompts at once. Raises UserError for an unknown name or bad files."""
-    if name not in FILES:
-        raise UserError(f"unknown reward {name!r}; choose one of {', '.join(FILES)}")
-    for part in FILES[name]:
-        if not paths.get(part):
-            raise UserError(f"reward {name!r} needs the path of a {part}")
-    return Reward(name, paths, device, dtype, antialias, batch)

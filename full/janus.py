@@ -45,7 +45,6 @@ from common import files, llama, released
 from common.config import UserError
 from common.llama import Block, FeedForward, RMSNorm
 from full import llamagen, weights
-from full.prompts import need
 from model import ImageTransformer
 from vqgan import VQGAN, VQConfig
 
@@ -162,19 +161,14 @@ NAMES = [  # (theirs, ours), applied in this order: first from the -HF layout to
 def _state(path, n_head):
     """Return the policy's tensors by our names and the tokenizer's by LlamaGen's, from either layout."""
     (state, beside), ours = weights.gather(path), {}
-    state = files.select(state, UNUSED, path, beside)
+    state = files.select(state, path, UNUSED, beside)
     for key in list(state):
         name = key
         for theirs, new in NAMES:
             name = re.sub(theirs, new, name)
         ours[name] = state.pop(key)
-    for key in [k for k in ours if k.endswith("self_attn.q_proj.weight")]:
-        qkv = [key.replace("q_proj", f"{part}_proj") for part in "qkv"]
-        if all(k in ours for k in qkv):                    # else files.build says which tensor is missing
-            q, k, v = (ours.pop(name) for name in qkv)
-            # Row (half, j) of a head becomes row (j, half): rule 4.
-            q, k = (w.view(n_head, 2, -1, w.shape[1]).transpose(1, 2).reshape(w.shape) for w in (q, k))
-            ours[key.replace("self_attn.q_proj", "attention.wqkv")] = torch.cat([q, k, v])
+    # Row (half, j) of a head becomes row (j, half): rule 4.
+    weights.join_qkv(ours, lambda w: w.view(n_head, 2, -1, w.shape[1]).transpose(1, 2).reshape(w.shape))
     return ours, {key.removeprefix(VQ): ours.pop(key) for key in list(ours) if key.startswith(VQ)}
 
 
@@ -185,12 +179,11 @@ def _shapes(state):
 
 
 def load(path, dtype=torch.float32, **overrides):
-    """Load a folder of released files. Return (Janus, VQGAN) on the CPU, in eval mode.
+    """Return the (Janus, VQGAN) of a folder of released files, on the CPU and in eval mode.
 
-    path: deepseek-ai/Janus-Pro-1B or -7B as downloaded, or a port to transformers' layout: safetensors or
-    pytorch_model.bin, in one or several files, config.json, tokenizer.json. dtype: of the policy's
-    parameters. overrides: fields of JanusConfig. Raises UserError for files that are missing, damaged or of
-    another model.
+    path: deepseek-ai/Janus-Pro-1B or -7B as downloaded, or a port to transformers' layout: config.json,
+    tokenizer.json, and safetensors or pytorch_model.bin in one or several files. dtype: of the policy.
+    overrides: fields of JanusConfig. Raises UserError for files that are missing, damaged, or of another kind.
     """
     # What config.json leaves out is a default of transformers' Llama. The official one tells no block_size.
     _, config = weights.config_beside(path)
@@ -199,10 +192,8 @@ def load(path, dtype=torch.float32, **overrides):
     told = dict(block_size=(config.get("vq_config") or {}).get("num_patches", 24) ** 2,
                 n_head=text.get("num_attention_heads", 32), norm_eps=text.get("rms_norm_eps", 1e-6),
                 rope_base=theta, pad_id=Prompts(path).pad)
-    try:
+    with files.explain(f"{path}: query and key matrices do not fit to n_head", ". Is n_head right?"):
         state, vq_state = _state(path, overrides.get("n_head", told["n_head"]))
-    except RuntimeError as error:                          # raised by `view`
-        raise UserError(f"{path}: {error}. Is n_head right?") from None
     fields = released.fields(JanusConfig, _shapes, state, told, overrides, path)
     vq_fields = released.fields(VQConfig, released.vq_shapes, vq_state, {}, {}, path)
     return (files.build(Janus, JanusConfig(**fields), state, dtype, path),
@@ -219,13 +210,11 @@ class Prompts:
 
     def __init__(self, folder):
         path = os.path.join(folder, "tokenizer.json")
-        tokenizers = need("tokenizers")
         if not os.path.isfile(path):
             raise UserError(f"there is no file {path}. It is released with the weights.")
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:                         # tokenizers raises no narrower class
-            raise UserError(f"{path} is no tokenizer ({str(error)[:80]}). Fetch it again.") from None
+        with files.explain(f"{path} is no tokenizer", ". Fetch it again."):
+            from tokenizers import Tokenizer
+            self.tokenizer = Tokenizer.from_file(path)
         self.start, self.pad, self.image = map(self.tokenizer.token_to_id, (START, PAD, IMAGE))
         if None in (self.start, self.pad, self.image):
             raise UserError(f"{path} is not Janus-Pro's: it lacks one of {START}, {PAD}, {IMAGE}.")
@@ -262,6 +251,5 @@ class Pipeline(llamagen.Pipeline):
         return Prompts(found[o.gpt_ckpt])
 
     @staticmethod
-    def load_models(o, found):
-        known = {k: v for k, v in (("n_head", o.n_head), ("block_size", o.block_size)) if v}
+    def load_models(o, found, known):
         return load(found[o.gpt_ckpt], **known)

@@ -66,15 +66,14 @@ class ImageOptions:
 
 
 def measured_by(o):
-    """The learned rewards of a run. The features of the first one measure diversity: preferably a model that
-    is not trained on."""
+    """Return the learned rewards of a run. The features of the first of them measure diversity. It is a
+    held-out one, where possible."""
     return [name for spec in (o.heldout_reward, o.reward) for name in reward.parse(spec, clip.FILES)
             if name in clip.FILES]
 
 
 class World:
-    """Prompts and rewards. held_back, pool: prompts of evaluations, and prompts to train on. found: {name:
-    path}."""
+    """Prompts and rewards. held_back, pool: prompts of evaluations, and to train on. found: {name: path}."""
     columns = []
 
     def __init__(self, o, found, device, held_back, pool):
@@ -83,7 +82,7 @@ class World:
         # As in the code of HPS, rewards run in fp16 on a GPU.
         dtype = (torch.float16 if device.type == "cuda" else
                  torch.bfloat16 if o.dtype == "bfloat16" else torch.float32)
-        models = {n: clip.build(n, {k: found[f] for k, f in clip.FILES[n].items()}, device, dtype,
+        models = {n: clip.Reward(n, {k: found[f] for k, f in clip.FILES[n].items()}, device, dtype,
                                 o.antialias or n != "hps") for n in sorted(set(learned))}
         self.reward = reward.weighted(o.reward, models | reward.REWARDS)
         self.heldout = reward.weighted(o.heldout_reward, models | reward.REWARDS)
@@ -102,8 +101,7 @@ class World:
         return {}
 
     def picture(self, path, prompts, columns, shown=4):
-        """Write a grid: a row for each of the first eight prompts, and side by side the images of each column
-        (heading, images)."""
+        """Write a grid: a row for each of the first eight prompts, and in it the images of each column."""
         draws = len(columns[0][1]) // len(prompts)
         rows = [(prompt, [pixels[i * draws:i * draws + min(shown, draws)] for _, pixels in columns], None)
                 for i, prompt in enumerate(prompts[:8])]
@@ -111,8 +109,7 @@ class World:
 
 
 class Images:
-    """Images of a disk. listed: a data.Pictures. side: their height and width in pixels. measure: an
-    LPIPS."""
+    """Images of a disk. listed: a data.Pictures. side: their height and width in pixels. measure: LPIPS."""
 
     def __init__(self, listed, side, measure, device):
         self.listed, self.side, self.measure, self.device = listed, side, measure, device
