@@ -135,13 +135,13 @@ def split_prompts(o, listed=None):
     if listed:
         seen = list(dict.fromkeys(caption for caption, *_ in listed.held_back))
         if len(seen) < o.eval_prompts:
-            raise UserError(f"{o.data}: the {len(listed.held_back)} images that are never trained on have "
-                            f"{len(seen)} captions: --eval_prompts must be no more")
+            raise UserError(f"--eval_prompts must be at most {len(seen)}, the number of captions of the "
+                            f"{len(listed.held_back)} held-back images of {o.data}, got {o.eval_prompts}")
         return seen, [caption for caption, *_ in listed.training]
     found = list(dict.fromkeys(prompts.read(locate(o.prompts))))
     if len(found) <= o.eval_prompts:
-        raise UserError(f"{o.prompts} has {len(found)} prompts, and --eval_prompts={o.eval_prompts} of them "
-                        f"are never trained on: none would be left")
+        raise UserError(f"--eval_prompts must be below {len(found)}, the number of prompts in {o.prompts}, got "
+                        f"{o.eval_prompts}: none would be left to train on")
     random.Random(1234).shuffle(found)
     return found[:o.eval_prompts], found[o.eval_prompts:]
 
