@@ -61,8 +61,7 @@ def crop_square(images, size, antialias=True):
     return images[:, :, top:top + size, left:left + size].clamp(0, 1)
 
 
-HEADS = {1280: 16}            # heads of an image tower, by width: ViT-H has heads of 80, its text tower of 64
-STARTS = (                    # prefixes of names: open_clip's, CLIPModel's (which does spell pre_layrnorm)
+NAMES = (                     # open_clip's and CLIPModel's (which does spell pre_layrnorm), in this order
     ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
     ("visual.conv1.", "vision_model.embeddings.patch_embedding."),
     ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
@@ -71,19 +70,19 @@ STARTS = (                    # prefixes of names: open_clip's, CLIPModel's (whi
     ("visual.proj", "visual_projection.weight"), ("text_projection", "text_projection.weight"),
     ("token_embedding.", "text_model.embeddings.token_embedding."),
     ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
-    ("transformer.resblocks.", "text_model.encoder.layers."), ("ln_final.", "text_model.final_layer_norm."))
-INSIDE = ((".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."), (".mlp.c_fc.", ".mlp.fc1."),
-          (".mlp.c_proj.", ".mlp.fc2."), (".attn.out_proj.", ".self_attn.out_proj."))
+    ("transformer.resblocks.", "text_model.encoder.layers."), ("ln_final.", "text_model.final_layer_norm."),
+    (".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."), (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."), (".attn.out_proj.", ".self_attn.out_proj."))
+HEADS = {1280: 16}            # heads of an image tower, by width: ViT-H has heads of 80, its text tower of 64
 
 
 def from_open_clip(state):
     """Rename {name: tensor} from the layout of open_clip to that of CLIPModel. Unknown names stay."""
     out = {}
     for key, value in state.items():
-        start, name = next(((a, b) for a, b in STARTS if key.startswith(a)), ("", ""))
-        name += key[len(start):]
-        for a, b in INSIDE:
-            name = name.replace(a, b)
+        name = key
+        for theirs, ours in NAMES:
+            name = name.replace(theirs, ours)
         if ".attn.in_proj_" in name:                       # stacked rows of query, key and value
             for part, third in zip("qkv", value.chunk(3)):
                 out[name.replace(".attn.in_proj_", f".self_attn.{part}_proj.")] = third

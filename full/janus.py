@@ -95,11 +95,6 @@ class Janus(ImageTransformer):
         self.output = nn.Sequential(nn.Linear(c.dim, c.head_dim), nn.GELU(),
                                     nn.Linear(c.head_dim, c.vocab_size))
 
-    @classmethod
-    def from_pretrained(cls, path, **overrides):
-        """Return the policy in a folder of released files; arguments and errors as in `load`."""
-        return load(path, **overrides)[0]
-
     def check_prompt(self, cond):
         if cond.dim() != 2 or cond.is_floating_point():
             raise ValueError(f"cond must be prompt ids [P,L], got {cond.dtype} {tuple(cond.shape)}")
@@ -183,10 +178,10 @@ def load(path, dtype=torch.float32, **overrides):
 
     path: deepseek-ai/Janus-Pro-1B or -7B as downloaded, or a port to transformers' layout: config.json,
     tokenizer.json, and safetensors or pytorch_model.bin in one or several files. dtype: of the policy.
-    overrides: fields of JanusConfig. Raises UserError for files that are missing, damaged, or of another kind.
+    overrides: fields of JanusConfig. Raises UserError for files that are missing, damaged or of another kind.
     """
     # What config.json leaves out is a default of transformers' Llama. The official one tells no block_size.
-    _, config = weights.config_beside(path)
+    config = weights.config_beside(path)
     text = config.get("language_config") or config.get("text_config") or {}
     theta = (text.get("rope_parameters") or text).get("rope_theta", 10000.0)
     told = dict(block_size=(config.get("vq_config") or {}).get("num_patches", 24) ** 2,

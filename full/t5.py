@@ -99,13 +99,15 @@ class Captions:
         key = hashlib.sha256(json.dumps(self.made_with, sort_keys=True).encode()).hexdigest()[:8]
         self.path, self.rows = os.path.join(cache, f"t5_{key}.pt"), {}    # cleaned prompt: features [n,C]
         if os.path.exists(self.path):
-            with files.explain(f"{self.path} is damaged", ": delete it", text=False):
-                stored = files.load(self.path, lazy=True)    # a row is read from disk when it is used
+            try:                                    # lazy: a row is read from disk when it is used
+                stored = files.load(self.path, lazy=True)
                 rows = stored["features"].split(stored["lengths"])                                # [sum n,C]
-                if (rows[0].shape[1] != self.width or max(map(len, rows)) > length
-                        or not rows[0].is_floating_point()):
+                if not (rows[0].shape[1] == self.width and max(map(len, rows)) <= length
+                        and rows[0].is_floating_point()):
                     raise ValueError
                 self.rows.update(zip(stored["captions"], rows, strict=True))
+            except Exception as error:              # each kind of damage raises another exception
+                raise UserError(f"{self.path} is damaged ({type(error).__name__}): delete it") from None
 
     def _load(self):
         """Load the tokenizer and the encoder. The Hub's files have a decoder too, which is not loaded."""

@@ -177,10 +177,9 @@ def gather(path):
 
 
 def config_beside(path):
-    """Return (path, content) of config.json in the folder `path` or beside the file `path`. The content is {}
-    if there is no config.json."""
+    """Return the content of config.json in the folder `path` or beside the file `path`, or {} without one."""
     beside = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
-    return beside, _read(beside) if os.path.isfile(beside) else {}
+    return _read(beside) if os.path.isfile(beside) else {}
 
 
 def join_qkv(state, order=lambda matrix: matrix):
@@ -202,11 +201,11 @@ def convert(path, target):
         join_qkv(state)     # RoPE is interleaved in these ports as in LlamaGen, so rows keep their order
         for theirs, ours in PORT.items():
             state = {key.replace(theirs, ours): value for key, value in state.items()}
-        where, options = config_beside(path)
+        options = config_beside(path)
         told = {ours: options[theirs] for theirs, ours in PORT_CONFIG.items() if theirs in options}
         if wrong := [key for key, value in told.items() if type(value) is not files.TOLD[key]]:
-            raise UserError(f"{where}: {wrong[0]} must be of type {files.TOLD[wrong[0]].__name__}, got "
-                            f"{told[wrong[0]]!r:.99}.")
+            raise UserError(f"config.json of {path}: {wrong[0]} must be of type "
+                            f"{files.TOLD[wrong[0]].__name__}, got {told[wrong[0]]!r:.99}.")
     if "tok_embeddings.weight" in state and (tokens := released.tokens_by_name(path)):
         told.setdefault("block_size", tokens)
     files.save({"model": state, **({"config": told} if told else {})}, target)

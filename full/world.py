@@ -140,8 +140,8 @@ def split_prompts(o, listed=None):
         return seen, [caption for caption, *_ in listed.training]
     found = list(dict.fromkeys(prompts.read(locate(o.prompts))))
     if len(found) <= o.eval_prompts:
-        raise UserError(f"--eval_prompts must be below {len(found)}, the number of prompts in {o.prompts}, got "
-                        f"{o.eval_prompts}: none would be left to train on")
+        raise UserError(f"--eval_prompts must be below {len(found)}, the number of prompts in {o.prompts}, "
+                        f"got {o.eval_prompts}: none would be left to train on")
     random.Random(1234).shuffle(found)
     return found[:o.eval_prompts], found[o.eval_prompts:]
 
