@@ -157,11 +157,9 @@ def load_head(path, width):
 
 class Reward:
     """The frozen reward `name`: images [B,3,H,W] in about [-1,1] and B prompts -> rewards [B] in fp32.
-
     paths: {part: path}, with the parts of FILES[name]. The tokenizer is a folder, the head a .pth file, and
     `load_clip` describes the model. dtype: of the towers. antialias: see `pad_square`. batch: images or
-    prompts at once. Raises UserError for bad files.
-    """
+    prompts at once. Raises UserError for bad files."""
 
     def __init__(self, name, paths, device="cpu", dtype=torch.float32, antialias=True, batch=64):
         model = load_clip(paths["model"])
@@ -205,7 +203,7 @@ class Reward:
     @torch.no_grad()
     def embed_prompts(self, prompts):
         """Return unit vectors [B,d], fp32, of B prompts."""
-        ids = [self._ids(prompts[i:i + self.batch]) for i in range(0, len(prompts), self.batch)]
+        ids = (self._ids(prompts[i:i + self.batch]) for i in range(0, len(prompts), self.batch))
         return torch.cat([self._unit(self.model.get_text_features(input_ids=x.to(self.device))) for x in ids])
 
     @torch.no_grad()

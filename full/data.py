@@ -72,19 +72,15 @@ def _list(path):
 
 def _folder(path):
     """Return [(caption, path, label)] of a folder of class folders, sorted by class and file name."""
-    try:
+    with files.explain(f"cannot read {path}"):
         names = sorted(e.name for e in os.scandir(path) if e.is_dir())
         found = [[(name, e.path, label) for e in os.scandir(os.path.join(path, name))
                   if e.name.lower().endswith(KINDS) and e.is_file()] for label, name in enumerate(names)]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror} ({error.filename!a:.300})") from None
     if not names:
         raise UserError(f"{path} has no class folders; for images with captions, give a list (full/data.py)")
     for name, images in zip(names, found):
-        try:
+        with files.explain(f"{path} has a class folder whose name is no caption"):
             prompts.caption_of({"name of a class": name, "caption": name})
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
         if not images:
             raise UserError(f"{os.path.join(path, name)} has no images ({' '.join(KINDS)}), but every folder "
                             f"in {path} is a class: fill it, or move it away")

@@ -167,19 +167,15 @@ def _state(path, n_head):
     return ours, {key.removeprefix(VQ): ours.pop(key) for key in list(ours) if key.startswith(VQ)}
 
 
-def _shapes(state):
-    (V, code_dim), (words, D) = (state[k + ".weight"].shape for k in ("tok_embeddings.0", "words"))
-    return dict(vocab_size=V, code_dim=code_dim, words=words, head_dim=len(state["output.0.weight"]),
-                **released.layer_shapes(state, D))
-
-
 def load(path, dtype=torch.float32, **overrides):
-    """Return the (Janus, VQGAN) of a folder of released files, on the CPU and in eval mode.
-
-    path: deepseek-ai/Janus-Pro-1B or -7B as downloaded, or a port to transformers' layout: config.json,
-    tokenizer.json, and safetensors or pytorch_model.bin in one or several files. dtype: of the policy.
-    overrides: fields of JanusConfig. Raises UserError for files that are missing, damaged or of another kind.
-    """
+    """Return the (Janus, VQGAN) of a folder of released files, on the CPU and in eval mode. path:
+    Janus-Pro-1B or -7B as downloaded, or a port to transformers' layout: config.json, tokenizer.json, and
+    safetensors or pytorch_model.bin in one or several files. dtype: of the policy. overrides: fields of
+    JanusConfig. Raises UserError for files that are missing, damaged or of another model."""
+    def shapes(state):
+        (V, code_dim), (words, D) = (state[k + ".weight"].shape for k in ("tok_embeddings.0", "words"))
+        return dict(vocab_size=V, code_dim=code_dim, words=words, head_dim=len(state["output.0.weight"]),
+                    **released.layer_shapes(state, D))
     # What config.json leaves out is a default of transformers' Llama. The official one tells no block_size.
     config = weights.config_beside(path)
     text = config.get("language_config") or config.get("text_config") or {}
@@ -189,7 +185,7 @@ def load(path, dtype=torch.float32, **overrides):
                 rope_base=theta, pad_id=Prompts(path).pad)
     with files.explain(f"{path}: query and key matrices do not fit to n_head", ". Is n_head right?"):
         state, vq_state = _state(path, overrides.get("n_head", told["n_head"]))
-    fields = released.fields(JanusConfig, _shapes, state, told, overrides, path)
+    fields = released.fields(JanusConfig, shapes, state, told, overrides, path)
     vq_fields = released.fields(VQConfig, released.vq_shapes, vq_state, {}, {}, path)
     return (files.build(Janus, JanusConfig(**fields), state, dtype, path),
             files.build(VQGAN, VQConfig(**vq_fields), vq_state, torch.float32, path))
@@ -205,9 +201,7 @@ class Prompts:
 
     def __init__(self, folder):
         path = os.path.join(folder, "tokenizer.json")
-        if not os.path.isfile(path):
-            raise UserError(f"there is no file {path}. It is released with the weights.")
-        with files.explain(f"{path} is no tokenizer", ". Fetch it again."):
+        with files.explain(f"{path} is no tokenizer", ". It is released with the weights: fetch it again."):
             from tokenizers import Tokenizer
             self.tokenizer = Tokenizer.from_file(path)
         self.start, self.pad, self.image = map(self.tokenizer.token_to_id, (START, PAD, IMAGE))

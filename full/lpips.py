@@ -17,15 +17,12 @@ class LPIPS(nn.Module):
 
     Features of both images are taken at five layers of VGG16. At every position they become unit vectors. The
     squared differences get one weight per channel, which was learned from people's judgments. The distance is
-    their mean over positions, summed over channels and layers.
-
-    The package `lpips` computes the same, and tests/full/test_lpips.py compares the two. The package needs
-    torchvision, a build of which fits only one build of torch. A wrong build breaks transformers too.
+    their mean over positions, summed over channels and layers. The package `lpips` computes the same, which
+    tests/full/test_lpips.py checks. But it needs torchvision, a build of which fits only one build of torch.
     """
 
     def __init__(self, vgg, heads):
-        """vgg, heads: paths of torchvision's VGG16 and of the weights per channel. Raises UserError for files
-        that are missing, damaged or of another kind."""
+        """vgg, heads: paths of torchvision's VGG16 and of the weights per channel. Raises UserError."""
         super().__init__()
         layers, width, self.ends = [], 3, []
         for n, count in BLOCKS:
@@ -36,7 +33,7 @@ class LPIPS(nn.Module):
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers[:-1])        # numbered as in the file
         self.heads = nn.ModuleList(nn.Conv2d(n, 1, 1, bias=False) for n, _ in BLOCKS)
-        # In the names, `drop` is removed. Tensors that `unused` matches are skipped.
+        # Tensors whose names `unused` matches are skipped. From the other names, `drop` is removed.
         for part, path, drop, unused in ((self.features, vgg, r"features\.(?=\d)", r"classifier\."),
                                          (self.heads, heads, r"lin(?=\d)|model\.1\.", "(?!)")):
             state = {re.sub(drop, "", str(k)): v for k, v in files.load(path).items()

@@ -69,13 +69,12 @@ RELEASED = {  # name (.pt, .pth, or a folder): (our config or the bytes, reposit
     "lpips_v0.1_vgg.pth": (4 * 1472, "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/"
                            "weights/v0.1/vgg.pth", "BSD-2", "weights of these layers in LPIPS")}
 FILES, FOLDER_FILES = (".pt", ".pth"), ["*.json", "*.txt", "spiece.model", "*.safetensors"]
-MODELS = {GPTConfig: GPT, VQConfig: VQGAN}
 
 
 def size(cfg, dtype=torch.float32):
     """Return the bytes of all tensors of a GPTConfig or VQConfig in `dtype`."""
     with torch.device("meta"):                             # shapes without memory
-        module = MODELS[type(cfg)](cfg)
+        module = (GPT if isinstance(cfg, GPTConfig) else VQGAN)(cfg)
     return dtype.itemsize * sum(tensor.numel() for tensor in module.state_dict().values())
 
 
@@ -138,7 +137,7 @@ def find(names, folder="weights", download=True):
     return paths
 
 
-# ---- reading any layout --------------------------------------------------------------------------------
+# ---- reading any layout, writing the released one ------------------------------------------------------
 WRAPPERS = ("model", "module", "state_dict")               # `model` and not `ema`, as in the official sampler
 PREFIX = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")    # of DDP and torch.compile, at the start or inside
 PORT_LAYERS = {"self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",   # to released names
@@ -150,7 +149,7 @@ PORT_CONFIG = {"num_attention_heads": "n_head", "rms_norm_eps": "norm_eps", "blo
 
 def _read(path):
     """Return the dict in a .json, .safetensors, .pt, .pth or .bin file. Raises UserError if it is damaged."""
-    with files.explain(f"{path} is damaged, or holds more than plain tensors", ": fetch it anew", text=False):
+    with files.explain(f"{path} is damaged, or holds more than plain tensors: fetch it again", text=False):
         if path.endswith(".json"):
             return dict(json.load(open(path, encoding="utf-8")))
         if not path.endswith(".safetensors"):
@@ -211,7 +210,6 @@ def convert(path, target):
     files.save({"model": state, **({"config": told} if told else {})}, target)
 
 
-# ---- writing -------------------------------------------------------------------------------------------
 def export(model, path, dtype=torch.float32):
     """Write a GPT or VQGAN, or its state dict, atomically as {"model": state dict in `dtype`}. LlamaGen's own
     sampler reads such a file. A name with _256 or _512 tells from_pretrained the number of image tokens."""
@@ -236,23 +234,23 @@ class Config:
 
 def main(argv):
     cfg, _ = config.load(Config, argv)
-    if (cfg.convert or cfg.export) and os.path.exists(cfg.to):
-        raise UserError(f"{cfg.to} exists already. Move it away first, or choose another --to.")
-    if cfg.convert:
-        convert(cfg.convert, cfg.to)
-    elif cfg.export:
-        run = files.load(cfg.export)
-        if not isinstance(run.get("model"), dict):
-            raise UserError(f"{cfg.export} is no checkpoint of a run: it has no state dict under 'model'.")
-        export(files.select(run["model"], cfg.export), cfg.to)
-    else:
+    if not cfg.convert and not cfg.export:
         folder = config.locate(cfg.folder)
         print(f"files in {folder} (sizes of LlamaGen's files in fp32):")
         for name in RELEASED:
             there = "yes" if _is_there(os.path.join(folder, name)) else "no "
             print(f"{there} {_line(name)}  {RELEASED[name][3]}")
-    if cfg.convert or cfg.export:
-        print(f"wrote {cfg.to}")
+        return
+    if os.path.exists(cfg.to):
+        raise UserError(f"{cfg.to} exists already. Move it away first, or choose another --to.")
+    if cfg.convert:
+        convert(cfg.convert, cfg.to)
+    else:
+        run = files.load(cfg.export)
+        if not isinstance(run.get("model"), dict):
+            raise UserError(f"{cfg.export} is no checkpoint of a run: it has no state dict under 'model'.")
+        export(files.select(run["model"], cfg.export), cfg.to)
+    print(f"wrote {cfg.to}")
 
 
 if __name__ == "__main__":
