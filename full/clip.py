@@ -30,6 +30,7 @@ import torch.nn.functional as F
 
 from common import files
 from common.config import UserError
+from common.device import batched
 
 CLIP = "clip-vit-large-patch14"     # OpenAI's; HPS and PickScore use its tokenizer
 FILES = {                           # names in full/weights.py of the files that each reward needs
@@ -134,9 +135,8 @@ def load_clip(path, heads=None):
         model, info = transformers.CLIPModel.from_pretrained(
             source, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     # transformers only warns of weights that do not fit, and leaves them random. The reward would be noise.
-    wrong = [f"{kind} {key}" for kind in ("missing", "mismatched", "unexpected")
-             for key in sorted(map(str, info[f"{kind}_keys"])) if not key.endswith("position_ids")]
-    if wrong:
+    if wrong := [f"{kind} {key}" for kind in ("missing", "mismatched", "unexpected")
+                 for key in sorted(map(str, info[f"{kind}_keys"])) if not key.endswith("position_ids")]:
         raise UserError(f"{path}: {len(wrong)} weights do not fit, such as: {'; '.join(wrong[:3])}")
     files.examine(model.state_dict(), path)
     return model
@@ -189,22 +189,21 @@ class Reward:
     def _unit(self, features):                             # [B,d]; since transformers 5, inside an object
         return F.normalize(getattr(features, "pooler_output", features).float(), dim=1)
 
-    @torch.no_grad()
     def embed_images(self, images):
         """Return unit vectors [B,d], fp32, of images [B,3,H,W] in about [-1,1]. Diversity uses them too."""
-        square, out = pad_square if self.name == "hps" else crop_square, []
-        for part in images.split(self.batch):
-            x = (part.to(self.device).float().clamp(-1, 1) + 1) / 2
+        square = pad_square if self.name == "hps" else crop_square
+
+        def vectors(images):
+            x = (images.to(self.device).float().clamp(-1, 1) + 1) / 2
             x = square(x, self.model.config.vision_config.image_size, self.antialias)
             pixels = (x - MEAN.to(self.device)) / STD.to(self.device)  # last, so that the padding is black
-            out.append(self._unit(self.model.get_image_features(pixel_values=pixels.to(self.dtype))))
-        return torch.cat(out)
+            return self._unit(self.model.get_image_features(pixel_values=pixels.to(self.dtype)))
+        return batched(vectors, images, self.batch)
 
-    @torch.no_grad()
     def embed_prompts(self, prompts):
         """Return unit vectors [B,d], fp32, of B prompts."""
-        ids = (self._ids(prompts[i:i + self.batch]) for i in range(0, len(prompts), self.batch))
-        return torch.cat([self._unit(self.model.get_text_features(input_ids=x.to(self.device))) for x in ids])
+        return batched(lambda some: self._unit(self.model.get_text_features(
+            input_ids=self._ids(some).to(self.device))), prompts, self.batch)
 
     @torch.no_grad()
     def __call__(self, images, prompts):

@@ -125,8 +125,7 @@ class Janus(ImageTransformer):
         itself = torch.eye(L, dtype=torch.bool, device=x.device)           # no row may be empty
 
         def bias(seen):
-            zeros = torch.zeros(seen.shape, device=x.device, dtype=rotation.real.dtype)
-            return zeros.masked_fill(~seen, -torch.inf)
+            return torch.where(seen, 0., -torch.inf).to(rotation.real.dtype)
         causal, caches = bias((visible[:, None] | itself).tril())[:, None], []               # [..,1,L,L]
         for layer in self.layers:
             x, keys_values = self.run(layer.read, x, rotation, causal)
@@ -155,16 +154,13 @@ NAMES = [  # (theirs, ours), applied in this order: first from the -HF layout to
 
 def _state(path, n_head):
     """Return the policy's tensors by our names and the tokenizer's by LlamaGen's, from either layout."""
-    (state, beside), ours = weights.gather(path), {}
+    state, beside = weights.gather(path)
     state = files.select(state, path, UNUSED, beside)
-    for key in list(state):
-        name = key
-        for theirs, new in NAMES:
-            name = re.sub(theirs, new, name)
-        ours[name] = state.pop(key)
+    for theirs, ours in NAMES:
+        state = {re.sub(theirs, ours, key): value for key, value in state.items()}
     # Row (half, j) of a head becomes row (j, half): rule 4.
-    weights.join_qkv(ours, lambda w: w.view(n_head, 2, -1, w.shape[1]).transpose(1, 2).reshape(w.shape))
-    return ours, {key.removeprefix(VQ): ours.pop(key) for key in list(ours) if key.startswith(VQ)}
+    weights.join_qkv(state, lambda w: w.view(n_head, 2, -1, w.shape[1]).transpose(1, 2).reshape(w.shape))
+    return state, {key.removeprefix(VQ): state.pop(key) for key in list(state) if key.startswith(VQ)}
 
 
 def load(path, dtype=torch.float32, **overrides):
@@ -229,11 +225,7 @@ class Prompts:
 class Pipeline(llamagen.Pipeline):
     """LlamaGen's pipeline with Janus for policy, tokenizer and prompts, which are all in one folder."""
 
-    @staticmethod
-    def model_files(o):
-        return [o.gpt_ckpt]
-
-    text_files = model_files
+    model_files = text_files = ("gpt_ckpt",)
 
     @staticmethod
     def text_encoder(o, found, device):

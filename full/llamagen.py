@@ -43,13 +43,7 @@ class Pipeline:
     """The models of LlamaGen. o: full.world.Options. found: {name: path} of its files. text: an encoder of
     prompts, an object with prepare(prompts) and encode(prompts, device). Raises UserError."""
 
-    @staticmethod
-    def model_files(o):
-        return [o.gpt_ckpt, o.vq_ckpt]
-
-    @staticmethod
-    def text_files(o):
-        return [o.t5]
+    model_files, text_files = ("gpt_ckpt", "vq_ckpt"), ("t5",)     # options that name files of weights
 
     @staticmethod
     def text_encoder(o, found, device):

@@ -153,7 +153,7 @@ def open_world(o, device, with_images=False):
         raise UserError(f"{o.gpt_ckpt} reads classes, not the prompts of {o.prompts}: it can be trained with "
                         f"--algorithm=vapi, where images have classes")
     listed = data.Pictures(o.data, o.prompts_per_step, classes) if with_images else None
-    names = kind.model_files(o) + ([] if classes else kind.text_files(o))
+    names = [getattr(o, key) for key in kind.model_files + (() if classes else kind.text_files)]
     names += [lpips.VGG_FILE, lpips.HEADS_FILE] if with_images else []
     names += [file for name in sorted(set(measured_by(o))) for file in clip.FILES[name].values()]
     with parallel.in_turn():                        # one process downloads and encodes, then the others read
