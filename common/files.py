@@ -217,12 +217,9 @@ class Log:
         self.path, self.lines = path, []
         if os.path.exists(path):
             for text in open(path, encoding="utf-8"):
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    break                          # the process was killed while it wrote this line
-                if line["step"] < start:
-                    self.lines.append(line)
+                with contextlib.suppress(ValueError):          # a kill cut this line short
+                    if (line := json.loads(text))["step"] < start:
+                        self.lines.append(line)
         with open(f"{path}.tmp", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in self.lines)
         os.replace(f"{path}.tmp", path)
