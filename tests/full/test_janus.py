@@ -1,6 +1,6 @@
-"""python -m pytest tests/full/test_janus.py    (and -m slow: a tiny Janus learns, and FSDP2, about 3 minutes)
+"""python -m pytest tests/full/test_janus.py     (and -m slow: a tiny Janus learns, and FSDP2, about 3 minutes)
 
-These tests compare Janus-Pro with transformers' JanusForConditionalGeneration, and run it through train.py.
+Janus-Pro against transformers' JanusForConditionalGeneration, and through train.py.
 """
 import json
 import os
@@ -53,7 +53,7 @@ def ours(folder):
 
 
 def uncond(ids, mask):
-    """Return the ids of the unconditional branch, as in generation_inference.py: tokens[1:-1] = pad."""
+    """The ids of the unconditional branch, as in generation_inference.py: tokens[1:-1] = pad, row by row."""
     out = ids.clone()
     for row, seen in zip(out, mask):
         start = int(seen.float().argmax())
@@ -63,7 +63,7 @@ def uncond(ids, mask):
 
 @torch.no_grad()
 def their_logits(theirs, ids, mask, tokens):
-    """Return logits by teacher forcing with transformers' modules. The last prompt token predicts token 0."""
+    """Teacher forcing by transformers' modules: the state at the last prompt token predicts token 0."""
     inputs = torch.cat([theirs.get_input_embeddings()(ids),
                         theirs.prepare_embeddings_for_image_generation(tokens[:, :-1])], 1)
     mask = torch.cat([mask.long(), torch.ones_like(tokens[:, :-1])], 1)
@@ -92,9 +92,9 @@ def test_logits_are_those_of_transformers(theirs, ours, folder, scale):
 
 
 @torch.no_grad()
-def test_greedy_images_are_those_of_the_official_loop(theirs, ours, folder):
-    """The loop of generation_inference.py has one prompt, no padding, no cache, and one token at a time. The
-    batch is compared with transformers' own generate."""
+def test_greedy_pictures_are_those_of_the_official_loop(theirs, ours, folder):
+    """Once more as in generation_inference.py: one prompt, no padding, no cache, a token at a time; and by
+    transformers' own generate, for the batch."""
     policy, text = ours[0], Prompts(folder)
     ids, mask = text.encode(CAPTIONS)
     drawn = policy.generate(ids, mask, cfg_scale=5.0, temperature=0)
@@ -125,7 +125,7 @@ def test_tokenizer_is_that_of_transformers(theirs, ours):
 
 @torch.no_grad()
 def test_the_first_image_token_is_predicted_at_begin_of_image(theirs, ours, folder):
-    """Row t of the logits must not depend on token t. A public trainer has this off by one."""
+    """The off-by-one of facts/vapi.md, item 7: row t of the logits must not have seen token t."""
     policy, (ids, mask) = ours[0], Prompts(folder).encode(CAPTIONS[:1])
     prompt = theirs.model.language_model(input_ids=ids).last_hidden_state[:, -1]
     tokens = torch.randint(40, (1, 16))
@@ -211,12 +211,12 @@ def test_layouts_shards_and_precisions_hold_the_same(theirs, tmp_path, capsys):
     for other in states[1:]:
         assert other.keys() == states[0].keys()
         assert all(torch.equal(other[k], v) for k, v in states[0].items())
-    half = janus.load(str(tmp_path / "0"), dtype="bfloat16")[0]
+    half = Janus.from_pretrained(str(tmp_path / "0"), dtype="bfloat16")
     assert all(torch.equal(p, states[0][k].bfloat16()) for k, p in half.named_parameters())
 
 
 def test_the_pad_token_is_that_of_the_tokenizer(theirs, tmp_path):
-    """The id differs between 1B and 7B."""
+    """Its id differs between 1B and 7B."""
     special = janus_files.SPECIAL[-1:] + janus_files.SPECIAL[:-1]
     janus_files.make(str(tmp_path), theirs, "official", special=special)
     assert janus.load(str(tmp_path))[0].config.pad_id == 256 == Prompts(str(tmp_path)).pad
@@ -254,7 +254,7 @@ def damage(path, how):
 @pytest.mark.parametrize("how, message", [
     ("tensor gone", "'layers.1.attention.wqkv.weight' should be"), ("heads", "n_head"),
     ("other model", "does not look like a file for JanusConfig"), ("other tokenizer", "is not Janus-Pro's"),
-    ("torn tokenizer", "is no tokenizer"), ("tokenizer.json", "json is no tokenizer .*No such file"),
+    ("torn tokenizer", "is no tokenizer"), ("tokenizer.json", "no file"),
     ("pytorch_model.bin", "no weights at")])
 def test_errors_are_one_line(theirs, tmp_path, how, message):
     janus_files.make(str(tmp_path), theirs, "official")
@@ -265,8 +265,8 @@ def test_errors_are_one_line(theirs, tmp_path, how, message):
 
 
 def test_sizes_of_the_released_models():
-    """Count the parameters of both models by transformers, with a separate matrix for the logits of words.
-    Count the parts that we load as well."""
+    """Parameters of both as transformers counts them, with a matrix of its own for the words' logits; and of
+    the parts that we load."""
     import transformers as t
     for name, c in (("Janus-Pro-1B", JanusConfig()),
                     ("Janus-Pro-7B", JanusConfig(dim=4096, n_layer=30, n_head=32, head_dim=4096))):
@@ -378,14 +378,14 @@ def test_a_run_with_adapters_trains_nothing_else(released, tmp_path):
 
 
 def test_adapters_share_the_weights_and_start_as_the_base(ours, folder):
-    base, (ids, mask) = janus.load(folder)[0], Prompts(folder).encode(CAPTIONS)
+    base, (ids, mask) = Janus.from_pretrained(folder), Prompts(folder).encode(CAPTIONS)
     policy, tokens = lora.adapt(base, 4), torch.randint(40, (3, 16))
     assert torch.equal(policy(tokens, ids, mask), base(tokens, ids, mask))
     own = {id(p) for p in policy.parameters()} - {id(p) for p in base.parameters()}
     trained = {id(p) for p in policy.parameters() if p.requires_grad}
     assert own == trained and len(own) == 2 * 5 * 2 and not any(p.requires_grad for p in base.parameters())
     # Compare W + (alpha / rank) B A with a Janus whose W is replaced by this sum.
-    merged = janus.load(folder)[0]
+    merged = Janus.from_pretrained(folder)
     with torch.no_grad():
         for (name, module), seed in zip(policy.named_modules(), range(1000)):
             if isinstance(module, lora.LowRank):
@@ -517,7 +517,7 @@ def test_two_processes_with_half_of_each_weight_make_the_run_of_one(tmp_path):
         metrics.append([{k: v for k, v in json.loads(line).items() if not k.startswith("t_")}
                         for line in open(tmp_path / str(size) / "metrics.jsonl")])
     for one, two in zip(*metrics, strict=True):
-        assert one == pytest.approx(two, rel=1e-5, abs=2e-6)       # max_ratio_error is rounding, near 1e-6
+        assert one == pytest.approx(two, rel=1e-6, abs=1e-9)
     one, two = (files.load(str(tmp_path / n / "ckpt.pt"))["model"] for n in ("1", "2"))
     assert one.keys() == two.keys() and max((one[k] - two[k]).abs().max() for k in one) < 1e-9
 
