@@ -27,8 +27,7 @@ from common.config import UserError
 
 @contextlib.contextmanager
 def explain(what, advice="", text=True):
-    """Turn every exception inside into a UserError of one line: `what`, the exception, `advice`. text: with
-    the text of the exception."""
+    """Turn every exception inside into a UserError: `what`, the exception (if text: its text), `advice`."""
     try:
         yield
     except UserError:

@@ -17,9 +17,8 @@ UNUSED = (r"freqs_cis$|causal_mask$|layers\.\d+\.attention\.kv_cache\.|.*rotary_
 
 
 def fields(make_config, shapes, state, told, overrides, path):
-    """Return the fields of the dataclass `make_config`: from shapes(state), then the dicts told and
-    overrides. Raises UserError if an override is no field, or if `shapes` misses tensors, because the file at
-    `path` belongs to another model."""
+    """Return the fields of the dataclass `make_config`: from shapes(state), then dicts told and overrides.
+    Raises UserError if an override is no field, or if the file at `path` belongs to another model."""
     names = [field.name for field in dataclasses.fields(make_config)]
     if unknown := [name for name in overrides if name not in names]:
         raise UserError(f"there is no option {unknown[0]!r} of {make_config.__name__}. Allowed: dtype, "

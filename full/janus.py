@@ -26,9 +26,8 @@ per prompt, too, and all images of the prompt share them. Five rules are particu
     attention score is a sum over all pairs, so the rows of the query and key matrices may be reordered.
     `load` makes the members of a pair neighbors.
  5. Janus's own sampler guides at 5, and so does the rollout. The paper's code then evaluates the samples by
-    the conditional branch alone, which is another distribution than the one that sampled. Here the loss is
-    about the guided distribution, unless --score_cfg=1 asks for the paper's. The logged max_ratio_error then
-    shows the difference.
+    the conditional branch alone, which is not the distribution that sampled. Here the loss is of the guided
+    distribution, unless --score_cfg=1 asks for the paper's. The logged max_ratio_error shows the difference.
 
 The understanding half of the model (SigLIP, its aligner, the logits of words) is not loaded. Sources:
 github.com/deepseek-ai/Janus (generation_inference.py, janus/models), and transformers' port, with which the

@@ -84,8 +84,7 @@ def clean(prompt):
 
 class Captions:
     """T5 features of prompts, kept in a file in the folder `cache`. folder: a T5 in Hugging Face's layout.
-    length: L. device, dtype: of the encoder. batch: prompts encoded at once. Raises UserError if there is no
-    T5, or if the cache is damaged."""
+    length: L. device, dtype: of the encoder. batch: prompts at once. Raises UserError for damaged files."""
 
     def __init__(self, folder, cache, length=120, device="cpu", dtype=torch.bfloat16, batch=32):
         self.folder, self.length, self.device, self.dtype, self.batch = folder, length, device, dtype, batch

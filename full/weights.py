@@ -162,8 +162,7 @@ def _read(path):
 
 
 def gather(path):
-    """Return ({name: tensor}, names of the entries beside the tensors) of a file or a folder's weight files.
-    Wrappers are opened and prefixes removed."""
+    """Return ({name: tensor}, names of other entries) of a file or folder, without wrappers and prefixes."""
     names = glob.glob("*.safetensors", root_dir=path) or glob.glob("pytorch_model*.bin", root_dir=path)
     parts = [path] if os.path.isfile(path) else [os.path.join(path, name) for name in sorted(names)]
     if not parts:

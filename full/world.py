@@ -7,9 +7,8 @@ Files are looked for in the folder `weights`, and fetched from the Hugging Face 
 is never trained on and serves all evaluations. Rewards see the prompts as they were written.
 
 A run of vapi.py takes images, with captions or classes, from `data` (full/data.py) in place of the text file.
-A class-conditional policy, a file whose name begins with c2i_, reads a number and no text. Rewards then get
-the name of the class, which is the name of a folder. CLIPScore and HPS can rate "golden retriever", but not
-"n02099601".
+A class-conditional policy, a file whose name begins with c2i_, reads a number, not text. Rewards then get the
+name of the class, which is its folder's: CLIPScore can rate "golden retriever", but not "n02099601".
 
 Memory for LlamaGen-XL (P = 775 million parameters) on one 24 GB card, 32 images a step, `dtype = "bfloat16"`.
 These numbers are calculated. A run on a GPU prints the measured peak after its first step.
@@ -66,8 +65,7 @@ class ImageOptions:
 
 
 def measured_by(o):
-    """Return the learned rewards of a run. The features of the first of them measure diversity. It is a
-    held-out one, where possible."""
+    """Return the learned rewards of a run, held-out ones first. Features of the first measure diversity."""
     return [name for spec in (o.heldout_reward, o.reward) for name in reward.parse(spec, clip.FILES)
             if name in clip.FILES]
 
