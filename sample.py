@@ -116,13 +116,15 @@ def open_pipeline(cfg, prompts, where):
     kind = full.world.PIPELINES[options.world]
     same = {k: getattr(options, k) for k in ("gpt_ckpt", "vq_ckpt", "t5", "n_head", "block_size")}
     o = full.world.Options(weights=cfg.weights, lora_rank=getattr(options, "lora_rank", 0), **same)
-    pipeline = kind(o, weights.find(kind.model_files(o), o.weights), None, where, cfg.dtype, train=False)
+    def find(keys):
+        return weights.find([getattr(o, key) for key in keys], o.weights)
+    pipeline = kind(o, find(kind.model_files), None, where, cfg.dtype, train=False)
     if state:
         files.load_weights(pipeline.policy, state, path)
     if pipeline.kind == "c2i":                             # whatever the name of its file
-        pipeline.text = llamagen.Numbers()
+        pipeline.text = llamagen.Classes()
     else:
-        pipeline.text = kind.text_encoder(o, weights.find(kind.text_files(o), o.weights), where)
+        pipeline.text = kind.text_encoder(o, find(kind.text_files), where)
     pipeline.text.prepare(prompts)
     return pipeline, pipeline.kind
 
