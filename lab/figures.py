@@ -36,9 +36,9 @@ def plot(path):
     for name, d in DIVERGENCES.items():
         strength = STRENGTH[name]
         label = name + (f" x {strength}" if strength > 1 else "")
-        axes[0].plot(x, strength * d.weight(x), label=label)
+        axes[0].plot(x, strength * d.coefficient(x), label=label)
         axes[1].plot(x, strength * (d.f(x) + d.c(x)), label=label)
-        axes[2].plot(x, -strength * d.weight(x) / x.exp(), label=label)
+        axes[2].plot(x, -strength * d.coefficient(x) / x.exp(), label=label)
     axes[0].set(title="subtracted from the advantage: c(w), sampled", ylabel="c(w)", ylim=(-8, 6))
     axes[1].set(title="g(w), unbiased and exact", ylabel="g(w)", ylim=(-8, 6))
     axes[2].set(title="force on a token of the reference, $U'(x)$, sampled", ylabel="U'(x)", ylim=(-6.5, 3))
