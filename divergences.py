@@ -56,11 +56,11 @@ CLAMP = 20.0                 # x is clamped to +-CLAMP, as in the paper's code: 
 
 # Strength. Near pi = rho, D is about f''(1)/2 E_pi[(w - 1)^2]. Both KLs have f''(1) = 1. JS has f''(1) = 1/4,
 # so JS is as strong as a KL if its beta is 4 times larger. STRENGTH holds these factors. Training does not
-# apply them: choose --beta yourself.                                           [test_strength_at_the_reference]
+# apply them: choose --beta yourself.                                         [test_strength_at_the_reference]
 # Further out the factor 4 is only a rule of thumb. The force of `sampled` is x for forward_kl and
 # x - x^2/2 + .. for reverse_kl. The force of 4 times js is x - x^2/4 + .., between the forces of the two KLs.
 # The force of 4 times js differs from x by 10 % at |x| = .4 and by 24 % at |x| = 1. The force of reverse_kl
-# differs from x by 18 % at .4, 23 % at -.4, 37 % at 1, and 72 % at -1.              [test_strength_further_out]
+# differs from x by 18 % at .4, 23 % at -.4, 37 % at 1, and 72 % at -1.            [test_strength_further_out]
 STRENGTH = {"reverse_kl": 1, "forward_kl": 1, "js": 4}
 
 
@@ -207,13 +207,9 @@ class Categorical:
         self.hidden, self.head, self.rows = hidden, head, rows
 
     @cached_property
-    def logits(self):
-        return self.hidden if self.head is None else self.head(self.hidden)
-
-    @cached_property
     def logp(self):
         """Log-probabilities [r,T,V]."""
-        return self.logits.log_softmax(-1)
+        return (self.hidden if self.head is None else self.head(self.hidden)).log_softmax(-1)
 
     def at(self, start, stop):
         """Return the distributions at positions start .. stop - 1. Their logits are not computed yet."""
