@@ -197,10 +197,8 @@ class VQGAN(nn.Module):
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, **overrides):
         """Load a file in LlamaGen's layout into a VQGAN on the CPU, in eval mode, with parameters in `dtype`.
-
         dtype: a name such as "bfloat16", or torch.bfloat16. overrides: fields of VQConfig. Raises UserError
-        for a file that is missing, damaged or of another model.
-        """
+        for a file that is missing, damaged or of another model."""
         state, told = files.read_released(path, released.UNUSED)
         fields = released.fields(VQConfig, released.vq_shapes, state, told, overrides, path)
         return files.build(cls, VQConfig(**fields), state, dtype, path)

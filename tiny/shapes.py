@@ -4,7 +4,7 @@ A scene is a plain background with one to three shapes on it. A caption names so
 leaves the other attributes open. The reader finds every attribute by geometry, so nothing in it is learned.
 Therefore we can measure exactly the two quantities that post-training trades against each other:
   performance: does the image show what the text says?                       -> `matches`
-  diversity:   how much do the attributes vary that the text leaves open?    -> `open_attributes`
+  diversity:   how much do those attributes vary that the text leaves open?  -> `open_attributes`
 The five categories of captions are a miniature of GenEval (arXiv 2310.11513):
   single    a red circle                           counting  three red circles
   two       a circle and a square (open colors)    position  a red circle left of a blue square
@@ -15,7 +15,7 @@ The five categories of captions are a miniature of GenEval (arXiv 2310.11513):
 Images are [B,3,H,W] in [-1,1] with H = W = 32. Sizes and places are in pixels. Places x and y start at the
 top left corner, and y points down. The reader uses these symbols:
   B images   N regions in all B images   K = 4 colors of objects
-  p, g, c    RGB values in 0..255 of a pixel, of the background, of an object;  d = c - g
+  p pixel, g background, c object: their RGB values in 0..255.  d = c - g
   a          coverage: the fraction of a pixel that an object covers, so that p = g + a d
 """
 import itertools
@@ -35,10 +35,12 @@ BACKGROUNDS = dict(white=(240, 240, 240), grey=(135, 135, 135), black=(25, 25, 2
 SHAPES = ("circle", "square", "triangle", "cross")
 RADII = dict(small=5, large=7)                       # half the width of a shape
 NUMBERS = dict(two=2, three=3)
-GAP, MARGIN, LATTICE = 2, 1, 8                       # least gap to shapes, to the border; grid of centers
+GAP = 2                                              # least gap between two shapes
+MARGIN = 1                                           # least gap between a shape and the border
+GRID = 8                                             # distance between neighboring places of a center
 RELATION_MARGIN = 4                                  # "left of" means left by at least this many pixels
-# Policy and judge see these pairs of color and shape in no text and no image of their training. The pairs
-# test generalization.
+# No caption and no image in the training of policy and judge contains these pairs of color and shape. So the
+# pairs test generalization.
 HELD_OUT = {("red", "cross"), ("green", "circle"), ("blue", "triangle")}
 CATEGORIES = ("single", "two", "counting", "position", "binding")
 
@@ -112,7 +114,7 @@ def _place(shape, color, objects, rng, allow_heldout):
     """Return a random Obj that keeps its distance from `objects`, or None after 20 attempts."""
     colors = [c for c in COLORS if allow_heldout or (c, shape) not in HELD_OUT]
     size = rng.choice(list(RADII))
-    places = range(RADII[size] + MARGIN, SIDE - RADII[size] - MARGIN + 1, LATTICE)
+    places = range(RADII[size] + MARGIN, SIDE - RADII[size] - MARGIN + 1, GRID)
     for _ in range(20):
         x, y = rng.choice(places), rng.choice(places)
         new = Obj(shape, color or rng.choice(colors), size, x, y)
@@ -179,7 +181,7 @@ _COLORS, _BACKGROUNDS = (torch.tensor(list(p.values())) / 1. for p in (COLORS, B
 
 
 def _find_background(pixels):
-    """pixels [B,3,H,W] in 0..255 -> the number [B] of the background that has the most votes.
+    """pixels [B,3,H,W] in 0..255 -> the index [B] of the background with the most votes.
     Every pixel votes for the nearest entry of the whole palette. Votes for colors of objects do not count."""
     palette = torch.cat([_BACKGROUNDS, _COLORS])
     nearest = torch.cdist(pixels.flatten(2).transpose(1, 2), palette).argmin(2)                   # [B,H*W]
@@ -197,13 +199,14 @@ def _find_coverage(offset, g):
 
 
 def _find_regions(mask):
-    """mask [B,1,H,W] -> its connected regions: the image of each region [N], the mask of each [N,1,H,W]."""
+    """mask [B,1,H,W] -> its N connected regions: the image of each region, an index [N], and the mask of each
+    region [N,1,H,W]."""
     # Every pixel starts with its own label, from 1 to H*W. Then it takes the largest label around it until
     # nothing changes. Afterwards all pixels of a connected region have the same label.
     labels = mask * torch.arange(1., SIDE * SIDE + 1).view(1, 1, SIDE, SIDE)
     while not torch.equal(labels, new := F.max_pool2d(labels, 3, 1, 1) * mask):
         labels = new
-    # A multiple of the image's number makes the labels unique in the batch, so one call finds all regions.
+    # A multiple of the image's index makes the labels unique in the batch, so one call finds all regions.
     stride = SIDE * SIDE + 1
     ids = labels[:, 0].long() + stride * torch.arange(len(mask)).view(-1, 1, 1)
     ids, pixels = ids.unique(return_counts=True)
@@ -266,13 +269,13 @@ def read(images):
 
 # ---- performance and diversity of a scene ------------------------------------------------------------------
 def assign(scene, caption):
-    """Return for each slot of a Caption the best object that is left, or None if objects are missing."""
-    left, chosen = list(scene.objects), []
-    if len(left) < len(caption.slots):
+    """Return for each slot of a Caption the best object not chosen yet, or None if objects are missing."""
+    remaining, chosen = list(scene.objects), []
+    if len(remaining) < len(caption.slots):
         return None
     for shape, color in caption.slots:
-        chosen.append(max(left, key=lambda o: (o.shape == shape) + (o.color == color)))
-        left.remove(chosen[-1])
+        chosen.append(max(remaining, key=lambda o: (o.shape == shape) + (o.color == color)))
+        remaining.remove(chosen[-1])
     return chosen
 
 
