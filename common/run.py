@@ -14,7 +14,7 @@ What may happen to a run, and what is left:
   - a full disk: the checkpoint before remains, and one line says so.
   - a second process in the same folder: refused.
 On a GPU, parallel threads add up in any order. So two runs with one seed differ in the last bits from the
-first step on, and visibly after some dozens of steps. Resuming is exact only as far as the GPU is.
+first step on, and visibly after some dozens of steps. The same holds for a resumed run.
 """
 import dataclasses
 import math
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from common import config, files, parallel
 from common.config import Fault, UserError, option
 
-NEW_FOLDER = {"lock", "config.py", "ckpt.pt.tmp"}    # what a run leaves that was killed before its first save
+HARMLESS = {"lock", "config.py", "ckpt.pt.tmp"}      # files of a run that was killed before its first save
 FREE = ("resume", "stop_after", "device", "out_dir")           # options that may differ when a run is resumed
 MAX_SKIPPED = 10                     # steps in a row without a finite gradient, after which a run gives up
 SHOWN = {"reward": "reward", "heldout_reward": "held-out", "diversity": "diversity", "kl_reverse": "kl"}
@@ -49,7 +49,7 @@ class Machine:
     """---- machine"""
     seed: int = option(0, "of prompts and samples", low=0)
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, then mps, then cpu")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "of matrix products; weights stay in fp32")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "of matrix products; trained weights are fp32")
     recompute: bool = option(False, "keep no activations inside layers; saves memory, costs time")
     shard: bool = option(False, "with torchrun: each process holds a part of the weights (parallel.py)")
 
@@ -57,15 +57,15 @@ class Machine:
 @dataclasses.dataclass(frozen=True)
 class Length:
     """---- length"""
-    max_steps: int = option(120, "steps; also fixes the schedules", low=1)
-    stop_after: int = option(0, "save and stop after this many steps of this session; 0 = max_steps", low=0)
+    max_steps: int = option(120, "number of steps; the schedules of learning rate and beta end there", low=1)
+    stop_after: int = option(0, "save and stop this many steps after start or --resume; 0 = never", low=0)
     eval_interval: int = option(60, "steps between evaluations, sample images and checkpoints", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """---- optimizer"""
-    learning_rate: float = option(1e-3, "peak of AdamW; the 775M model takes 1e-5", low=0)
+    learning_rate: float = option(1e-3, "highest rate of AdamW; configs of the 775M model set 1e-5", low=0)
     warmup: float = option(0.1, "share of max_steps with a rising rate", low=0, high=1)
     min_lr_ratio: float = option(0.1, "the cosine ends at this share of the peak", low=0, high=1)
     weight_decay: float = option(0.0, "of AdamW", low=0)
@@ -111,7 +111,7 @@ def open_run(choose, argv):
                                 f"or start a new run with another --out_dir")
         return dataclasses.replace(old, **{key: getattr(cfg, key) for key in FREE
                                            if key != "device" or key in given}), saved
-    if parallel.RANK == 0 and os.path.isdir(cfg.out_dir) and set(os.listdir(cfg.out_dir)) - NEW_FOLDER:
+    if parallel.RANK == 0 and os.path.isdir(cfg.out_dir) and set(os.listdir(cfg.out_dir)) - HARMLESS:
         raise UserError(f"{cfg.out_dir} holds a run already: resume it with --resume, or choose another "
                         f"folder with --out_dir=...")
     return cfg, None
@@ -154,7 +154,7 @@ class Stop:
 
 # ---- the run -----------------------------------------------------------------------------------------------
 class Run:
-    """The plumbing that training loops share. It knows neither rewards nor the kind of policy. A loop reads:
+    """The plumbing that training loops share. It computes no rewards and no losses. A loop looks like this:
 
         for step in run.steps():
             ...; run.phase("sample")                 # logs the seconds since the phase before, as t_sample
@@ -219,7 +219,7 @@ class Run:
         for step in self.bar:
             self.times, self.clock = {}, self._now()
             yield step
-            if self.leaves:
+            if self.stopping:
                 break
 
     def phase(self, name):
@@ -243,12 +243,13 @@ class Run:
     def log(self, step, line, stats):
         """Write a line of metrics.jsonl, and evaluate and save when it is time.
 
-        line: values that are equal on all processes, with "reward". stats: scalars of this process that are
-        added up over the processes (see parallel.combine).
+        line: values that are equal on all processes, "reward" among them. stats: scalars of this process,
+        which are summed over the processes. For names with max_, the largest value is kept.
         """
-        asked = torch.tensor(float(bool(self.stop.name)), device=self.device)       # on any process
+        # If any process was asked to stop, all processes stop: `combine` keeps the largest value.
+        asked = torch.tensor(float(bool(self.stop.name)), device=self.device)
         stats = parallel.combine(stats | {"max_stop": asked})
-        self.leaves = stats.pop("max_stop") > 0 or self.skipped == MAX_SKIPPED
+        self.stopping = stats.pop("max_stop") > 0 or self.skipped == MAX_SKIPPED
         line = {"step": step, **line, **stats, "grad_norm": self.grad_norm,
                 "learning_rate": self.optimizer.param_groups[0]["lr"]}
         if self.skipped:                            # say what was not finite
@@ -265,7 +266,7 @@ class Run:
             self.metrics.write(line | self.times)
             if step == self.start and self.device.type == "cuda":
                 tqdm.write(f"peak memory of the first step: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
-        if self.evaluates and (due or self.leaves or self.done == self.end):
+        if self.evaluates and (due or self.stopping or self.done == self.end):
             self._save(self.done)
 
     def finish(self):

@@ -1,6 +1,6 @@
-"""python -m pytest tests/full/test_janus.py         (and -m slow: a tiny Janus learns, and FSDP2, about 3 minutes)
+"""python -m pytest tests/full/test_janus.py         (and -m slow: learning, FSDP2: about 3 minutes)
 
-Janus-Pro against transformers' JanusForConditionalGeneration, and through train.py.
+These tests compare Janus-Pro with transformers' JanusForConditionalGeneration, and run it through train.py.
 """
 import dataclasses
 import json
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from common import files as checkpoint
+from common import files
 from full import clip
 from common import config
 import full_size
@@ -57,7 +57,7 @@ def ours(folder):
 
 
 def uncond(ids, mask):
-    """The ids of the unconditional branch, as in generation_inference.py: tokens[1:-1] = pad, row by row."""
+    """Return the ids of the unconditional branch, as in generation_inference.py: tokens[1:-1] = pad."""
     out = ids.clone()
     for row, seen in zip(out, mask):
         start = int(seen.float().argmax())
@@ -67,7 +67,7 @@ def uncond(ids, mask):
 
 @torch.no_grad()
 def their_logits(theirs, ids, mask, tokens):
-    """Teacher forcing by transformers' modules: the state at the last prompt token predicts token 0."""
+    """Return logits by teacher forcing with transformers' modules. The last prompt token predicts token 0."""
     inputs = torch.cat([theirs.get_input_embeddings()(ids),
                         theirs.prepare_embeddings_for_image_generation(tokens[:, :-1])], 1)
     mask = torch.cat([mask.long(), torch.ones_like(tokens[:, :-1])], 1)
@@ -96,9 +96,9 @@ def test_logits_are_those_of_transformers(theirs, ours, folder, scale):
 
 
 @torch.no_grad()
-def test_greedy_pictures_are_those_of_the_official_loop(theirs, ours, folder):
-    """Once more as in generation_inference.py: one prompt, no padding, no cache, a token at a time; and by
-    transformers' own generate, for the batch."""
+def test_greedy_images_are_those_of_the_official_loop(theirs, ours, folder):
+    """The loop of generation_inference.py has one prompt, no padding, no cache, and one token at a time. The
+    batch is compared with transformers' own generate."""
     policy, text = ours[0], Prompts(folder)
     ids, mask = text.encode(CAPTIONS)
     drawn = policy.generate(ids, mask, cfg_scale=5.0, temperature=0)
@@ -129,7 +129,7 @@ def test_tokenizer_is_that_of_transformers(theirs, ours):
 
 @torch.no_grad()
 def test_the_first_image_token_is_predicted_at_begin_of_image(theirs, ours, folder):
-    """The off-by-one of facts/vapi.md, item 7: row t of the logits must not have seen token t."""
+    """Row t of the logits must not depend on token t. A public trainer has this off by one."""
     policy, (ids, mask) = ours[0], Prompts(folder).encode(CAPTIONS[:1])
     prompt = theirs.model.language_model(input_ids=ids).last_hidden_state[:, -1]
     tokens = torch.randint(40, (1, 16))
@@ -220,7 +220,7 @@ def test_layouts_shards_and_precisions_hold_the_same(theirs, tmp_path, capsys):
 
 
 def test_the_pad_token_is_that_of_the_tokenizer(theirs, tmp_path):
-    """Its id differs between 1B and 7B."""
+    """The id differs between 1B and 7B."""
     special = janus_files.SPECIAL[-1:] + janus_files.SPECIAL[:-1]
     janus_files.make(str(tmp_path), theirs, "official", special=special)
     assert janus.load(str(tmp_path))[0].config.pad_id == 256 == Prompts(str(tmp_path)).pad
@@ -269,8 +269,8 @@ def test_errors_are_one_line(theirs, tmp_path, how, message):
 
 
 def test_sizes_of_the_released_models():
-    """Parameters of both as transformers counts them, with a matrix of its own for the words' logits; and of
-    the parts that we load."""
+    """Count the parameters of both models by transformers, with a separate matrix for the logits of words.
+    Count the parts that we load as well."""
     import transformers as t
     for name, c in (("Janus-Pro-1B", JanusConfig()),
                     ("Janus-Pro-7B", JanusConfig(dim=4096, n_layer=30, n_head=32, head_dim=4096))):
@@ -299,7 +299,7 @@ QUICK = ["configs/janus_js.py", "--gpt_ckpt=Janus-Pro-1B", "--max_steps=2", "--p
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    """A folder of weights with a Janus, HPS and CLIP, and captions."""
+    """Return a folder of weights with a Janus, HPS and CLIP, and a file of prompts."""
     path = tmp_path_factory.mktemp("weights")
     janus_files.make(str(path / "Janus-Pro-1B"), janus_files.transformers_model(), "official")
     clip.HEADS[160] = 2
@@ -323,8 +323,8 @@ def plain(released, tmp_path_factory):
     return out, go(released, out, "--recompute=False", "--chunk=0", "--micro_batch=8", "--sample_batch=0")
 
 
-def test_it_learns_from_pictures_too(released, tmp_path):
-    """vapi.py: captions of a Janus are the names of the folders."""
+def test_it_learns_from_real_images_too(released, tmp_path):
+    """With vapi.py. The captions are the names of the folders."""
     full_size.make_lpips(str(released))
     full_size.make_pictures(str(tmp_path / "pictures"), of_each=5)
     lines = go(released, tmp_path / "run", "--algorithm=vapi", f"--data={tmp_path / 'pictures'}", "--chunk=0",
@@ -333,8 +333,8 @@ def test_it_learns_from_pictures_too(released, tmp_path):
     assert lines[0]["reward"] < 0 < lines[0]["prior"]
 
 
-def test_a_run_from_released_files_to_pictures(released, plain, tmp_path, capsys):
-    """Guided at 5 in the rollout and in the loss; and how a step is cut changes nothing."""
+def test_a_run_from_released_files_to_images(released, plain, tmp_path, capsys):
+    """Rollout and loss are guided at 5. The sizes of chunks and micro-batches change nothing."""
     out, lines = plain
     assert [line["step"] for line in lines] == [0, 1] and lines[0]["kl_reverse"] == 0 < lines[1]["kl_reverse"]
     assert all(line["max_ratio_error"] < 1e-3 and line["reward_std"] > 0 for line in lines)
@@ -351,8 +351,8 @@ def test_a_run_from_released_files_to_pictures(released, plain, tmp_path, capsys
 
 
 def test_scoring_by_the_conditional_branch_alone_is_another_distribution(released, plain, tmp_path):
-    """The paper's way, --score_cfg=1: same pictures, another loss, and the log says how far it is from the
-    sampler."""
+    """The paper's way, --score_cfg=1: the images are the same, but the loss is another one. max_ratio_error
+    shows how far its distribution is from the sampler's."""
     guided, paper = plain[1][0], go(released, tmp_path / "paper", "--max_steps=1", "--score_cfg=1.0")[0]
     print("max_ratio_error: guided", guided["max_ratio_error"], "paper's", paper["max_ratio_error"])
     assert paper["reward"] == pytest.approx(guided["reward"], abs=1e-6)
@@ -363,11 +363,11 @@ def test_scoring_by_the_conditional_branch_alone_is_another_distribution(release
 
 
 def test_a_run_with_adapters_trains_nothing_else(released, tmp_path, capsys):
-    """In bf16, where the shared weights are stored rounded."""
+    """The run is in bf16, where the shared weights are stored rounded."""
     lines = go(released, tmp_path / "run", "--lora_rank=4", "--learning_rate=0.03", "--dtype=bfloat16")
     assert "adapters, fp32" in capsys.readouterr().out
     assert lines[0]["kl_reverse"] == 0 < lines[1]["kl_reverse"] and lines[0]["grad_norm"] > 0
-    state = checkpoint.load(str(tmp_path / "run" / "ckpt.pt"))["model"]
+    state = files.load(str(tmp_path / "run" / "ckpt.pt"))["model"]
     base = janus.load(str(released / "Janus-Pro-1B"))[0].state_dict()
     for key, value in state.items():
         if not key.endswith((".a", ".b")):
@@ -386,7 +386,7 @@ def test_adapters_share_the_weights_and_begin_as_the_base(ours, folder):
     own = {id(p) for p in policy.parameters()} - {id(p) for p in base.parameters()}
     trained = {id(p) for p in policy.parameters() if p.requires_grad}
     assert own == trained and len(own) == 2 * 5 * 2 and not any(p.requires_grad for p in base.parameters())
-    # W + (alpha / rank) B A, against a Janus in which that sum has been put in place of W
+    # Compare with a Janus whose W is replaced by W + (alpha / rank) B A.
     merged = Janus.from_pretrained(folder)
     with torch.no_grad():
         for (name, module), seed in zip(policy.named_modules(), range(1000)):
@@ -441,7 +441,7 @@ TINY = JanusConfig(dim=96, n_layer=3, n_head=4, multiple_of=32, vocab_size=256, 
 
 
 def prompt_ids(captions):
-    """Begin-of-sentence 1, the words, begin-of-image 2; padded on the left with 0."""
+    """Return the ids of begin-of-sentence (1), the words, begin-of-image (2), padded on the left with 0."""
     rows = [[1, *(3 + WORDS.index(w) for w in caption.split()), 2] for caption in captions]
     L = max(map(len, rows))
     ids = torch.tensor([[0] * (L - len(row)) + row for row in rows])
@@ -449,7 +449,7 @@ def prompt_ids(captions):
 
 
 class JanusInShapes(tiny.World):
-    """The tiny world's tokenizer, judge and reader, four of its captions, and a Janus for policy."""
+    """The tiny world's tokenizer, judge and reader, four of its prompts, and a Janus as the policy."""
     columns = []
 
     def __init__(self, options, device):
@@ -477,7 +477,7 @@ class JanusInShapes(tiny.World):
 
 
 def pretrained(steps, scenes):
-    """A Janus that has seen pictures of the shapes world with their captions, by maximum likelihood."""
+    """Return a Janus trained by maximum likelihood on images of the tiny world with their captions."""
     torch.manual_seed(0)
     pool = [x for x in shapes.random_scenes(5 * scenes, random.Random(0)) if x[0].category == "single"]
     _, vqgan, _, _ = load_models(locate("assets/tiny_base.pt"), "cpu")
@@ -534,14 +534,14 @@ def test_two_processes_with_half_of_each_weight_make_the_run_of_one(tmp_path):
                         for line in open(tmp_path / str(size) / "metrics.jsonl")])
     for one, two in zip(*metrics, strict=True):
         assert one == pytest.approx(two, rel=1e-6, abs=1e-9)
-    one, two = (checkpoint.load(str(tmp_path / n / "ckpt.pt"))["model"] for n in ("1", "2"))
+    one, two = (files.load(str(tmp_path / n / "ckpt.pt"))["model"] for n in ("1", "2"))
     assert one.keys() == two.keys() and max((one[k] - two[k]).abs().max() for k in one) < 1e-9
 
 
 @pytest.mark.slow
 def test_a_tiny_janus_learns_in_the_shapes_world(tmp_path, monkeypatch):
-    """300 steps of maximum likelihood, then 30 of GRPO on the judge by train.py. The mean of 256 pictures of
-    four prompts has a standard error of about .015."""
+    """Train 300 steps by maximum likelihood, then 30 steps of GRPO on the judge by train.py. The mean of 256
+    images of four prompts has a standard error of about .015."""
     torch.save(pretrained(300, 1230).state_dict(), tmp_path / "tiny_janus.pt")
     monkeypatch.setattr(tiny, "World", JanusInShapes)
     train.main([f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--max_steps=30", "--eval_interval=30",
