@@ -8,7 +8,7 @@
     purpose a fifth of the captions belongs to another image, as many do on the web. So the base draws a
     wrong image more often than a right one, and reinforcement learning has something to fix.
  3. The judge (tiny/judge.py) learns to tell true captions of an image from false ones.
-Policy and judge see no captions and no images with a held-out pair (shapes.HELD_OUT). The tokenizer reads no
+Policy and judge see no captions and no images with a held-out pair (shapes.UNSEEN). The tokenizer reads no
 captions and sees such images, because it must be able to draw what the policy should generalize to.
 The same seed on the same machine gives the same file, bit for bit.
 
@@ -148,7 +148,7 @@ def near_miss(caption, rng):
         kind = next((k for k in kinds if words[i] in k), None)
         if kind:
             new = " ".join(words[:i] + [rng.choice(kind)] + words[i + 1:])
-            if new != caption and new in shapes.CAPTIONS and not shapes.held_out(shapes.CAPTIONS[new]):
+            if new != caption and new in shapes.CAPTIONS and not shapes.names_unseen(shapes.CAPTIONS[new]):
                 return new
     return caption
 
@@ -175,11 +175,11 @@ def main(argv):
     start = time.time()
     torch.manual_seed(cfg.seed)
     rng = random.Random(cfg.seed)
-    with_heldout = shapes.random_scenes(cfg.scenes // 2, rng, allow_heldout=True)
+    with_unseen = shapes.random_scenes(cfg.scenes // 2, rng, allow_unseen=True)
     captions, scenes = zip(*shapes.random_scenes(cfg.scenes, rng))
     captions, images = [c.text for c in captions], shapes.render(scenes)
 
-    vq = pretrain_tokenizer(cfg, shapes.render([scene for _, scene in with_heldout]))
+    vq = pretrain_tokenizer(cfg, shapes.render([scene for _, scene in with_unseen]))
     tokens = batched(vq.encode, images, 250)
     decoded = batched(vq.decode, tokens, 250)
     print("fraction that the reader reads correctly after encoding and decoding:",
