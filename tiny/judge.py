@@ -31,7 +31,7 @@ class Judge(nn.Module):
             nn.Linear(64 * 16, 128), nn.GELU(), nn.Linear(128, width))
         self.word = nn.Sequential(nn.Linear(caption_dim, 128), nn.GELU(), nn.Linear(128, 128))
         self.caption = nn.Sequential(nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, width))
-        self.scale = nn.Parameter(torch.tensor(2.3))                       # the logarithm of the scale in `loss`
+        self.scale = nn.Parameter(torch.tensor(2.3))                       # the log of the factor in `loss`
         self.bias = nn.Parameter(torch.tensor(-4.))
 
     def embed_images(self, images):
@@ -47,8 +47,8 @@ class Judge(nn.Module):
         return outputs
 
     def embed_captions(self, texts):
-        """Map N texts to unit vectors [N,D]. The sum over words ignores their order. Order enters only because
-        the feature of each word contains its position."""
+        """Map N texts to unit vectors [N,D]. The sum over words ignores their order. Order enters only
+        because the feature of each word contains its position."""
         features, mask = text.encode(texts, self.scale.device, times=1)
         words = self.word(features.to(self.scale.dtype)) * mask[..., None]
         return F.normalize(self.caption(words.sum(1)), dim=1)
