@@ -6,13 +6,13 @@
     B  sequences                     T  image tokens           L  length of the prefix
     P  prompts                       V  codes                  C  width of a prompt feature
     D  width                         hd  width of a head       n  visible rows of a prefix (not padding)
-    R  rows: B, or 2B under guidance, first the conditional rows, then the unconditional rows
+    R  sequences of a pass: B, or 2B under guidance, first all conditional, then all unconditional
     S  image positions in one pass   p  positions of the prompt in the cache of keys and values: 1 here
 
 Row t of the logits predicts token t, and the last row of the prefix predicts token 0. The model is a Llama
-(common/llama.py) except for the prefix, the rotation in two dimensions, and classifier-free guidance (CFG).
-CFG computes logits with and without the prompt, and goes cfg_scale times the step from the latter logits to
-the former. Source: LlamaGen, arXiv 2406.06525. Modules have the released names, so released files load as is.
+(common/llama.py) except for the prefix, the rotation by position (RoPE) in two dimensions, and guidance.
+Classifier-free guidance (CFG) computes logits cond with the prompt and uncond without the prompt, and uses
+uncond + cfg_scale * (cond - uncond). Source: LlamaGen, arXiv 2406.06525. Modules have the released names.
 
 Three rules of the released model are unusual, and are kept exactly:
  1. The prompt acts as one token. RoPE multiplies the queries and keys of the prefix by a table of *zeros*
@@ -65,14 +65,14 @@ class GPTConfig:                         # the defaults are GPT-B for 256-pixel 
     token_dropout_p: float = 0.1         # these four act in pretraining only: GRPO keeps eval mode
     resid_dropout_p: float = 0.1
     ffn_dropout_p: float = 0.1
-    class_dropout_prob: float = 0.1      # of a condition, so that CFG has an unconditional branch
+    class_dropout_prob: float = 0.1      # how often a prompt is left out, to train the unconditional branch
 
 
 class PrefixAttention(llama.Attention):
     def forward_prompt(self, x, visible):
         """Let the prefix rows x [P,L,D] attend to each other, by rule 1.
 
-        visible [P,L+1,L] is 1 where a row sees a column; its last row is that of the image tokens. Return the
+        visible [P,L+1,L] is 1 where a row sees a column. Its last row says what image tokens see. Return the
         output [P,L,D], and the prompt as one token for the image rows: (key, value), [P,heads,1,hd] each.
         """
         v = F.linear(x, self.wqkv.weight[-x.shape[2]:])               # queries and keys are zero: only values
@@ -117,8 +117,8 @@ class ClassEmbedding(nn.Module):
 
 
 class ImageTransformer(nn.Module):
-    """What GPT and Janus (full/janus.py) share. Teacher forcing computes logits of known tokens in one pass.
-    Sampling makes tokens one by one. Teacher forcing and sampling use the same distribution.
+    """What GPT and Janus (full/janus.py) share. Teacher forcing computes the logits of given tokens in one
+    pass. Sampling makes tokens one by one. Teacher forcing and sampling use the same distribution.
 
     A subclass has the modules tok_embeddings, layers, norm, output, a `config`, and three methods:
         check_prompt(cond)          raises ValueError if `cond` has a wrong shape or type
@@ -212,7 +212,7 @@ class ImageTransformer(nn.Module):
         B, T, device = len(cond) if prompt is None else len(prompt), self.config.block_size, cond.device
         first, caches, prompt_bias = self.read_prompts(cond, cond_mask, prompt, cfg_scale)
         p, rotations = prompt_bias.shape[3], self.rotations(first)
-        # places 0 .. p-1 belong to the prompt, the others to tokens 0 .. T-2
+        # places 0 .. p-1 of the cache belong to the prompt, the others to tokens 0 .. T-2
         caches = [[F.pad(x, (0, 0, 0, T - 1)) for x in keys_values] for keys_values in caches]
         bias = F.pad(prompt_bias, (0, T - 1)).type_as(caches[0][0])                       # [R or 1,1,1,p+T-1]
         places = torch.arange(p + T - 1, device=device)
@@ -226,8 +226,8 @@ class ImageTransformer(nn.Module):
             if temperature == 0:
                 token = logp_all.argmax(1, keepdim=True)                                          # [B,1]
             else:
-                # torch.multinomial would make the CPU wait for the GPU. Instead, the argmax of p_v / E_v is v
-                # with probability p_v if E_v ~ Exp(1), that is, minus the log of a uniform number.
+                # torch.multinomial would make the CPU wait for the GPU. But argmax_v p_v / E_v is code v with
+                # probability p_v, too, if E_v ~ Exp(1). Minus the log of a uniform number is Exp(1).
                 noise = torch.rand(part[1] * B, logits.shape[1], generator=generator, device=device)
                 token = (logp_all.exp() / -noise[part[0] * B:][:B].log()).argmax(1, keepdim=True)
                 logp[:, t:t + 1] = logp_all.gather(1, token)
@@ -296,7 +296,7 @@ class GPT(ImageTransformer):
 
         dtype: a name such as "bfloat16", or torch.bfloat16. The config comes from shapes, PRESETS and the
         file's name (common/released.py), and overrides replace its fields. Raises UserError for a file that
-        is missing, damaged or of another model. It also asks for n_head or block_size if no source tells it.
+        is missing, damaged or of another model, or that does not tell n_head or block_size (then pass these).
         """
         state, told = files.read_released(path, released.UNUSED)
         fields = released.fields(GPTConfig, released.gpt_shapes, state, told, overrides, path)
@@ -328,7 +328,7 @@ class GPT(ImageTransformer):
         if self.training and c.class_dropout_prob:
             drop = torch.rand(P, device=cond.device) < c.class_dropout_prob
             cond = torch.where(drop.view(-1, *[1] * (cond.dim() - 1)), self.cls_embedding.uncond(cond), cond)
-        row = torch.arange(P, device=cond.device) if prompt is None else prompt            # [B], in 0 .. P-1
+        row = torch.arange(P, device=cond.device) if prompt is None else prompt            # [B], its prompt
         if cfg_scale > 1:
             cond = torch.cat([cond, self.cls_embedding.uncond(cond)])
             visible = visible.repeat(2 if len(visible) > 1 else 1, 1)

@@ -1,6 +1,6 @@
 """The parts of a Llama that model.py and full/janus.py share: norm, rotation, attention, SwiGLU.
 
-    R rows of a batch   S positions   D width   hd width of a head
+    R sequences of a pass   S positions   D width   hd width of a head
 
 Each model adds a method `forward_prompt` to `Attention`. It processes the rows of the prompt.
 Sources: Llama, arXiv 2302.13971; RMSNorm, 1910.07467; rotary positions, 2104.09864; SwiGLU, 2002.05202.
