@@ -10,9 +10,9 @@
     python sample.py --world=janus --gpt_ckpt=Janus-Pro-1B --prompt="a red fox in the snow"
 
 Janus and LlamaGen's GPT are ImageTransformers (model.py): teacher forcing, guidance, cache and sampler are
-written once. The two differ in `read`, that is, in what an image token gets of its prompt. LlamaGen reduces a
-prompt to one token per layer. Janus keeps the keys and values of all L prompt tokens. These are computed once
-per prompt, too, and all images of the prompt share them. Five rules are particular to Janus:
+written once. They differ in `read_prompts`, that is, in what an image token gets of its prompt. LlamaGen
+reduces a prompt to one token per layer. Janus keeps the keys and values of all L prompt tokens. These are
+computed once per prompt, too, and all images of the prompt share them. Five rules are particular to Janus:
  1. The prompt is a turn of a chat that ends with the token begin-of-image. The state *there* predicts image
     token 0. (A public trainer pairs token t with the state that has read token t. This is off by one, so the
     model sees the answer. tests/full/test_janus.py checks that ours does not.)
@@ -66,7 +66,7 @@ class JanusConfig:                       # the defaults are Janus-Pro-1B
 
 
 class PromptAttention(llama.Attention):
-    def read(self, x, rotation, bias):
+    def forward_prompt(self, x, rotation, bias):
         """Let prompt rows x [P,L,D] attend to each other. Return their output [P,L,D], and their keys and
         values for the image rows, two of [P,heads,L,hd]."""
         q, k, v = self.qkv(x, rotation)
@@ -108,7 +108,7 @@ class Janus(ImageTransformer):
         dtype = torch.promote_types(x.dtype, torch.complex64)
         return torch.polar(torch.ones_like(angle), angle).to(x.device, dtype)
 
-    def read(self, cond, cond_mask, prompt, cfg_scale):
+    def read_prompts(self, cond, cond_mask, prompt, cfg_scale):
         """Run the prompt tokens, once per prompt. A cache holds all of them (p = L), and the bias is 0, or
         -inf in the padding. ImageTransformer describes what is returned."""
         P, L = cond.shape
@@ -127,7 +127,7 @@ class Janus(ImageTransformer):
             return torch.where(seen, 0., -torch.inf).to(rotation.real.dtype)
         causal, caches = bias((visible[:, None] | itself).tril())[:, None], []               # [..,1,L,L]
         for layer in self.layers:
-            x, keys_values = self.run(layer.read, x, rotation, causal)
+            x, keys_values = self.run_layer(layer.forward_prompt, x, rotation, causal)
             caches.append([y[row] for y in keys_values])
         return x[row, -1:], caches, bias(visible)[row][:, None, None]
 
