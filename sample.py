@@ -108,7 +108,9 @@ def open_pipeline(cfg, prompts, where):
         path = config.locate(cfg.ckpt)
         path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
         saved = files.load(path)
-        options = evaluate.open_saved(saved, path) if {"config", "model"} <= set(saved) else None
+        options = None                                     # of a base
+        if {"config", "model"} <= set(saved):
+            options = config.restore(evaluate.options, saved["config"], path)
         if options is None or options.world == "tiny":
             policy, vqgan, *_ = tiny.world.load_models(path, where)
             return tiny.world.Pipeline(policy, vqgan, where, cfg.dtype), "tiny"
