@@ -6,7 +6,7 @@ Each world has its own rewards:
 
 A GRPO run trains on a weighted sum (`--reward=judge` or `--reward=judge:1,reader:0.5`). It always reports a
 held-out reward that it does not train on (`--heldout_reward=reader`). If the reward rises and the held-out
-reward falls, the policy hacks the reward.
+reward falls, the policy exploits the errors of the reward.
 
 To add a reward, write its function here and put it into REWARDS. See "Your own reward" in README.md.
 Wrong options raise UserError (common/config.py). A failure while the program runs raises Fault.
