@@ -16,6 +16,7 @@ file is ignored there.)
 import ast
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import re
@@ -39,6 +40,7 @@ def option(default, text, low=None, high=None, ending=None):
     return dataclasses.field(default=default, metadata=dict(help=text, low=low, high=high, ending=ending))
 
 
+@functools.cache                            # the same parts make the same class, so that configs compare
 def compose(*parts):
     """Make one dataclass with the options of all parts, in their order."""
     return dataclasses.dataclass(frozen=True)(type("Config", parts[::-1], {}))
@@ -53,7 +55,7 @@ def fields(cls):
     return {field.name: field for field in dataclasses.fields(cls)}
 
 
-KINDS = {int: "a whole number", float: "a finite number", bool: "True or False", tuple: "a tuple",
+KINDS = {int: "a whole number (of at most 64 bits)", float: "a finite number", bool: "True or False", tuple: "a tuple",
          str: "a text of printable characters"}
 
 

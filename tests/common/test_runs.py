@@ -1,6 +1,6 @@
-"""python -m pytest tests/common/test_runs.py     (and the long ones: python -m pytest -s -m slow tests/common/test_runs.py)
+"""Run: python -m pytest tests/common/test_runs.py       (and the long tests: -s -m slow)
 
-What may happen to a run: kills, signals, full disks, a second process, rewards that are no numbers.
+What may happen to a run: kills, signals, full disks, a second process, rewards that are not finite.
 """
 import json
 import os
@@ -14,11 +14,12 @@ import time
 import pytest
 import torch
 
-from common import files as checkpoint
+import evaluate
 import grpo
 import reward
-from common import run as runs
 import train
+from common import files
+from common import run as runs
 from common.config import Fault, UserError, locate
 from robustness import record
 
@@ -31,9 +32,9 @@ def go(folder, base, *more):
 
 
 def start(folder, base, *more):
-    """A run in a process of its own."""
+    """Start a run in a process of its own."""
     options = [f"--out_dir={folder}", f"--init_from={base}", *QUICK] if base else [f"--out_dir={folder}"]
-    said = tempfile.TemporaryFile("w+")             # not a pipe: full of progress bars, it would stop the run
+    said = tempfile.TemporaryFile("w+")             # a pipe would fill up with progress bars and block the run
     process = subprocess.Popen([sys.executable, locate("train.py"), *options, *more], stdout=said,
                                stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
     process.said = said
@@ -41,7 +42,7 @@ def start(folder, base, *more):
 
 
 def end(process):
-    """Waits -> (exit code, all that was printed)."""
+    """Wait for a process -> (exit code, all that it printed)."""
     process.wait()
     process.said.seek(0)
     return process.returncode, process.said.read()
@@ -53,29 +54,29 @@ def metrics(folder, name="metrics.jsonl"):
 
 
 def wait_for(happened, process):
-    """Until something has happened, or the process has ended."""
+    """Return when `happened()` is true, or when the process has ended."""
     while process.poll() is None and not happened():
         time.sleep(.002)
 
 
 def same_runs(a, b):
-    """Bit for bit: weights, optimizer, logs without times, every picture."""
-    one, two = (checkpoint.load(os.path.join(f, "ckpt.pt")) for f in (a, b))
+    """Check that two runs are equal bit for bit: weights, optimizer, logs without times, every image."""
+    one, two = (files.load(os.path.join(f, "ckpt.pt")) for f in (a, b))
     assert all(torch.equal(v, two["model"][k]) for k, v in one["model"].items())
     for i, state in one["optimizer"]["state"].items():
         assert all(torch.equal(v, two["optimizer"]["state"][i][k]) for k, v in state.items())
     assert str(one["rng"]) == str(two["rng"]) and one["step"] == two["step"]
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         assert metrics(a, name) == metrics(b, name)
-    pictures = sorted(n for n in os.listdir(a) if n.endswith(".png") and n != "curves.png")   # it shows times
-    assert pictures == sorted(n for n in os.listdir(b) if n.endswith(".png") and n != "curves.png")
-    for name in pictures:
+    images = sorted(n for n in os.listdir(a) if n.endswith(".png") and n != "curves.png")     # it shows times
+    assert images == sorted(n for n in os.listdir(b) if n.endswith(".png") and n != "curves.png")
+    for name in images:
         assert open(os.path.join(a, name), "rb").read() == open(os.path.join(b, name), "rb").read(), name
 
 
 @pytest.fixture(scope="module")
 def whole(mini_base, tmp_path_factory):
-    """A run that nothing happened to."""
+    """Return the folder of a run that nothing happened to."""
     folder = str(tmp_path_factory.mktemp("whole") / "run")
     go(folder, mini_base)
     return folder
@@ -83,7 +84,7 @@ def whole(mini_base, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """A run takes the signals of its process, which here is pytest's."""
+    """Restore the signal handlers of pytest's process, which a run replaces."""
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -94,17 +95,17 @@ def handlers():
 def test_asked_to_stop_it_finishes_the_step_and_saves(name, whole, mini_base, tmp_path, monkeypatch, capsys):
     folder, real = str(tmp_path / "run"), grpo.advantages
 
-    def ask(*args):                                             # in the middle of every step
+    def ask(*args):                                             # in every step
         os.kill(os.getpid(), getattr(signal, name))
         return real(*args)
     monkeypatch.setattr(grpo, "advantages", ask)
     with pytest.raises(Fault, match=f"stopped by {name}"):
         go(folder, mini_base)
-    assert "ckpt.pt after step 1 of 4; go on with --resume" in capsys.readouterr().out
-    assert checkpoint.load(os.path.join(folder, "ckpt.pt"))["step"] == 1 == len(metrics(folder))
+    assert "ckpt.pt after step 1 of 4; continue with --resume" in capsys.readouterr().out
+    assert files.load(os.path.join(folder, "ckpt.pt"))["step"] == 1 == len(metrics(folder))
     monkeypatch.setattr(grpo, "advantages", real)
-    cfg, _ = runs.open_run(train.Config, train.check, [f"--out_dir={folder}", "--resume"])
-    assert cfg.device == "cpu"                                  # the run's own, not the best of this machine
+    cfg, _ = runs.open_run(evaluate.options, [f"--out_dir={folder}", "--resume"])
+    assert cfg.device == "cpu"                                  # that of the run, not the best of this machine
     train.main([f"--out_dir={folder}", "--resume"])
     same_runs(whole, folder)
 
@@ -116,12 +117,12 @@ def test_asked_twice_it_leaves_at_once(mini_base, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo, "advantages", ask)
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run", mini_base)
-    assert checkpoint.load(str(tmp_path / "run" / "ckpt.pt"))["step"] == 0
+    assert files.load(str(tmp_path / "run" / "ckpt.pt"))["step"] == 0
 
 
 def test_a_folder_is_claimed_by_one(whole, tmp_path):
     lock = runs.claim(whole)
-    with pytest.raises(UserError, match="another process is at work"):
+    with pytest.raises(UserError, match="another process works in"):
         train.main([f"--out_dir={whole}", "--resume"])
     lock.close()
     runs.claim(whole).close()
@@ -143,23 +144,23 @@ def test_a_full_disk_leaves_the_checkpoint_before(whole, mini_base, tmp_path, mo
             raise OSError(28, "No space left on device")
         real(state, file)
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(Fault, match="No space left on device.*the one before it stands.*--resume"):
+    with pytest.raises(Fault, match="No space left on device.*the one before remains.*--resume"):
         go(tmp_path / "run", mini_base)
     assert saved == [0, 2, 4] and not (tmp_path / "run" / "ckpt.pt.tmp").exists()
-    assert checkpoint.load(str(tmp_path / "run" / "ckpt.pt"))["step"] == 2
+    assert files.load(str(tmp_path / "run" / "ckpt.pt"))["step"] == 2
     monkeypatch.setattr(torch, "save", real)
     train.main([f"--out_dir={tmp_path / 'run'}", "--resume"])
     same_runs(whole, str(tmp_path / "run"))
 
 
 def spoiled(monkeypatch, when, value=float("nan")):
-    """A reward that is no number in the calls `when`."""
+    """Add the reward `spoiled`, which returns `value` in the calls `when`."""
     calls = []
 
-    def f(images, captions):
+    def f(images, prompts):
         calls.append(len(calls))
-        scores = images.mean((1, 2, 3))
-        return torch.full_like(scores, value) if calls[-1] in when else scores
+        rewards = images.mean((1, 2, 3))
+        return torch.full_like(rewards, value) if calls[-1] in when else rewards
     monkeypatch.setitem(reward.REWARDS, "spoiled", f)
 
 
@@ -172,7 +173,7 @@ def test_a_step_without_a_finite_reward_is_skipped_and_logged(value, mini_base, 
     assert log[1]["grad_norm"] is None and log[2]["grad_norm"] > 0
     for text in open(tmp_path / "run" / "metrics.jsonl"):
         json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    state = checkpoint.load(str(tmp_path / "run" / "ckpt.pt"))["model"]
+    state = files.load(str(tmp_path / "run" / "ckpt.pt"))["model"]
     assert all(v.isfinite().all() for v in state.values())
 
 
@@ -180,32 +181,33 @@ def test_ten_such_steps_in_a_row_stop_the_run_with_a_saved_state(mini_base, tmp_
     spoiled(monkeypatch, range(3, 99))
     with pytest.raises(Fault, match="10 steps had a reward that is not finite; saved .* after step 12 of 50"):
         go(tmp_path / "run", mini_base, "--reward=spoiled", "--max_steps=50", "--eval_interval=99")
-    saved = checkpoint.load(str(tmp_path / "run" / "ckpt.pt"))
+    saved = files.load(str(tmp_path / "run" / "ckpt.pt"))
     assert saved["step"] == 12 and all(v.isfinite().all() for v in saved["model"].values())
 
 
 def test_a_gradient_that_is_not_finite_is_skipped(mini_base, tmp_path, monkeypatch):
-    real, calls = grpo.chunked_loss, []
+    real, calls = grpo.loss, []
 
     def sometimes(*args, **options):
         loss, stats = real(*args, **options)
         calls.append(1)
         return loss * (float("nan") if len(calls) == 2 else 1), stats
-    monkeypatch.setattr(grpo, "chunked_loss", sometimes)
+    monkeypatch.setattr(grpo, "loss", sometimes)
     go(tmp_path / "run", mini_base, "--max_steps=3", "--eval_interval=9")
     assert [line.get("skipped") for line in metrics(tmp_path / "run")] == [None, "gradient", None]
 
 
 @pytest.mark.parametrize("f, message", [
-    (lambda images, captions: 1 / 0, "reward 'mine' failed: ZeroDivisionError"),
-    (lambda images, captions: images.mean((2, 3)), r"'mine' must return a score for each of \d+ pictures"),
-    (lambda images, captions: [1.0] * len(captions), "reward 'mine' failed"),
+    (lambda images, prompts: 1 / 0, "reward 'mine' failed: ZeroDivisionError"),
+    (lambda images, prompts: images.mean((2, 3)),
+     r"'mine' must return one number for each of \d+ images, \[\d+\], got \[\d+, 3\]"),
+    (lambda images, prompts: [1.0] * len(prompts), "reward 'mine' failed"),
 ])
 def test_a_reward_that_fails_is_named(f, message, mini_base, tmp_path, monkeypatch):
     monkeypatch.setitem(reward.REWARDS, "mine", f)
     with pytest.raises(Fault, match=message):
         go(tmp_path / "run", mini_base, "--reward=mine")
-    assert checkpoint.load(str(tmp_path / "run" / "ckpt.pt"))["step"] == 0
+    assert files.load(str(tmp_path / "run" / "ckpt.pt"))["step"] == 0
 
 
 def test_the_same_seed_gives_the_same_run(whole, mini_base, tmp_path):
@@ -222,28 +224,28 @@ def test_real_processes_stop_and_lock(whole, mini_base, tmp_path):
     first = start(folder, mini_base, "--max_steps=2000", "--eval_interval=2000")
     wait_for(lambda: os.path.exists(log) and os.path.getsize(log) > 0, first)
     code, said = end(start(folder, None, "--resume"))
-    assert first.poll() is None and code == 2 and "another process is at work" in said
+    assert first.poll() is None and code == 2 and "another process works in" in said
     first.send_signal(signal.SIGTERM)
     code, said = end(first)
-    assert code == 1 and "Traceback" not in said and "go on with --resume" in said
-    code, said = end(start(folder, None, "--resume", "--stop_after=1"))    # the lock died with its process
+    assert code == 1 and "Traceback" not in said and "continue with --resume" in said
+    code, said = end(start(folder, None, "--resume", "--stop_after=1"))    # the system released the lock
     assert code == 0, said
     record("a run: SIGTERM, and a second process on its folder", 1, refused=1, harmless=1)
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments_nothing_is_lost(whole, mini_base, tmp_path):
-    """30 kills and more, 10 of them while a checkpoint is being written. Whatever is left is loadable, and
-    goes on to the very run that nothing happened to."""
-    rng, kills, writing, runs = random.Random(0), 0, 0, 0
+    """Kill at least 30 times, at least 10 of them while a checkpoint is written. Whatever is left loads, and
+    resuming from it ends in the run that nothing happened to, bit for bit."""
+    rng, kills, writing, started = random.Random(0), 0, 0, 0
     while kills < 30 or writing < 10:
-        folder, runs, process = str(tmp_path / str(runs)), runs + 1, None
+        folder, started = str(tmp_path / str(started)), started + 1
         for attempt in range(100):
             begun = os.path.exists(os.path.join(folder, "ckpt.pt"))
             process = start(folder, None, "--resume") if begun else start(folder, mini_base)
             temporary, now = os.path.join(folder, "ckpt.pt.tmp"), time.time_ns()
 
-            def writing_now():                      # the last process may have left one, too
+            def writing_now():                      # the process before may have left a file as well
                 try:
                     return os.stat(temporary).st_mtime_ns > now
                 except OSError:
@@ -260,17 +262,17 @@ def test_killed_at_random_moments_nothing_is_lost(whole, mini_base, tmp_path):
             kills, writing = kills + 1, writing + inside
             path = os.path.join(folder, "ckpt.pt")
             if os.path.exists(path):
-                assert checkpoint.load(path)["step"] <= 4
+                assert files.load(path)["step"] <= 4
                 metrics_path = os.path.join(folder, "metrics.jsonl")
                 if os.path.exists(metrics_path):
                     assert all(json.loads(t) for t in open(metrics_path).read().split("\n")[:-1])
-            else:                                   # before the first checkpoint there is only the lock
-                assert set(os.listdir(folder) if os.path.isdir(folder) else []) <= {"lock", "ckpt.pt.tmp"}
+            else:                                   # before the first checkpoint
+                assert set(os.listdir(folder) if os.path.isdir(folder) else []) <= runs.NEW_FOLDER
         code, said = end(start(folder, None, "--resume"))
         assert code == 0, said
         same_runs(whole, folder)
     record("a run: kill -9", f"{kills}, {writing} inside a checkpoint write", harmless=kills,
-           lost="steps since the last checkpoint, made again bit for bit")
+           lost="steps since the last checkpoint, repeated bit for bit")
 
 
 @pytest.mark.slow
@@ -288,7 +290,7 @@ def test_memory_and_disk_stay_bounded_over_2000_steps(mini_base, tmp_path):
         return False
     wait_for(resident, process)
     early = max(m for steps, m in seen if 500 < steps <= 1000)
-    late = max(m for steps, m in seen if 1500 < steps < 2000)           # then comes matplotlib, once
+    late = max(m for steps, m in seen if 1500 < steps < 2000)           # at the end matplotlib is loaded
     sizes = [len(line) for line in open(os.path.join(folder, "metrics.jsonl"))]
     assert late < 1.05 * early and len(sizes) == 2000 and max(sizes) < 1000
     kept = sorted(n for n in os.listdir(folder) if n.startswith("ckpt"))
