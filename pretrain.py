@@ -84,8 +84,8 @@ def adamw(params, lr):
 @torch.no_grad()
 def revive(vq, images, dead):
     """Move unused codes, True in dead [V], to outputs of the encoder on images [B,3,H,W].
-    Otherwise these codes would stay unused, because a code that no image uses gets no gradient. Candidates are
-    the outputs farthest from their nearest code, four per unused code. A random quarter of them is taken."""
+    Otherwise these codes would stay unused, because a code that no image uses gets no gradient. Candidates
+    are the outputs farthest from their nearest code, four per unused code. A random quarter is taken."""
     count = int(dead.sum())
     _, unit, cosine = vq.quantize(vq.quant_conv(vq.encoder(images)))
     far = cosine.amax(2).flatten().argsort()[:4 * count]
