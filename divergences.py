@@ -13,10 +13,12 @@ Symbols
     boosted       a token with x < 0: the policy gives it more probability than the reference does
     D             a divergence, in nat per token (the unit of the natural logarithm)
     A, beta       the advantage of the token, and the weight of D in the loss
-    token of the  a token sampled from rho. Training samples none of them. But a mean over pi can be rewritten
-    reference     as a mean over rho, and is then easier to read
-    force         U'(x) = f'(w), where f defines D below. Descent on the mean of f(w) moves pi as if tokens of
-                  the reference were sampled, with advantage U'. Divergence.sampled derives this
+    token of the reference
+                  a token sampled from rho. Training samples none of them. But a mean over pi can be rewritten
+                  as a mean over rho, and is then easier to read
+    force         U'(x) = f'(w), where f defines D below. Descent on f(w) at tokens of the policy has the same
+                  mean effect as sampling tokens of the reference and giving them the advantage U'. The
+                  docstring of Divergence.sampled derives this
 
 Definition. Let f be a convex function with f(1) = 0. The f-divergence of pi and rho is
     D = sum_v pi_v f(rho_v / pi_v) = E_pi[f(w)].
