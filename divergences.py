@@ -16,9 +16,8 @@ Symbols
     token of the reference
                   a token sampled from rho. Training samples none of them. But a mean over pi can be rewritten
                   as a mean over rho, and is then easier to read
-    force         U'(x) = f'(w), where f defines D below. Descent on f(w) at tokens of the policy has the same
-                  mean effect as sampling tokens of the reference and giving them the advantage U'. The
-                  docstring of Divergence.sampled derives this
+    force         U'(x) = f'(w), where f defines D below. Descent on f(w) has the same mean effect as tokens of
+                  the reference that are sampled and get the advantage U': see Divergence.sampled
 
 Definition. Let f be a convex function with f(1) = 0. The f-divergence of pi and rho is
     D = sum_v pi_v f(rho_v / pi_v) = E_pi[f(w)].
@@ -29,7 +28,7 @@ order in w - 1, so an estimate of D from samples has less noise.
 Three divergences. KL(p || q) = sum_v p_v log(p_v / q_v), so E_pi[-log w] = KL(pi || rho), and E_pi[w log w] =
 KL(rho || pi). js is the Jensen-Shannon divergence (JS): the mean KL of pi and of rho to m = (pi + rho)/2. It
 lies between 0 and log 2, because pi/m and rho/m are at most 2. The gradients contain two more functions of w:
-    c = -w f'     the coefficient of s in the gradient of f(w) at a sampled token: see Divergence.coefficient
+    c = -w f'     the coefficient of s in the gradient of f(w) at a sampled token: see Divergence.weight
     g = f + c     the coefficient of s in the gradient of D: see Divergence.unbiased
 With Lpi = log(pi/m) = log(2 / (1 + w)) and Lrho = log(rho/m) = log(2w / (1 + w)), the table is
     name         D                                f(w)                 f'(w)      c(w)          g(w)
@@ -72,12 +71,12 @@ class Divergence(NamedTuple):
     c: Callable                                # x -> c(w) = -w f'(w)
     total: Callable                            # (log pi [..,V], log rho [..,V]) -> D [..], in nat
 
-    def coefficient(self, log_w):
+    def weight(self, log_w):
         """Return c(w) of log_w, any shape, and 0 where the clamp acts. The losses do not call it.
 
         The gradient of f(w) at a sampled token, which stays fixed while pi changes:
             dw / dlog pi = -w
-            grad f(w) = f'(w) (-w) s = c(w) s             [test_coefficient_equals_autograd_of_sampled]
+            grad f(w) = f'(w) (-w) s = c(w) s             [test_weight_equals_autograd_of_sampled]
         For js, f' is Lrho/2 because two terms cancel:
             dLpi/dw = -1/(1 + w)
             w dLrho/dw = w (1/w - 1/(1 + w)) = 1/(1 + w)
@@ -209,9 +208,13 @@ class Categorical:
         self.hidden, self.head, self.rows = hidden, head, rows
 
     @cached_property
+    def logits(self):
+        return self.hidden if self.head is None else self.head(self.hidden)
+
+    @cached_property
     def logp(self):
         """Log-probabilities [r,T,V]."""
-        return (self.hidden if self.head is None else self.head(self.hidden)).log_softmax(-1)
+        return self.logits.log_softmax(-1)
 
     def at(self, start, stop):
         """Return the distributions at positions start .. stop - 1. Their logits are not computed yet."""
@@ -237,7 +240,6 @@ class Categorical:
 
 def check_gradients(vocab=50, seed=0):
     """Return {claim: largest error} for the gradients derived above, in float64.
-
     pi and rho are random distributions over `vocab` codes."""
     random = torch.Generator().manual_seed(seed)
     z, logq = (torch.randn(vocab, generator=random, dtype=torch.float64) * 1.5 for _ in range(2))
@@ -258,7 +260,7 @@ def check_gradients(vocab=50, seed=0):
     for name, d in DIVERGENCES.items():
         y = torch.linspace(-15, 15, 301, dtype=torch.float64, requires_grad=True)        # y = log pi, rho = 1
         auto = torch.autograd.grad(d.sampled(y, torch.zeros_like(y)).sum(), y)[0]
-        out[f"{name}: c = autograd of sampled"] = ((auto - d.coefficient(-y)).abs() / (1 + auto.abs())).max()
+        out[f"{name}: c = autograd of sampled"] = ((auto - d.weight(-y)).abs() / (1 + auto.abs())).max()
         out[f"{name}: E_pi[sampled] descends E_rho[U]"] = \
             (grad((pi * d.sampled(logp, logq)).sum())
              - grad((logq.exp() * potential[name](logq - logp)).sum())).abs().max()

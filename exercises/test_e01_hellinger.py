@@ -37,7 +37,7 @@ def test_values(exercise):
 def test_c_is_the_gradient_of_sampled(exercise):
     logp = torch.linspace(-12, 12, 401, dtype=torch.float64, requires_grad=True)            # rho = 1
     (auto,) = torch.autograd.grad(exercise.HELLINGER.sampled(logp, torch.zeros_like(logp)).sum(), logp)
-    yours = exercise.HELLINGER.coefficient(-logp.detach())
+    yours = exercise.HELLINGER.weight(-logp.detach())
     worst = ((yours - auto).abs() / (1 + auto.abs())).argmax()
     assert torch.allclose(yours, auto, rtol=1e-9, atol=1e-12), (
         f"your c(w) is not -w f'(w): at log w = {-logp[worst]:.2f} autograd through f gives "

@@ -70,7 +70,7 @@ def test_c_is_the_gradient_of_sampled(exercise, a):
     logp = torch.linspace(-5, 5, 201, dtype=torch.float64, requires_grad=True)                # rho = 1
     d = member(exercise, a)
     (auto,) = torch.autograd.grad(d.sampled(logp, torch.zeros_like(logp)).sum(), logp)
-    yours = d.coefficient(-logp.detach())
+    yours = d.weight(-logp.detach())
     worst = ((yours - auto).abs() / (1 + auto.abs())).argmax()
     assert torch.allclose(yours, auto, rtol=1e-8, atol=1e-10), (
         f"your c(w) is not -w f'(w): at a = {a}, log w = {-logp[worst]:.2f} autograd through f gives "

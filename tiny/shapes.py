@@ -17,7 +17,6 @@ top left corner, and y points down. Symbols of the reader:
   a          coverage: the fraction of a pixel that an object covers, so that p = g + a d
 """
 import itertools
-import random
 from typing import NamedTuple
 
 import numpy as np

@@ -49,10 +49,10 @@ def test_mean_of_sampled_is_the_divergence(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_coefficient_equals_autograd_of_sampled(name):
+def test_weight_equals_autograd_of_sampled(name):
     d, logp = DIVERGENCES[name], torch.linspace(-24, 24, 4001, dtype=torch.float64, requires_grad=True)
     auto = grad(d.sampled(logp, torch.zeros_like(logp)).sum(), logp)
-    weight = d.coefficient(-logp.detach())
+    weight = d.weight(-logp.detach())
     assert torch.allclose(auto, weight, rtol=1e-9, atol=1e-12)
     assert (weight[logp.abs() > CLAMP] == 0).all() and (weight[(logp.abs() < CLAMP) & (logp != 0)] != 0).all()
 
@@ -61,11 +61,11 @@ def test_limits_and_peaks_of_c():
     """Limits and peaks of c(w), computed independently of this code."""
     x = torch.linspace(-12, 6, 200001, dtype=torch.float64)
     w = x.exp()
-    forward, js = DIVERGENCES["forward_kl"].coefficient(x), DIVERGENCES["js"].coefficient(x)
+    forward, js = DIVERGENCES["forward_kl"].weight(x), DIVERGENCES["js"].weight(x)
     assert forward.max() == pytest.approx(1 / math.e, abs=1e-8)
     assert w[forward.argmax()] == pytest.approx(1 / math.e, rel=1e-3)
     assert js.max() == pytest.approx(.116, abs=5e-4) and w[js.argmax()] == pytest.approx(.302, abs=2e-3)
-    assert DIVERGENCES["reverse_kl"].coefficient(x)[0] == pytest.approx(1, abs=1e-4)                # w -> 0
+    assert DIVERGENCES["reverse_kl"].weight(x)[0] == pytest.approx(1, abs=1e-4)                # w -> 0
     assert (js / w)[-1] == pytest.approx(-math.log(2) / 2, rel=1e-2)                           # w -> infinity
 
 
@@ -107,7 +107,7 @@ def test_sampled_forms_descend_another_function():
                                      ("js", lambda x: math.log(2 / (1 + math.exp(-x))) / 2)])
 def test_force_on_a_token_of_the_reference(name, u):
     for x in (-3., -.5, 0., .5, 3.):
-        c = DIVERGENCES[name].coefficient(torch.tensor(x, dtype=torch.float64)).item()
+        c = DIVERGENCES[name].weight(torch.tensor(x, dtype=torch.float64)).item()
         assert -c / math.exp(x) == pytest.approx(u(x), abs=1e-12)
 
 
@@ -115,7 +115,7 @@ def test_force_on_a_token_of_the_reference(name, u):
 def test_the_gradient_in_a_logit(name):
     z, logq = policies(seed=4)
     logp, d = z.log_softmax(0), DIVERGENCES[name]
-    pi, rho, c = logp.detach().exp(), logq.exp(), d.coefficient((logq - logp).detach())
+    pi, rho, c = logp.detach().exp(), logq.exp(), d.weight((logq - logp).detach())
     auto = grad((pi * d.sampled(logp, logq)).sum(), z)
     force = -c * pi / rho                                                            # U'
     assert (auto - pi * (c - (pi * c).sum())).abs().max() < 1e-14
@@ -214,7 +214,7 @@ def test_strength_further_out(name, order2, at_04, at_1):
     """STRENGTH times the force U' of the sampled form is x + order2 x^2 + .. Further out it differs from x by
     the shares that divergences.py states, for x > 0 and for x < 0."""
     def force(x):
-        weight = DIVERGENCES[name].coefficient(torch.tensor(x, dtype=torch.float64)).item()
+        weight = DIVERGENCES[name].weight(torch.tensor(x, dtype=torch.float64)).item()
         return -STRENGTH[name] * weight / math.exp(x)
     for x in (.1, -.1):
         assert force(x) == pytest.approx(x + order2 * x * x, abs=1e-4 if name == "js" else 2e-4)
@@ -234,7 +234,7 @@ def test_js_is_bounded_and_finite_far_out():
     for d in DIVERGENCES.values():
         value = d.sampled(-x, torch.zeros_like(x))
         assert value.isfinite().all() and grad(value.sum(), x).isfinite().all()
-        assert d.coefficient(x).isfinite().all()
+        assert d.weight(x).isfinite().all()
 
 
 def test_all_gradients_are_as_claimed():
@@ -315,5 +315,5 @@ def test_every_test_named_in_divergences_is_there():
     named = set(re.findall(r"test_\w+", source)) - {"test_divergences", "test_name"}
     assert len(named) >= 9 and named <= set(globals())
     for part in (divergences, *(getattr(divergences.Divergence, m)
-                                for m in ("coefficient", "sampled", "unbiased", "exact"))):
+                                for m in ("weight", "sampled", "unbiased", "exact"))):
         assert "[test_" in part.__doc__
