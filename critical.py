@@ -9,7 +9,7 @@ critical_tokens   Some tokens of an image decide more than others. Each of three
     edge     the tokens where the policy's entropy changes most from place to place. Inside a wall or a sky
              the next token is about as certain as its neighbors, but at an outline it is not
     variety  the tokens where the images of a group differ most. Where all G images have about the same code,
-             a difference of their rewards is not due to this token, and its gradient is only noise
+             this token does not explain why their rewards differ, and its gradient is only noise
     The loss, with its divergence, is then averaged over the picked tokens only: sum(mask * loss) / sum(mask).
 dynamic_weight    The policy term of token t, but not the divergence, is multiplied by the running mean
     of pi / rho over the tokens up to t. So parts of an image where the policy has become more certain than
@@ -35,9 +35,9 @@ Where the papers leave details open, this file follows GCPO's code:
                 few neighbors, and the end of an image influences nothing after it.
     Smoothing   The entropy is first averaged over a token, its left neighbor and the three neighbors above.
                 These tokens are known when the token is sampled. At a border only existing neighbors count.
-                The gradient is half the difference of the two neighbors on both sides. At a border it is the
-                difference to the one neighbor.
-    Entropy     It is that of the distribution that sampled the tokens, [B,T], in nat.
+                The slope is half the difference of the neighbors on both sides. At a border it is the
+                difference to the only neighbor.
+    Entropy     It is the entropy of the distribution that sampled the tokens, [B,T], in nat.
     Ties        Values closer than 1e-5 are a tie, and the earliest position wins. Otherwise rounding would
                 decide, and the order of a group would change the result. (GCPO leaves ties to topk.)
 """

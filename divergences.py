@@ -13,10 +13,11 @@ Symbols
     boosted       a token with x < 0: the policy gives it more probability than the reference does
     D             a divergence, in nat per token (the unit of the natural logarithm)
     A, beta       the advantage of the token, and the weight of D in the loss
-    token of the  a token sampled from rho. Training samples none of them. But a mean over pi can be rewritten
-    reference     as a mean over rho, and is then easier to read
-    force         U'(x) = f'(w), where f defines D below. Descent on the mean of f(w) moves pi as if tokens of
-                  the reference were sampled, with advantage U'. Divergence.sampled derives this
+    token of the reference
+                  a token sampled from rho. Training samples none of them. But a mean over pi can be rewritten
+                  as a mean over rho, and is then easier to read
+    force         U'(x) = f'(w), where f defines D below. Descent on f(w) has the same mean effect as tokens of
+                  the reference that are sampled and get the advantage U': see Divergence.sampled
 
 Definition. Let f be a convex function with f(1) = 0. The f-divergence of pi and rho is
     D = sum_v pi_v f(rho_v / pi_v) = E_pi[f(w)].
@@ -207,9 +208,13 @@ class Categorical:
         self.hidden, self.head, self.rows = hidden, head, rows
 
     @cached_property
+    def logits(self):
+        return self.hidden if self.head is None else self.head(self.hidden)
+
+    @cached_property
     def logp(self):
         """Log-probabilities [r,T,V]."""
-        return (self.hidden if self.head is None else self.head(self.hidden)).log_softmax(-1)
+        return self.logits.log_softmax(-1)
 
     def at(self, start, stop):
         """Return the distributions at positions start .. stop - 1. Their logits are not computed yet."""
@@ -235,7 +240,6 @@ class Categorical:
 
 def check_gradients(vocab=50, seed=0):
     """Return {claim: largest error} for the gradients derived above, in float64.
-
     pi and rho are random distributions over `vocab` codes."""
     random = torch.Generator().manual_seed(seed)
     z, logq = (torch.randn(vocab, generator=random, dtype=torch.float64) * 1.5 for _ in range(2))

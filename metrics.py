@@ -31,14 +31,14 @@ def frechet(a, b):
     This is arXiv 1706.08500 eq. 6, which is called FID when the features come from Inception. The value falls
     as n grows, so compare only values of equal n.
     """
-    # means m and k [d], covariance matrices s and t [d,d]
-    (m, s), (k, t) = ((x.mean(0), torch.atleast_2d(x.T.cov())) for x in (a.cpu().double(), b.cpu().double()))
+    a, b = a.cpu().double(), b.cpu().double()
+    s, t = torch.atleast_2d(a.T.cov()), torch.atleast_2d(b.T.cov())                          # [d,d]
     # The trace of sqrt(s t) is the sum of the square roots of the eigenvalues of s t. The symmetric matrix
     # sqrt(s) t sqrt(s) has the same eigenvalues.
     values, vectors = torch.linalg.eigh(s)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     middle = torch.linalg.eigvalsh(root @ t @ root).clamp_min(0).sqrt().sum()
-    return ((m - k).square().sum() + s.trace() + t.trace() - 2 * middle).item()
+    return ((a.mean(0) - b.mean(0)).square().sum() + s.trace() + t.trace() - 2 * middle).item()
 
 
 def precision_recall(real, sampled, k=3):

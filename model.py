@@ -65,7 +65,7 @@ class GPTConfig:                         # the defaults are GPT-B for 256-pixel 
     token_dropout_p: float = 0.1         # these four act in pretraining only: GRPO keeps eval mode
     resid_dropout_p: float = 0.1
     ffn_dropout_p: float = 0.1
-    class_dropout_prob: float = 0.1      # how often a prompt is left out, to train the unconditional branch
+    class_dropout_prob: float = 0.1      # share of dropped prompts, which train the unconditional branch
 
 
 class PrefixAttention(llama.Attention):

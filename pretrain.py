@@ -58,7 +58,7 @@ class Config:
 
 def train(name, optimizers, steps, loss_of):
     """Take `steps` steps on loss_of(step) -> (loss, {name: value to show in the progress bar}).
-    The learning rate of an optimizer is its peak. The rate rises to the peak in 50 steps, and falls along a
+    An optimizer comes with its peak learning rate. The rate rises to this peak in 50 steps. It falls along a
     cosine to 2 % of the peak at the end."""
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     bar = trange(steps, desc=name, ncols=110)
@@ -84,8 +84,8 @@ def adamw(params, lr):
 @torch.no_grad()
 def revive(vq, images, dead):
     """Move unused codes, True in dead [V], to outputs of the encoder on images [B,3,H,W].
-    Otherwise they would stay unused, because a code that no image uses gets no gradient. We take the outputs
-    that are farthest from their nearest code, four per unused code, and pick a random quarter of these."""
+    Otherwise these codes would stay unused, because a code that no image uses gets no gradient. Candidates
+    are the outputs farthest from their nearest code, four per unused code. A random quarter is taken."""
     count = int(dead.sum())
     _, unit, cosine = vq.quantize(vq.quant_conv(vq.encoder(images)))
     far = cosine.amax(2).flatten().argsort()[:4 * count]
