@@ -117,11 +117,6 @@ def check_shares(cfg, size):
                         f"among {size} processes, each with --sample_batch={at_once} at once")
 
 
-def open_saved(saved, path):
-    """Return the options of a run from its checkpoint `saved`. Raises UserError if they are none."""
-    return config.restore(options, saved.get("config"), path)
-
-
 # ---- the evaluation ----------------------------------------------------------------------------------------
 class Evaluated(NamedTuple):
     results: dict               # {name of a measurement: number, or a list with an entry per prompt}
@@ -250,7 +245,7 @@ def options_of(run_folder):
     saved = files.load(path)
     if not {"config", "model"} <= set(saved):
         raise UserError(f"{run_folder} is a base, not a run; every run is shown beside its base anyway")
-    return open_saved(saved, path), saved["model"]
+    return config.restore(options, saved["config"], path), saved["model"]
 
 
 def what_decides(options, *without):

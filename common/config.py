@@ -55,8 +55,8 @@ def fields(cls):
     return {field.name: field for field in dataclasses.fields(cls)}
 
 
-KINDS = {int: "a whole number (of at most 64 bits)", float: "a finite number", bool: "True or False", tuple: "a tuple",
-         str: "a text of printable characters"}
+KINDS = {int: "a whole number (of at most 64 bits)", float: "a finite number", bool: "True or False",
+         tuple: "a tuple", str: "a text of printable characters"}
 
 
 def _checked(cls, key, value, where):

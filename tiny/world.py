@@ -7,7 +7,7 @@
 Every attribute of a tiny image can be read exactly. So this world adds to an evaluation:
   reward/single ...   rewards by category
   unseen              held-out reward of prompts with a color and shape that were never seen together
-                      (shapes.HELD_OUT)
+                      (shapes.UNSEEN)
   open_entropy        nat; sum over the attributes that the prompt leaves open (shapes.open_attributes) of the
                       entropy of their values. It always uses 64 images, because the entropy of few samples is
                       too low: only values from equally many images can be compared. Images that are
@@ -62,10 +62,10 @@ class ImageOptions:
                                    low=0, high=1)
 
 
-def fixed_prompts(per_category, heldout=False):
+def fixed_prompts(per_category, unseen=False):
     """The same prompts for every caller: `per_category` of each category, with a generator of their own."""
     rng = random.Random(1234)
-    pools = [shapes.captions(category, heldout) for category in shapes.CATEGORIES]
+    pools = [shapes.captions(category, unseen) for category in shapes.CATEGORIES]
     return [c for pool in pools for c in rng.sample(pool, min(per_category, len(pool)))]
 
 
@@ -134,7 +134,7 @@ class World:
         for category in shapes.CATEGORIES:
             rows = [i for i, p in enumerate(prompts) if shapes.parse(p).category == category]
             out |= {f"{name}/{category}": r[rows].mean().item() for name, r in rewards.items()}
-        unseen = fixed_prompts(len(prompts) // len(shapes.CATEGORIES), heldout=True)
+        unseen = fixed_prompts(len(prompts) // len(shapes.CATEGORIES), unseen=True)
         out["unseen"] = self.heldout(sample(unseen, UNSEEN_DRAWS),
                                      [p for p in unseen for _ in range(UNSEEN_DRAWS)]).mean().item()
         scenes = shapes.read(pixels)

@@ -4,6 +4,7 @@ Broken and hostile files, given to every function that loads a file. `refused` s
 is one fault for one loader. A fault is a function that changes the good file at `path`.
 """
 import collections
+import dataclasses
 import io
 import json
 import os
@@ -22,7 +23,6 @@ import torch
 
 import evaluate
 import robustness
-import train
 from common import config, files
 from common import run as runs
 from common.config import UserError
@@ -50,7 +50,7 @@ LOADERS = {                                    # name: function that returns {na
     "base": lambda path: load_models(path, CPU)[0].state_dict(),
     "run": lambda path: load_models(path, CPU)[0].state_dict(),
     "options": lambda path: evaluate.options_of(path)[1],
-    "resume": lambda path: runs.open_run(train.Config, train.check, [
+    "resume": lambda path: runs.open_run(evaluate.options, [
         f"--out_dir={os.path.dirname(path)}", "--resume"])[1]["model"],
     "gpt": lambda path: GPT.from_pretrained(path, n_head=2, block_size=256).state_dict(),
     "safetensors": lambda path: converted(path).state_dict(),
@@ -74,10 +74,10 @@ def good(mini_base, tmp_path_factory):
     base = files.load(mini_base)
     for name in ("load", "base"):
         files.save(base, out[name])
-    options = dict(vars(train.Config(init_from=out["base"])))
+    options = dataclasses.asdict(evaluate.options({})(init_from=out["base"]))
     for name in ("run", "options", "resume"):
         files.save({"model": base["gpt"]["state"], "config": options, "step": 1, "rng": {},
-                         "optimizer": {"state": {}}}, out[name])
+                    "optimizer": {"state": {}}}, out[name])
     make_random(TEXT, out["gpt"])
     make_random(TOKENIZER, out["vq"])
     safetensors.save_file(torch.load(out["gpt"], weights_only=True)["model"], out["safetensors"])
@@ -214,7 +214,7 @@ OTHERS = {
     "folder": folder, "text": write(b"weights are here"), "page": write(b"<!DOCTYPE html>"),
     "a pointer of git-lfs": write(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
     "gzip": write(b"\x1f\x8b\x08" + bytes(99)), "zeros": write(bytes(4096)),
-    "picture": write(b"\x89PNG\r\n\x1a\n"),
+    "image": write(b"\x89PNG\r\n\x1a\n"),
     "zip magic alone": write(b"PK\3\4" + bytes(200)), "an empty zip": write(zip_of()),
     "a zip of a text": write(zip_of(readme="hello")),
     "wrong magic": lambda path: write(b"QK" + open(path, "rb").read()[2:])(path),
