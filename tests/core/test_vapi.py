@@ -78,7 +78,7 @@ def test_noise_has_its_rate_and_leaves_the_targets():
 
 def test_samples_follow_the_table():
     logits = torch.randn(3, 11, generator=generator()) * 2
-    logits[:, [4, 10]] = -torch.inf                              # two impossible codes, one of them at the end
+    logits[:, [4, 10]] = -torch.inf                             # two impossible codes, one of them at the end
     p = logits.softmax(1)
     sampled = vapi.sample_table(p, torch.rand(100_000, 3, generator=generator(1)))               # [G,T]
     for t in range(3):
