@@ -206,8 +206,8 @@ def shared_images(device, repeats, limits):
         times, peaks = compare(name, dtype, sides, device, repeats)
         yield {"model": name, "dtype": str(dtype)[6:], "images": f"{n} x {G}", "tokens": c.block_size,
                "a forward for each sample, s": times[0], "for each image, s": times[1],
-               "ratio": times[0] / times[1],
-               "peak MiB: for each sample": peaks[0], "for each image": peaks[1]}
+               "ratio": times[0] / times[1], "peak MiB: for each sample": peaks[0],
+               "for each image": peaks[1]}
         gpt = ref = None
 
 

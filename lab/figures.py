@@ -55,15 +55,13 @@ FORMS = [(name, estimator) for estimator in ("sampled", "unbiased", "exact") for
 
 def shaping(name, estimator, logp, logq):
     """Return what beta multiplies before it is subtracted from the reward of each token, [10]: c if sampled,
-    else g. With h = r - beta c or r - beta g, the mean gradient of the objective in the logits is
-    pi (h - E_pi[h])."""
+    else g. With h = r - beta c or r - beta g, the mean gradient in the logits is pi (h - E_pi[h])."""
     d, x = DIVERGENCES[name], logq - logp
     return d.c(x) if estimator == "sampled" else d.f(x) + d.c(x)
 
 
 def fixed_point(name, estimator, beta, steps=5000, rate=.1):
-    """Return the policy pi [10] at which the mean update is zero. There every token has the same r - beta g
-    (or r - beta c).
+    """Return the policy pi [10] at which the mean update is zero: all r - beta g (or r - beta c) are equal.
 
     Two cases have a closed form. For exact or unbiased reverse KL, pi = rho exp(r/beta) / Z. Sampled reverse
     KL descends the forward KL, so its fixed point is pi = beta rho / (l - r), where l makes pi sum to 1. We
@@ -92,8 +90,7 @@ def update(z, name, estimator, beta, batch, generator):
 
 def demo(path, steps=1500, frames=60, batch=16, rate=.5, strength=.25, seed=0):
     """Save a GIF of nine policies that learn, each from `batch` tokens per step and the same random numbers.
-    beta is strength * STRENGTH. Blue bars show the policy, black outlines the reference, and red marks the
-    fixed points."""
+    beta is strength * STRENGTH. Bars: policy (blue), reference (black outline). Red marks: fixed points."""
     plt = pyplot()
     beta = {name: strength * STRENGTH[name] for name in DIVERGENCES}
     z = {form: RHO.log() for form in FORMS}
@@ -105,10 +102,10 @@ def demo(path, steps=1500, frames=60, batch=16, rate=.5, strength=.25, seed=0):
     label, moving = figure.supxlabel("step 0", fontsize=10, **style), []
     for axis, (name, estimator) in zip(axes.flat, FORMS):
         bars[name, estimator] = axis.bar(range(10), RHO.tolist(), color="tab:blue", **style)
+        fixed = fixed_point(name, estimator, beta[name]).tolist()
         moving += [*bars[name, estimator],
                    *axis.bar(range(10), RHO.tolist(), fill=False, edgecolor="black", lw=.8, **style),
-                   *axis.plot(range(10), fixed_point(name, estimator, beta[name]).tolist(), "_",
-                              color="tab:red", ms=11, mew=2, **style)]
+                   *axis.plot(range(10), fixed, "_", color="tab:red", ms=11, mew=2, **style)]
         axis.set_title(f"{name} (beta {beta[name]:g}), {estimator}", fontsize=9)
         axis.set(yscale="log", ylim=(5e-4, 1.2))                           # rare tokens stay visible
         axis.minorticks_off()
