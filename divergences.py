@@ -16,8 +16,9 @@ Symbols
     token of the reference
                   a token sampled from rho. Training samples none of them. But a mean over pi can be rewritten
                   as a mean over rho, and is then easier to read
-    force         U'(x) = f'(w), where f defines D below. Descent on f(w) has the same mean effect as tokens of
-                  the reference that are sampled and get the advantage U': see Divergence.sampled
+    U, force      U is a function of x whose derivative U'(x) = f'(w) we call the force; f defines D below.
+                  Descent on f(w) acts like a policy gradient on tokens of the reference with advantage U':
+                  Divergence.sampled derives this
 
 Definition. Let f be a convex function with f(1) = 0. The f-divergence of pi and rho is
     D = sum_v pi_v f(rho_v / pi_v) = E_pi[f(w)].
@@ -59,8 +60,9 @@ CLAMP = 20.0                 # x is clamped to +-CLAMP, as in the paper's code: 
 # so JS is as strong as a KL if its beta is 4 times larger. STRENGTH holds these factors. Training does not
 # apply them: choose --beta yourself.                                         [test_strength_at_the_reference]
 # Further out the factor 4 is only a rule of thumb. The force of `sampled` is x for forward_kl and
-# x - x^2/2 + .. for reverse_kl. The force of 4 times js is x - x^2/4 + .., between the forces of the two KLs.
-# The force of 4 times js differs from x by 10 % at |x| = .4 and by 24 % at |x| = 1. The force of reverse_kl
+# x - x^2/2 + .. for reverse_kl. Four times the force of js is x - x^2/4 + .., between the forces of the KLs.
+# Four times the force of js differs from x by 10 % at |x| = .4 and by 24 % at |x| = 1. The force of
+# reverse_kl
 # differs from x by 18 % at .4, 23 % at -.4, 37 % at 1, and 72 % at -1.            [test_strength_further_out]
 STRENGTH = {"reverse_kl": 1, "forward_kl": 1, "js": 4}
 
@@ -74,7 +76,7 @@ class Divergence(NamedTuple):
     def weight(self, log_w):
         """Return c(w) of log_w, any shape, and 0 where the clamp acts. The losses do not call it.
 
-        The gradient of f(w) at a sampled token, which stays fixed while pi changes:
+        The gradient of f(w) at a sampled token. The token stays fixed while pi changes:
             dw / dlog pi = -w
             grad f(w) = f'(w) (-w) s = c(w) s             [test_weight_equals_autograd_of_sampled]
         For js, f' is Lrho/2 because two terms cancel:
@@ -107,21 +109,21 @@ class Divergence(NamedTuple):
 
         The force. Descent moves the parameters along E_rho[U' s]. This is the policy gradient of tokens of
         the reference with advantage U'. We call U' the force. For js, the force on suppressed tokens stays
-        below (log 2)/2. The force on boosted tokens is negative, and falls like x/2. c belongs to a mean over
-        pi, and U' to a mean over rho, so pi c = -rho U'.  [test_force_on_a_token_of_the_reference]
+        below (log 2)/2. The force on boosted tokens is negative, and about x/2 for large -x. As
+        c = -w U' and pi w = rho, pi c = -rho U' at every code.  [test_force_on_a_token_of_the_reference]
 
         In a logit. The mean gradient with respect to logit v of pi is
             pi_v (c_v - E_pi[c]) = -(rho_v U'_v - pi_v E_rho[U']).       [test_the_gradient_in_a_logit]
-        Descent adds the bracket. Its second part makes the sum over v zero. Its first part:
+        Descent moves logit v along the bracket. Its second term makes the sum over v zero. Its first term:
             suppressed   The token is sampled rarely, but with a large -c. The product -pi c = rho U' does not
                          vanish when pi goes to 0.
             boosted      For js, rho U' is about rho x/2, which is tiny when rho is tiny. For reverse_kl,
                          rho U' = rho - pi is about -pi. It pushes the token down, however small rho is.
 
         Constants. As E_pi[s] = 0, adding a constant to c changes no mean gradient. For reverse_kl we may add
-        -1. Then c = -w, U' = 1 and U = x: all tokens of the reference are pulled up with the same force, even
-        where pi = rho. The mean of c is -1, so the gradient in logit v is pi_v - rho_v. The paper speaks of a
-        "uniform bias". We think it means this pull.
+        -1. Then c = -w, U' = 1 and U = x: all tokens of the reference are pulled up with the same force. The
+        mean of c is -1, so the gradient in logit v is pi_v - rho_v. At pi = rho these pulls cancel in the
+        mean, but not in single samples. The paper speaks of a "uniform bias". We think it means this pull.
 
         k1, k2, k3 (joschu.net/blog/kl-approx.html) are estimates of KL(pi || rho) from samples: k1 = -x,
         k2 = x^2/2, and k3 = w - log w - 1, which is f of reverse_kl. As losses they differ:
@@ -129,8 +131,9 @@ class Divergence(NamedTuple):
             k2           c = -x, which is g of reverse_kl, so the mean gradient is that of KL(pi || rho)
             k3           the mean gradient is that of KL(rho || pi)
                          [test_k1_as_a_loss_has_no_gradient_and_k2_is_exact_reverse_kl]
-        So the choice f'(1) = 0 matters here: a term k (w - 1) in f adds k KL(rho || pi) to E_rho[U]. In
-        `unbiased` and `exact` that term adds a constant to g, and changes no mean gradient.
+        k1 and k3 differ by w - 1 only. In `sampled`, a term k (w - 1) in f adds k KL(rho || pi) to E_rho[U],
+        so the choice f'(1) = 0 matters. In `unbiased` and `exact` the term adds a constant to g, which is no
+        force.
         """
         return self.f((logp_ref - logp).clamp(-CLAMP, CLAMP))
 
@@ -148,8 +151,9 @@ class Divergence(NamedTuple):
         g of forward_kl is c of reverse_kl. So while pi = pi_old, unbiased forward_kl and sampled reverse_kl
         have the same gradient at every sampled token.    [test_unbiased_forward_kl_is_sampled_reverse_kl]
         In later inner epochs (further steps on one rollout) the tokens come from pi_old, the policy that
-        sampled. As E_old[(pi / pi_old) f] = E_pi[f], the factor is then pi / pi_old, without a clip.
-        `sampled` has no such factor. Its mean gradient is then E_old[c s], so the derivation in `sampled`
+        sampled. With E_old, the mean over pi_old, E_old[(pi / pi_old) f] = E_pi[f]. So the factor is then pi
+        / pi_old, without a clip. `sampled` has no such factor. Its mean gradient is then E_old[c s], so the
+        derivation in `sampled`
         holds only while pi is near pi_old.               [test_unbiased_off_policy]
         """
         ratio = (logp - (logp.detach() if logp_old is None else logp_old)).exp()
@@ -158,8 +162,8 @@ class Divergence(NamedTuple):
     def exact(self, log_pi, log_rho):
         """Return D as a sum over all V codes: log_pi [..,V], log_rho [..,V] -> [..]. It needs no samples.
 
-        `sampled` needs all logits as well, so the sum costs no further forward pass. For logits z, put
-        dlog pi_a / dz_v = 1[a=v] - pi_v into E_pi[g s]:
+        `sampled` also needs all V logits, to normalize log pi(a). So the sum costs no further forward pass.
+        For logits z, put dlog pi_a / dz_v = 1[a=v] - pi_v into E_pi[g s]:
             dD/dz_v = sum_a pi_a g_a (1[a=v] - pi_v)
                     = pi_v (g_v - E_pi[g])                [test_all_gradients_are_as_claimed]
 
@@ -168,8 +172,8 @@ class Divergence(NamedTuple):
             E_pi[sum_t s_t (D_{t+1} + .. + D_T)],     s_t = grad log pi(a_t | a_1 .. a_{t-1}).
         We omit this term, as GRPO implementations do.    [test_what_per_token_leaves_out]
         For reverse_kl, E_pi[D_1 + .. + D_T] is the divergence of whole sequences, because log w of a sequence
-        is the sum of its tokens' x. For forward_kl the prefixes would have to be samples of rho. For js,
-        log(1 + w_1 .. w_T) is not a sum over tokens.
+        is the sum of its tokens' x. For forward_kl this holds only if prefixes are sampled from rho. For js,
+        log(1 + w_1 w_2 ... w_T), with the product of all w, is not a sum over tokens.
         """
         return self.total(log_pi, log_rho)
 
@@ -199,9 +203,10 @@ class Categorical:
     """The policy's distribution over the code of every token.
 
     hidden [r,T,width] holds the last hidden states, and head maps them to logits [r,T,V]. Without a head,
-    hidden holds the logits. There are b samples. rows [b] says which of the r rows a sample uses, because
-    samples of vapi.py share rows. Without rows, b = r and sample i uses row i. The logits are large, so they
-    are made when `logp` is first used, and kept. If that happens inside torch.no_grad, they have no gradient.
+    hidden holds the logits. hidden has r rows, and there are b samples. rows [b] is the index of
+    each sample's row: in vapi.py several samples use one row. Without rows, sample i uses row i. The logits
+    are large, so they are made when `logp` is first used, and kept. If that happens inside torch.no_grad,
+    they have no gradient.
     """
 
     def __init__(self, hidden, head=None, rows=None):

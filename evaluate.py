@@ -8,7 +8,7 @@
 
 Every prompt is sampled `draws` times. Reported, as means over prompts:
   reward, heldout_reward   the run's own reward, and one that it was not trained on
-  pairwise            mean of 1 - cosine between images of one prompt, in the features of the judge (tiny world)
+  pairwise            mean of 1 - cosine between images of one prompt, in features of the judge (tiny world)
                       or of CLIP (full size)
   vendi               an effective number of distinct images, between 1 and the number of images (metrics.py)
   token_entropy       of the policy on its own samples, nat per token

@@ -6,20 +6,22 @@
     B  sequences                     T  image tokens           L  length of the prefix
     P  prompts                       V  codes                  C  width of a prompt feature
     D  width                         hd  width of a head       n  visible rows of a prefix (not padding)
-    R  sequences of a pass: B, or 2B under guidance, first all conditional, then all unconditional
+    R  sequences of a pass: B, or with guidance (see below) 2B, first all conditional, then all unconditional
     S  image positions in one pass   p  positions of the prompt in the cache of keys and values: 1 here
 
 Row t of the logits predicts token t, and the last row of the prefix predicts token 0. The model is a Llama
 (common/llama.py) except for the prefix, the rotation by position (RoPE) in two dimensions, and guidance.
 Classifier-free guidance (CFG) computes logits cond with the prompt and uncond without the prompt, and uses
-uncond + cfg_scale * (cond - uncond). Source: LlamaGen, arXiv 2406.06525. Modules have the released names.
+uncond + cfg_scale * (cond - uncond). Source: LlamaGen, arXiv 2406.06525. Modules have the names of
+LlamaGen's released checkpoints, so these load unchanged.
 
 Three rules of the released model are unusual, and are kept exactly:
  1. The prompt acts as one token. RoPE multiplies the queries and keys of the prefix by a table of *zeros*
     (cos = sin = 0). So they are zero vectors, and every attention score that involves one of them is 0.
       - A prefix row attends evenly: its attention is the mean of the values of the visible rows up to it.
-      - Claim: for an image token, the n visible prefix rows act as one token with key 0, score log n, and
-        the mean of their values v_j as its value. Proof: each row has the weight exp(0) = 1, so together
+      - Claim: for an image token, the n visible prefix rows act as one token. Its key is the zero vector, log
+        n is added to its score, and its value is the mean of their values v_j. Proof: each row has the weight
+        exp(0) = 1, so together
             sum_j 1 v_j = n mean_j v_j = exp(log n) * mean_j v_j.
       - Consequence: the model reads its prompt as a bag of rows of equal weight. Word order reaches the image
         only through what the features themselves carry. The prompt is *one* vector per layer, and this vector
@@ -27,7 +29,8 @@ Three rules of the released model are unusual, and are kept exactly:
         then attend to 1 + t positions instead of L + t, and no image runs the prefix again.
  2. Prompts are padded on the left, and padded rows are hidden from all others. Each row still sees itself,
     because a softmax over nothing is undefined. An empty prompt predicts token 0 from its last padded row.
- 3. The unconditional branch of CFG has the constant `uncond_embedding` for features, under the same mask.
+ 3. The unconditional branch of CFG reads the constant `uncond_embedding` in place of the prompt's features,
+    with the prompt's mask.
 """
 import contextlib
 from dataclasses import dataclass
@@ -91,7 +94,7 @@ class TextEmbedding(nn.Module):
         super().__init__()
         self.cap_proj = nn.ModuleDict({"fc1": nn.Linear(c.caption_dim, c.dim, bias=False),
                                        "fc2": nn.Linear(c.dim, c.dim, bias=False)})
-        # A buffer as released: it is in the state dict, but no optimizer ever sees it.
+        # A buffer, as in the released code: it is in the state dict, but no optimizer ever sees it.
         uncond = torch.randn(c.cls_token_num, c.caption_dim) / c.caption_dim ** .5
         self.register_buffer("uncond_embedding", uncond)
 
@@ -123,7 +126,7 @@ class ImageTransformer(nn.Module):
     A subclass has the modules tok_embeddings, layers, norm, output, a `config`, and three methods:
         check_prompt(cond)          raises ValueError if `cond` has a wrong shape or type
         rotations(x)                the rotations of all image positions, [T,hd/2]
-        read_prompts(cond, cond_mask, prompt, cfg_scale)       returns what image rows need of their prompts:
+        read_prompts(cond, cond_mask, prompt, cfg_scale)    what rows of image tokens need of their prompts:
             first [R,1,D]           the row that predicts token 0
             caches                  for each layer the prompt's keys and values, two of [R,heads,p,hd]
             bias [R or 1,1,1,p]     what is added to the attention scores of these keys
@@ -177,10 +180,10 @@ class ImageTransformer(nn.Module):
     def forward(self, tokens, cond, cond_mask=None, prompt=None, *, cfg_scale=1.0, temperature=1.0):
         """Return logits [B,T,V] by teacher forcing: row t is for token t, given the tokens before t.
 
-        tokens [B,T] in 0..V-1, T <= block_size. cond: features [P,L,C], class labels [P] or text ids [P,L].
-        cond_mask [P,L]: 1 at visible rows; None: all are visible. prompt [B]: which row of cond belongs to
-        each sequence; None: P = B, and row i belongs to sequence i. cfg_scale >= 1, where 1 is no guidance.
-        temperature >= 0, where 0 leaves the logits as they are. Raises ValueError if these do not fit.
+        tokens [B,T] in 0..V-1, T <= block_size. cond: features [P,L,C], class labels [P], or for Janus text
+        ids [P,L]. cond_mask [P,L]: 1 at visible rows; None: all are visible. prompt [B]: which row of cond
+        belongs to each sequence; None: P = B, and row i belongs to sequence i. cfg_scale >= 1, where 1 is no
+        guidance. temperature >= 0, where 0 does not divide the logits. Raises ValueError if these do not fit.
         """
         self.check(cond, cond_mask, prompt, cfg_scale, temperature)
         with self.autocast():
@@ -226,8 +229,8 @@ class ImageTransformer(nn.Module):
             if temperature == 0:
                 token = logp_all.argmax(1, keepdim=True)                                          # [B,1]
             else:
-                # torch.multinomial would make the CPU wait for the GPU. But argmax_v p_v / E_v is code v with
-                # probability p_v, too, if E_v ~ Exp(1). Minus the log of a uniform number is Exp(1).
+                # torch.multinomial would make the CPU wait for the GPU. If all E_v ~ Exp(1), the code with
+                # the largest p_v / E_v is a sample of p, too. Minus the log of a uniform number is Exp(1).
                 noise = torch.rand(part[1] * B, logits.shape[1], generator=generator, device=device)
                 token = (logp_all.exp() / -noise[part[0] * B:][:B].log()).argmax(1, keepdim=True)
                 logp[:, t:t + 1] = logp_all.gather(1, token)

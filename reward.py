@@ -9,7 +9,7 @@ held-out reward that it does not train on (`--heldout_reward=reader`). If the re
 reward falls, the policy exploits the errors of the reward.
 
 To add a reward, write its function here and put it into REWARDS. See "Your own reward" in README.md.
-Wrong options raise UserError (common/config.py). A failure while the program runs raises Fault.
+Wrong options raise UserError (common/config.py). A reward that fails, or returns a wrong shape, raises Fault.
 """
 import math
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Options:
 
 def parse(spec, known):
     """'judge:1,reader:0.5' -> {'judge': 1.0, 'reader': 0.5}. A weight that is left out is 1.
-    known: the names of a world's rewards. All worlds know those of REWARDS. Raises UserError for others."""
+    known: the names of a world's rewards. Those of REWARDS are known in every world. Raises UserError."""
     known, weights = (*known, *REWARDS), {}
     for part in spec.split(","):
         name, _, weight = part.strip().partition(":")

@@ -5,23 +5,25 @@
 
     B  images   T = h*w  tokens of an image, row by row   V  codes   n  latent dimensions (8 as released)
 
-A convolutional encoder shrinks the image, 16 times per side in VQ-16. Each of its T output vectors is
-replaced by the nearest of V learned code vectors. A decoder turns the code vectors into an image. The policy
-in model.py sees only the indices of the codes. Modules have the released names, so `vq_ds16_t2i.pt` loads
-unchanged. Sources: VQGAN, arXiv 2012.09841; LlamaGen, arXiv 2406.06525 sec. 3.1; codes of unit length and few
-dimensions, ViT-VQGAN, arXiv 2110.04627 sec. 3.2.
+A convolutional encoder shrinks the image, 16 times per side in VQ-16, the released model. Each of its T
+output vectors is replaced by the nearest of V learned code vectors. A decoder turns the code vectors into an
+image. The policy in model.py sees only the indices of the codes. Modules have the released names, so
+`vq_ds16_t2i.pt` loads unchanged. Sources: VQGAN, arXiv 2012.09841; LlamaGen, arXiv 2406.06525 sec. 3.1; codes
+of unit length and few dimensions, ViT-VQGAN, arXiv 2110.04627 sec. 3.2.
 
 Departures from LlamaGen's training:
- 1. There is no perceptual (LPIPS) and no GAN loss. Flat shapes need neither of them, but photographs do.
+ 1. There is no perceptual loss (LPIPS, on features of a network) and no GAN loss. The flat shapes of the tiny
+    world need neither of them, but photographs do.
  2. `num_groups` is an option. With 32 groups, each group of a 32-channel layer is one channel. GroupNorm is
     then InstanceNorm, which erases flat colors.
  3. Initial weights: residual branches start at zero, and convolutions keep the scale of their input. In the
     tiny world the squared error after 300 steps is a third of the error with PyTorch's defaults (LOG.md).
  4. `loss` can make collages. A collage consists of patches of two images, and every patch has to keep the
-    token that it had in its own image. Without collages nothing ties a token to its own place, because
-    GroupNorm and attention see the whole image. A plain patch of background then takes one of several codes,
-    depending on the rest of the image. The reconstruction does not suffer, but a policy has to predict these
-    codes: 1.4 nat per token in the tiny world without collages, .08 with them (LOG.md).
+    token that it had in its own image. Without collages a token may depend on the whole image instead of its
+    own patch, because GroupNorm and attention see the whole image. A plain patch of background then takes one
+    of several codes, depending on the rest of the image. The reconstruction does not suffer, but a policy has
+    to predict these codes. Given its patch, a token has an entropy of 1.4 nat in the tiny world without
+    collages, .08 with them (LOG.md).
 """
 from dataclasses import dataclass
 

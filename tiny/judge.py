@@ -1,9 +1,9 @@
 """The two rewards of the tiny world: a judge that is learned and can be hacked, and a reader that is exact.
 
-  judge    The cosine of an image and its prompt, under a small model like CLIP. pretrain.py trains it. It is
-           a learned reward, as HPS and CLIPScore are. Such a reward is good on images like those of its
-           training. On other images it has errors, and a policy that maximizes the reward can exploit them.
-           This is reward hacking.
+  judge    The cosine between the vectors that a small model like CLIP gives to an image and to its prompt.
+           pretrain.py trains it. It is a learned reward, as HPS and CLIPScore are, which rate photographs.
+           Such a reward is good on images like those of its training. On other images it has errors, and a
+           policy that maximizes the reward can exploit them. This is reward hacking.
   reader   1 if the image shows exactly what the prompt says, otherwise 0. It is a verifiable reward. It reads
            the image by geometry (shapes.py), and nothing in it is learned.
 

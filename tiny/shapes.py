@@ -4,15 +4,16 @@ A scene is a plain background with one to three shapes on it. A caption names so
 leaves the other attributes open. The reader finds every attribute by geometry, so nothing in it is learned.
 Therefore we can measure exactly the two quantities that post-training trades against each other:
   performance: does the image show what the text says?                       -> `matches`
-  diversity:   how much do those attributes vary that the text leaves open?  -> `open_attributes`
-The five categories of captions are a miniature of GenEval (arXiv 2310.11513):
+  diversity:   how much do the attributes vary that the text leaves open?    -> `open_attributes`
+The five categories of captions are a miniature of GenEval, a benchmark of text-to-image models (arXiv
+2310.11513):
   single    a red circle                           counting  three red circles
   two       a circle and a square (open colors)    position  a red circle left of a blue square
   binding   a red circle and a blue square
 
 Images are [B,3,H,W] in [-1,1] with H = W = 32. Sizes and places are in pixels. Places x and y start at the
 top left corner, and y points down. Symbols of the reader:
-  B images   N regions in all B images   K = 4 colors of objects
+  B images   N connected regions of object pixels in all images   K = 4 colors of objects
   p, g, c    RGB values in 0..255: p of a pixel, g of the background, c of an object. d = c - g
   a          coverage: the fraction of a pixel that an object covers, so that p = g + a d
 """
@@ -140,7 +141,7 @@ def _draw(canvas, shape, x, y, r, fill):
         canvas.rectangle((x - r, y - r, x + r - 1, y + r - 1), fill=fill)
     elif shape == "triangle":
         canvas.polygon(((x, y - r), (x - r, y + r - 1), (x + r - 1, y + r - 1)), fill=fill)
-    else:                                                       # a cross; its arms have 3/8 of its width
+    else:                                               # a cross; an arm is 3/8 as thick as the cross is wide
         arm = 3 * r // 8
         canvas.rectangle((x - r, y - arm, x + r - 1, y + arm - 1), fill=fill)
         canvas.rectangle((x - arm, y - r, x + arm - 1, y + r - 1), fill=fill)
@@ -162,7 +163,7 @@ def render(scenes, over=4):
 # ---- the reader --------------------------------------------------------------------------------------------
 WINDOW = 16                                     # side of a template
 SLACK = 2                                       # largest shift of a template in each direction
-ERROR_LIMIT = .35                               # largest squared error of a region, relative to its template
+ERROR_LIMIT = .35            # a region is readable up to this squared error / sum of squares of its template
 TEMPLATES = list(itertools.product(SHAPES, RADII))
 
 

@@ -13,8 +13,8 @@ The transformer reads its prefix as a bag of tokens of equal weight (model.py ex
     "a blue circle and a red square" would be the same bag. T5's features know their context by attention.
   - A text is repeated four times. Otherwise its few words would have little weight among 64 image tokens, and
     the policy would learn to draw long before it learned to read. After 1,500 steps of pretraining the reader
-    accepts .13 of the images without repetition and .48 with it, with all else equal (LOG.md). T5 fills up to
-    120 tokens for 256 image tokens.
+    accepts .13 of the images without repetition and .48 with it, with all else equal (LOG.md). At full size
+    the prompt has more weight anyway: up to 120 tokens of T5 beside 256 image tokens.
 
     python -m tiny.text          encodes two texts
 
@@ -40,12 +40,13 @@ PATTERN = r" ?[^\s]+|\s+"       # cuts a text before BPE: into words, each with 
 
 def train_bpe(words):
     """Learn a BPE from a Counter of words -> {bytes of a token: rank}. Source: Sennrich et al. 2016.
-    It starts from the 256 bytes and joins the most frequent pair of neighbors until a word is one token."""
+    It starts from the 256 bytes and joins the most frequent pair of neighbors until every word is one
+    token."""
     ranks = {bytes([i]): i for i in range(256)}
     split = {w: [bytes([b]) for b in w.encode()] for w in words}
     while pairs := Counter(pair for w, n in sorted(words.items()) for pair in zip(split[w], split[w][1:])
                            for _ in range(n)):
-        (a, b), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))    # in a tie the larger bytes
+        (a, b), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))    # ties by bytes
         ranks[a + b] = len(ranks)
         for w, parts in split.items():
             joined, i = [], 0
