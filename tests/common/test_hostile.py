@@ -502,7 +502,7 @@ def test_runs_that_begin_with_one_another(good, tmp_path):
     a, b = str(tmp_path / "a.pt"), str(tmp_path / "b.pt")
     for path, begin in ((a, b), (b, a)):
         files.save({"model": {}, "config": {"init_from": begin}}, path)
-    with pytest.raises(UserError, match="leads in a circle"):
+    with pytest.raises(UserError, match="is it a circle"):
         load("run", good, a)
 
 
