@@ -220,7 +220,8 @@ def help_text(cls):
     """Return the script's docstring, then every option with its default and help text, part by part."""
     lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Options (--key=value):"]
     for part in parts_of(cls):
-        lines += [f" {part.__doc__.splitlines()[0]}"] if part.__doc__ else []
+        if part.__doc__.startswith("----"):                # a heading; otherwise Python made the docstring
+            lines.append(f" {part.__doc__.splitlines()[0]}")
         for name in part.__annotations__:
             field = fields(cls)[name]
             lines.append(f"  --{name + '=' + repr(field.default):30s} {field.metadata.get('help', '')}")
