@@ -1,5 +1,5 @@
-"""python -m pytest tests/core/test_learns.py           a few real steps, about 30 s
-python -m pytest -m slow tests/core/test_learns.py   README's results over five seeds, 13 minutes on 2 cores
+"""python -m pytest tests/tiny/test_learns.py           a few real steps, about 30 s
+python -m pytest -m slow tests/tiny/test_learns.py   README's results over five seeds, 13 minutes on 2 cores
 """
 import json
 import os
