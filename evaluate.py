@@ -7,15 +7,15 @@
 (sample.py --save samples the prompts of a benchmark, such as GenEval, for the benchmark's own program.)
 
 Every prompt is sampled `draws` times. Reported, as means over prompts:
-  reward, heldout     the run's own reward, and one that it was not trained on
+  reward, heldout_reward   the run's own reward, and one that it was not trained on
   pairwise            mean of 1 - cosine between images of one prompt, in the world's features (judge, CLIP)
   vendi               an effective number of distinct images, between 1 and n (metrics.py)
   token_entropy       of the policy on its own samples, nat per token
-  kl_reverse          KL(policy || base) on the policy's samples, nat per image; exact sums over the codes
+  kl_reverse          KL(policy || base) on the policy's samples, nat per *image* (metrics.jsonl: per token)
   kl_forward          KL(base || policy) on the base's samples, nat per image
-and what only this world can measure (tiny/world.py). For the base there is also best-of-N: of N samples the
-one with the highest *trained* reward. It costs N times the sampling and no training. So compare a run with it
-before you praise the run's reward.
+and what only the world of the run can measure (for example tiny/world.py). For the base there is also
+best-of-N: of N samples the one with the highest *trained* reward. It costs N times the sampling and no
+training. So compare a run with it before you praise the run's reward.
 
 This file also says what a run consists of: `options` composes the options of a run, `open_world` opens its
 world and its models.
@@ -54,7 +54,7 @@ class Kind:
 @dataclass(frozen=True)
 class Evaluation:
     """---- evaluation"""
-    eval_prompts: int = option(3, "fixed prompts: tiny world, of each category; otherwise in all", low=1)
+    eval_prompts: int = option(3, "number of fixed prompts: tiny world, per category; else in total", low=1)
     eval_draws: int = option(96, "images of each, a multiple of 8; tiny world, at least 64", low=BEST_OF)
 
     def check(cfg):
@@ -66,10 +66,10 @@ class Evaluation:
 class Sampling:
     """---- GRPO"""
     cfg_scale: float = option(1.0, "guidance of rollout, loss and reference; 1 = none, half the cost", low=1)
-    sample_batch: int = option(0, "images that a process samples at once; 0 = all; memory only", low=0)
-    logit_chunk: int = option(0, "positions whose logits exist at once; 0 = all; memory only", low=0)
+    sample_batch: int = option(0, "images sampled at once; 0 = all; changes memory, not the result", low=0)
+    logit_chunk: int = option(0, "positions whose logits exist at once; 0 = all; changes memory only", low=0)
     compile: bool = option(False, "compile a sampling step by torch.compile; not yet measured on a GPU")
-    # For released models only, where Extras makes them options:
+    # These are constants in the tiny world. For released models, Extras turns them into options.
     uncond_grad, score_cfg, critical_tokens, dynamic_weight = True, 0.0, False, False
 
 
@@ -79,7 +79,7 @@ class Extras:
     uncond_grad: bool = option(True, "with guidance: does the unconditional branch get a gradient?")
     score_cfg: float = option(0.0, "guidance of the loss; 0 = that of the rollout (full/janus.py)", low=0)
     critical_tokens: bool = option(False, "average the loss over selected tokens only (critical.py)")
-    dynamic_weight: bool = option(False, "weight the advantage along the image (critical.py)")
+    dynamic_weight: bool = option(False, "multiply advantages by a running mean of pi / rho (critical.py)")
 
     def check(cfg):
         if 0 < cfg.score_cfg < 1:
@@ -89,26 +89,28 @@ class Extras:
 
 
 def options(values):
-    """{key: value} -> the dataclass of a run's options: general ones, and those that its world, models and
-    algorithm need. `values` may be incomplete or wrong; what decides is `world` and `algorithm`."""
+    """Return the dataclass of a run's options: general ones, and those of its world, models and algorithm.
+
+    Only values["world"] and values["algorithm"] are read. Other values are not checked here.
+    """
     full_size = values.get("world", "tiny") in ("llamagen", "janus")
-    parts = [run.Files, Kind, run.Machine, run.Length, Evaluation, grpo.Rollouts, reward.Options]
+    parts = [run.Files, Kind, run.Machine, run.Length, Evaluation, grpo.RolloutOptions, reward.Options]
     if values.get("algorithm") == "vapi":
         parts += [vapi.Options, full.world.ImageOptions if full_size else tiny.world.ImageOptions]
     else:
         parts += [Sampling] + [Extras] * full_size
-    parts += [grpo.Loss, run.Optimizer, full.world.Options if full_size else tiny.world.Options]
+    parts += [grpo.LossOptions, run.Optimizer, full.world.Options if full_size else tiny.world.Options]
     return config.compose(*parts)
 
 
 def open_world(options, device):
-    """(World, Pipeline) of a run's options (common/interfaces.py). Raises UserError for missing files."""
-    opener = tiny.world.open_world if options.world == "tiny" else full.world.open_world
-    return opener(options, device, with_images=options.algorithm == "vapi")
+    """Return (World, Pipeline) of a run (common/interfaces.py). Raises UserError for missing files."""
+    kind = tiny.world if options.world == "tiny" else full.world
+    return kind.open_world(options, device, with_images=options.algorithm == "vapi")
 
 
 def check_shares(cfg, size):
-    """UserError unless the samples of a step divide evenly among `size` processes and their batches."""
+    """Raise UserError unless a step's samples divide evenly among `size` processes and their batches."""
     B, at_once = cfg.prompts_per_step * cfg.group_size, getattr(cfg, "sample_batch", 0)
     if B % size or (B // size) % min(at_once or B // size, B // size):
         raise UserError(f"{cfg.prompts_per_step} prompts x {cfg.group_size} images do not divide evenly "
@@ -116,20 +118,23 @@ def check_shares(cfg, size):
 
 
 def open_saved(saved, path):
-    """The options of a run from its checkpoint `saved`. Raises UserError if they are not those of a run."""
+    """Return the options of a run from its checkpoint `saved`. Raises UserError if they are none."""
     return config.restore(options, saved.get("config"), path)
 
 
 # ---- the evaluation ----------------------------------------------------------------------------------------
 class Evaluated(NamedTuple):
-    results: dict               # {name of a measurement: number}
-    tokens: torch.Tensor        # [P*draws,T], the samples of a prompt in a row
+    results: dict               # {name of a measurement: number, or a list with an entry per prompt}
+    tokens: torch.Tensor        # [P*draws,T], the samples of a prompt are consecutive
     images: torch.Tensor        # [P*draws,3,H,W]
 
 
 @torch.no_grad()
 def sample(pipeline, policy, prompts, draws, *, cfg_scale=1.0, temperature=1.0, seed=0, **cut):
-    """`draws` samples of each prompt -> tokens [P*draws,T], images [P*draws,3,H,W]; a prompt's in a row."""
+    """Sample each prompt `draws` times -> tokens [P*draws,T], images [P*draws,3,H,W].
+
+    The samples of one prompt are consecutive. cut: top_k and top_p of `generate`.
+    """
     conditions = pipeline.encode(prompts)
     where = conditions.cond.device
     prompt = torch.arange(len(prompts), device=where).repeat_interleave(draws)
@@ -137,18 +142,17 @@ def sample(pipeline, policy, prompts, draws, *, cfg_scale=1.0, temperature=1.0, 
     size = max(8, TOKENS_AT_ONCE // pipeline.tokens)
     for i in trange(0, len(prompt), size, desc="sampling", ncols=110, leave=False,
                     disable=len(prompt) <= size):
-        tokens.append(policy.generate(*conditions.of(prompt[i:i + size]), cfg_scale=cfg_scale,
-                                      temperature=temperature, generator=generator, **cut))
+        with policy.autocast():
+            tokens.append(policy.generate(*conditions.of(prompt[i:i + size]), cfg_scale=cfg_scale,
+                                          temperature=temperature, generator=generator, **cut))
         images.append(pipeline.decode(tokens[-1]))
     return torch.cat(tokens), torch.cat(images)
 
 
 @torch.no_grad()
 def divergence_to(pipeline, policy, other, prompts, tokens, **sampling):
-    """(KL(policy || other) in nat per image, entropy of the policy in nat per token), along `tokens` [P*n,T].
-
-    Both are exact sums over the codes at every position.
-    """
+    """Return (KL(policy || other) in nat per image, entropy of the policy in nat per token) along `tokens`
+    [P*n,T]. Both are exact sums over the codes at every position."""
     kl = entropy = 0.0
     for prompt, own in zip(prompts, tokens.chunk(len(prompts))):
         conditions, rows = pipeline.encode([prompt]), torch.arange(len(own), device=own.device)
@@ -161,7 +165,7 @@ def divergence_to(pipeline, policy, other, prompts, tokens, **sampling):
 
 @torch.no_grad()
 def evaluate(world, pipeline, policy, base=None, *, prompts=3, draws=96, cfg_scale=1.0, temperature=1.0):
-    """-> Evaluated. The docstring of this file says what is measured.
+    """Measure a policy -> Evaluated. The docstring of this file says what is measured.
 
     base: what this function returned for pipeline.reference, to compare with; None for the reference itself.
     prompts: how many fixed prompts. draws: samples of each, a multiple of 8.
@@ -199,9 +203,9 @@ COLUMNS = ["reward", "heldout_reward", "pairwise", "vendi", "token_entropy", "kl
 
 
 def table(rows, more=()):
-    """[(name, results or a list of results)] -> the text of a table. Of a list: mean ± standard deviation.
+    """Turn [(name, results or a list of results)] into the text of a table. more: a world's own columns.
 
-    more: names of further columns, those of a world.
+    A cell of several results shows their mean ± standard deviation.
     """
     def cell(results, key):
         values = torch.tensor([r[key] for r in results], dtype=torch.float64)
@@ -216,7 +220,7 @@ def table(rows, more=()):
 
 
 def best_of_n(base):
-    """The table row of best-of-N, from the base's own results."""
+    """Return the table row of best-of-N, from the base's own results."""
     return {"reward": base["best_of_n_reward"], "heldout_reward": base["best_of_n_heldout_reward"]}
 
 
@@ -241,7 +245,7 @@ class Config:
 
 
 def options_of(run_folder):
-    """(options of a run, the state dict of its policy). Raises UserError if it is no run."""
+    """Return (options of a run, the state dict of its policy). Raises UserError if it is no run."""
     path = os.path.join(run_folder, "ckpt.pt") if os.path.isdir(run_folder) else run_folder
     saved = files.load(path)
     if not {"config", "model"} <= set(saved):
@@ -250,7 +254,7 @@ def options_of(run_folder):
 
 
 def what_decides(options, *without):
-    """The options of a run as text, without those that do not change what is compared."""
+    """Return the options of a run as text, except those named in `without`."""
     return str([(f.name, getattr(options, f.name)) for f in fields(options) if f.name not in without])
 
 
@@ -258,9 +262,10 @@ def main(argv):
     cfg, _ = config.load(Config, argv, positional="runs")
     here = device.start(cfg.device)
     bases, groups, columns, rows = {}, {}, [], []
-    training = [f.name for part in (run.Files, run.Machine, run.Length, Evaluation, grpo.Rollouts, grpo.Loss,
-                                    run.Optimizer, Sampling, Extras, vapi.Options)
-                for f in fields(part) if f.name != "dtype"]     # options that do not change world and base
+    # Runs share their base and its evaluation if they agree in all options but these.
+    training = {f.name for part in (run.Files, run.Machine, run.Length, Evaluation, grpo.RolloutOptions,
+                                    grpo.LossOptions, run.Optimizer, Sampling, Extras, vapi.Options)
+                for f in fields(part)} - {"dtype"}
     for folder in tqdm(cfg.runs, desc="evaluating", unit="run"):
         own, state = options_of(folder)
         config.validate(replace(own, eval_draws=cfg.draws))

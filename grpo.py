@@ -7,8 +7,8 @@ GRPO (arXiv 2402.03300 eq. 3, applied to image tokens by arXiv 2606.21498) sampl
 other images of the prompt serve as the baseline of each image, so no critic has to be trained. For sample i
 and token t, with the ratio r = pi(a) / pi_old(a):
     A_i   = (R_i - mean of the group) / (standard deviation of the group + eps)
-    loss  = -(1/N) sum_{i,t} min(r A_i, clip(r, 1 - clip_eps, 1 + clip_eps) A_i)  +  beta (1/N) sum_{i,t}
-    D_{i,t}
+    loss  = -(1/N) sum_{i,t} min(r A_i, clip(r, 1 - clip_eps, 1 + clip_eps) A_i)
+            + beta (1/N) sum_{i,t} D_{i,t}
 D is a divergence to the reference (divergences.py). On the first pass over a batch r = 1, and the gradient of
 the first term is REINFORCE with a baseline: -A grad log pi(a).
 
@@ -16,18 +16,20 @@ The value of the loss says nothing about progress. At r = 1 the first term is -m
 construction of A, whatever the rewards are. So the value is beta D, and it grows while the policy learns.
 Watch the reward.
 
-This file is pure: tensors in, tensors out. The loop is in train.py. The distributions pi and rho are objects
-with log_prob, entropy and divergence, such as Categorical in divergences.py.
+Apart from the options, this file has only pure functions of tensors. The loop is in train.py. The
+distributions pi and rho are objects with log_prob, entropy and divergence, such as Categorical in
+divergences.py.
 
 Departures from the paper:
  1. N counts the tokens of the whole step, not of a micro-batch or of a sample. So the losses of
     micro-batches add up to the same loss however the step is cut. All images have the same number of tokens,
     so per-token and per-sample averages are equal.
  2. A group whose rewards are all equal gets advantages of exactly zero. Otherwise the rounding error of the
-    mean, divided by eps, would remain: 7e-5 at rewards of .1, and 1.9e-2 at rewards of 21.3. Such groups are
-    counted, because they teach nothing.
-The paper's released script also averages the loss over "critical tokens" only, and weights the policy term:
-`weights` and `dynamic` below, off by default. critical.py explains them.
+    mean would remain, and the division by eps = 1e-4 makes it large: up to 7e-5 for rewards of .1, and .019
+    for rewards of 21.3. Such groups are counted, because they teach nothing.
+The paper's released script averages the loss over "critical tokens" only (`weights` below). It also
+multiplies the policy term by a factor (`dynamic` below). Both are off by default, and critical.py explains
+them.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -41,34 +43,36 @@ from divergences import CLAMP, DIVERGENCES
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class RolloutOptions:                    # its docstring is the heading of these options in --help
     """---- rollout"""
-    prompts_per_step: int = option(8, "P, prompts of a step", low=1)
+    prompts_per_step: int = option(8, "P, prompts of a step; VA-pi: images", low=1)
     group_size: int = option(8, "G, samples of each prompt", low=2)
     temperature: float = option(1.0, "of rollout, loss and reference alike, above 0")
 
-    def check(cfg):
+    def check(cfg):                      # cfg: all options of the run
         if cfg.temperature <= 0:
             raise UserError(f"--temperature must be above 0, got {cfg.temperature}")
 
 
 @dataclass(frozen=True)
-class Loss:
+class LossOptions:
     """---- loss"""
-    divergence: Literal["js", "forward_kl", "reverse_kl", "none"] = option("js", "to the reference")
-    estimator: Literal["sampled", "unbiased", "exact"] = option("sampled", "sampled is the paper's")
-    beta: float = option(0.4, "weight of the divergence penalty; JS takes 4 times the beta of a KL", low=0)
+    divergence: Literal["js", "forward_kl", "reverse_kl", "none"] = option(
+        "js", "which divergence to the reference is added to the loss (divergences.py)")
+    estimator: Literal["sampled", "unbiased", "exact"] = option(
+        "sampled", "how the divergence is estimated; sampled is the paper's form")
+    beta: float = option(0.4, "weight of the divergence, as it is: give JS 4 times the beta of a KL", low=0)
     beta_schedule: Literal["constant", "linear", "cosine"] = option("constant", "from beta to beta_end")
     beta_end: float = option(0.0, "beta at the end of a linear or cosine schedule", low=0)
-    clip_eps: float = option(0.2, "the ratio is clipped to 1 +- this, from the second inner epoch", low=0)
+    clip_eps: float = option(0.2, "the ratio is clipped to 1 +- this; matters from inner epoch 2 on", low=0)
     inner_epochs: int = option(1, "gradient steps on each batch of samples", low=1)
     micro_batch: int = option(64, "samples per forward pass; changes memory, not the result", low=1)
 
 
 def advantages(rewards, group_size, eps=1e-4):
-    """rewards [B], each group of G in a row -> (advantages [B], number of groups without spread).
+    """Turn rewards [B] into (advantages [B], number of groups without spread).
 
-    The standard deviation divides by G - 1.
+    The G samples of a group are consecutive. The standard deviation divides by G - 1.
     """
     groups = rewards.view(-1, group_size)                                                        # [B/G,G]
     spread = groups.amax(1) > groups.amin(1)                                                     # [B/G]
@@ -78,31 +82,32 @@ def advantages(rewards, group_size, eps=1e-4):
 
 
 def policy_loss(logp, logp_old, adv, clip_eps):
-    """logp, logp_old [b,T], adv [b] -> (clipped surrogate loss [b,T], ratio [b,T])."""
+    """Turn logp, logp_old [b,T] and adv [b] into (clipped surrogate loss [b,T], ratio [b,T])."""
     ratio, adv = (logp - logp_old).exp(), adv[:, None]
     return -torch.minimum(ratio * adv, ratio.clamp(1 - clip_eps, 1 + clip_eps) * adv), ratio
 
 
 def loss(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, logit_chunk=0, **options):
-    """The loss of a micro-batch, as its part of the step's mean, and statistics of the same forward pass.
+    """Return what a micro-batch adds to the loss of the step, and statistics of the same forward pass.
 
     pi, rho: distributions of policy and reference over the actions [b,T], under the sampler's temperature and
     guidance. logp_old [b,T]: recorded by the sampler. adv [b]. n_actions: N of the whole step. weights [b,T]
-    with mean 1 over the step, or None. logit_chunk: compute the logits of this many positions at a time (0:
-    of all). options: as in `loss_at`. Returns (loss, stats): a scalar, and detached scalars that add up over
-    micro-batches to means over the step. Of max_ratio_error, the largest value counts.
+    with mean 1 over the step, or None. options: as in `loss_at`. The losses of all micro-batches add up to
+    the loss of the step, and so do the statistics. Of max_ratio_error, keep the largest value.
 
-    Logits take a hundred times the memory of the hidden states they are made from: 16,384 codes against a
-    width of 1,280, in fp32, for two models. With logit_chunk the logits of a chunk are made, used and
-    dropped, and made once more when the backward pass comes to the chunk. Memory then grows with the chunk.
-    The price is a second product
-    with the output matrix. The result is the same.   [test_chunks_do_not_change_loss_gradient_or_statistics]
+    logit_chunk: compute the logits of this many positions at a time (0: of all). Logits need much more memory
+    than the hidden states they are made from: with 16,384 codes and a width of 1,280, 13 times as many
+    numbers, in fp32, for two models, with log-probabilities of the same size beside them. With logit_chunk,
+    the logits of a chunk are made, used and dropped, and made once more when the backward pass comes to the
+    chunk. So memory grows with the chunk only, and the output matrix is applied twice. The result is the
+    same.
+    [test_chunks_do_not_change_loss_gradient_or_statistics]
     """
     T = actions.shape[1]
 
     def part(start, stop):
-        columns = (x if x is None else x[:, start:stop] for x in (actions, logp_old))
-        return loss_at(pi.at(start, stop), rho.at(start, stop), *columns, adv, n_actions,
+        return loss_at(pi.at(start, stop), rho.at(start, stop), actions[:, start:stop],
+                       logp_old[:, start:stop], adv, n_actions,
                        None if weights is None else weights[:, start:stop], **options)
     if not logit_chunk:
         return part(0, T)
@@ -117,8 +122,11 @@ def loss(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, logit_chun
 
 def loss_at(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, divergence="js", estimator="sampled",
             beta=0.0, clip_eps=0.2, dynamic=False):
-    """`loss` of the given positions, at once. divergence: a name of DIVERGENCES, or "none". estimator:
-    sampled, unbiased or exact. dynamic: weight the policy term (critical.py)."""
+    """Compute `loss` without chunks, for all positions that pi and rho hold.
+
+    divergence: a name of DIVERGENCES, or "none". estimator: sampled, unbiased or exact. dynamic: multiply the
+    policy term by a factor (critical.py).
+    """
     logp, logp_ref = pi.log_prob(actions), rho.log_prob(actions)                                 # [b,T]
     per_action, ratio = policy_loss(logp, logp_old, adv, clip_eps)                               # [b,T]
     if dynamic:
@@ -132,9 +140,10 @@ def loss_at(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, diverge
         per_action = per_action * weights
     with torch.no_grad():
         stats = {
-            "kl_reverse": pi.divergence("reverse_kl", rho).sum() / n_actions,       # exact, nat per action
-            "entropy": pi.entropy().sum() / n_actions,                              # exact, nat per action
-            # the share of actions where the clipped branch is the smaller one, so that A gives no gradient
+            # exact, in nat (units of the natural logarithm) per action
+            "kl_reverse": pi.divergence("reverse_kl", rho).sum() / n_actions,
+            "entropy": pi.entropy().sum() / n_actions,
+            # the share of actions where the clipped branch is smaller: there the policy term has no gradient
             "clip_share": ((ratio - 1) * adv[:, None].sign() > clip_eps).sum() / n_actions,
             "clamp_share": ((logp_ref - logp).abs() > CLAMP).sum() / n_actions,
             "max_ratio_error": (ratio - 1).abs().max(),
@@ -143,8 +152,7 @@ def loss_at(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, diverge
 
 
 def accumulate(total, stats):
-    """Add the statistics of a micro-batch to those of the step, in place. Of max_ names the largest
-    counts."""
+    """Add a micro-batch's statistics to the step's, in place. For names with max_, keep the larger value."""
     for key, value in stats.items():
         if key in total:
             value = torch.maximum(total[key], value) if key.startswith("max_") else total[key] + value

@@ -28,7 +28,7 @@ Four rules of the released model are unusual, and are kept exactly:
     because a softmax over nothing is undefined. An empty prompt predicts token 0 from its last padded row.
  3. The unconditional branch of CFG has the constant `uncond_embedding` for features, under the same mask.
  4. Dropout and the dropping of conditions act in train mode, and belong to pretraining. In GRPO the policy
-    stays in eval mode, where gradients flow as well. Else loss and sampler would see two distributions.
+    stays in eval mode, where gradients flow as well, so that sampler and loss see the same distribution.
 """
 import contextlib
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ class GPTConfig:                         # the defaults are GPT-B for 256-pixel 
     class_dropout_prob: float = 0.1      # of a condition, so that CFG has an unconditional branch
 
 
-class Attention(llama.Attention):
+class PrefixAttention(llama.Attention):
     def read(self, x, visible):
         """Let the prefix rows x [P,L,D] attend to each other, by rule 1.
 
@@ -93,8 +93,8 @@ class TextEmbedding(nn.Module):
         self.cap_proj = nn.ModuleDict({"fc1": nn.Linear(c.caption_dim, c.dim, bias=False),
                                        "fc2": nn.Linear(c.dim, c.dim, bias=False)})
         # A buffer as released: it is in the state dict, but no optimizer ever sees it.
-        self.register_buffer("uncond_embedding",
-                             torch.randn(c.cls_token_num, c.caption_dim) / c.caption_dim ** .5)
+        uncond = torch.randn(c.cls_token_num, c.caption_dim) / c.caption_dim ** .5
+        self.register_buffer("uncond_embedding", uncond)
 
     def uncond(self, cond):
         return self.uncond_embedding.to(cond.dtype).expand_as(cond)
@@ -149,9 +149,8 @@ class ImageTransformer(nn.Module):
     def logits(self, hidden, cfg_scale=1.0, temperature=1.0, uncond_grad=True):
         """Turn rows [R,..,D] of `hidden` into the policy's logits [B,..,V], in fp32.
 
-        uncond_grad=False: the unconditional branch keeps its value, but gets no gradient. The guided
-        distribution is the same. Only the conditional branch is then trained to improve it.
-        """
+        With uncond_grad=False the guided distribution is the same, but its unconditional branch gets no
+        gradient: only the conditional branch is trained to improve it."""
         logits = at_least_fp32(self.output(self.norm(hidden)))
         if cfg_scale > 1:
             cond, uncond = logits.chunk(2)
@@ -160,9 +159,8 @@ class ImageTransformer(nn.Module):
         return logits / temperature if temperature not in (0, 1) else logits
 
     def hidden(self, tokens, cond, cond_mask=None, prompt=None, *, cfg_scale=1.0):
-        """Run teacher forcing up to the logits: rows [R,T,D]. Arguments as in `forward`.
-
-        `logits` of some positions gives the logits of these alone, so a loss need not hold all [B,T,V]."""
+        """Run teacher forcing up to the logits: rows [R,T,D]. Arguments as in `forward`. A loss can call
+        `logits` on some positions at a time, and need not hold all logits [B,T,V]."""
         self.check(cond, cond_mask, prompt, cfg_scale)
         B, T = len(cond) if prompt is None else len(prompt), self.config.block_size
         if tokens.dim() != 2 or len(tokens) != B or not 0 < tokens.shape[1] <= T:
@@ -193,8 +191,7 @@ class ImageTransformer(nn.Module):
 
     def step(self, token, rotation, bias, caches, place):
         """One step of sampling: run the row of token [B,1] through all layers. Return it, [R,1,D]."""
-        x = self.tok_embeddings(token)
-        x = x.repeat(len(caches[0][0]) // len(x), 1, 1)
+        x = self.tok_embeddings(token).repeat(len(caches[0][0]) // len(token), 1, 1)
         for layer, cache in zip(self.layers, caches):
             x = layer(x, rotation, bias, cache, place)
         return x
@@ -220,9 +217,8 @@ class ImageTransformer(nn.Module):
         # places 0 .. p-1 belong to the prompt, the others to tokens 0 .. T-2
         caches = [[F.pad(x, (0, 0, 0, T - 1)) for x in keys_values] for keys_values in caches]
         bias = F.pad(prompt_bias, (0, T - 1)).type_as(caches[0][0])                       # [R or 1,1,1,p+T-1]
-        places, step = torch.arange(p + T - 1, device=device), self.step
-        if self.compile_step:
-            step = llama.compiled(step, caches)
+        places = torch.arange(p + T - 1, device=device)
+        step = llama.compiled(self.step, caches) if self.compile_step else self.step
         tokens = torch.zeros(B, T, dtype=torch.long, device=device)
         logp = torch.zeros(B, T, dtype=torch.promote_types(first.dtype, torch.float32), device=device)
         hidden = first.type_as(self.tok_embeddings(tokens[:, :1]))         # in the precision of image rows
@@ -240,9 +236,10 @@ class ImageTransformer(nn.Module):
             tokens[:, t:t + 1] = token
             if t < T - 1:                                                  # the last token predicts nothing
                 place = places[p + t:p + t + 1]
-                visible = (bias.masked_fill(places > place, -torch.inf) if self.compile_step
-                           else bias[..., :p + t + 1])
-                hidden = step(token, rotations[t:t + 1], visible, caches, place)                  # [R,1,D]
+                filled = bias[..., :p + t + 1]
+                if self.compile_step:                                      # all places, for a fixed shape
+                    filled = bias.masked_fill(places > place, -torch.inf)
+                hidden = step(token, rotations[t:t + 1], filled, caches, place)                   # [R,1,D]
         return (tokens, logp) if return_logp else tokens
 
     @torch.no_grad()
@@ -285,7 +282,7 @@ class GPT(ImageTransformer):
         self.tok_embeddings = nn.Embedding(c.vocab_size, c.dim)
         self.cls_embedding = TextEmbedding(c) if c.model_type == "t2i" else ClassEmbedding(c)
         self.layers = nn.ModuleList(Block(
-            Attention(c.dim, c.n_head, c.resid_dropout_p),
+            PrefixAttention(c.dim, c.n_head, c.resid_dropout_p),
             FeedForward(c.dim, c.multiple_of, c.ffn_dropout_p), c.dim, c.norm_eps) for _ in range(c.n_layer))
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.output = nn.Linear(c.dim, c.vocab_size, bias=False)

@@ -99,9 +99,9 @@ class Config:
 
 
 def open_pipeline(cfg, prompts, where):
-    """The models that `cfg` names -> (pipeline, its kind: a key of USUAL, the options of the run or None).
+    """The models that `cfg` names -> (pipeline, its kind: a key of USUAL).
 
-    prompts: all texts that will be sampled. An encoder such as T5 encodes them before the models are loaded.
+    prompts: all texts that will be sampled. An encoder such as T5 encodes them at once, and is freed.
     """
     options, state = cfg, None
     if not cfg.gpt_ckpt:
@@ -116,13 +116,14 @@ def open_pipeline(cfg, prompts, where):
     kind = full.world.PIPELINES[options.world]
     same = {k: getattr(options, k) for k in ("gpt_ckpt", "vq_ckpt", "t5", "n_head", "block_size")}
     o = full.world.Options(weights=cfg.weights, lora_rank=getattr(options, "lora_rank", 0), **same)
-    classes = os.path.basename(o.gpt_ckpt).startswith("c2i_")
-    found = weights.find(kind.model_files(o) + ([] if classes else kind.text_files(o)), o.weights)
-    text = llamagen.Numbers() if classes else kind.text_encoder(o, found, where)
-    text.prepare(prompts)
-    pipeline = kind(o, found, text, where, cfg.dtype, train=False)
+    pipeline = kind(o, weights.find(kind.model_files(o), o.weights), None, where, cfg.dtype, train=False)
     if state:
         files.load_weights(pipeline.policy, state, path)
+    if pipeline.kind == "c2i":                             # whatever the name of its file
+        pipeline.text = llamagen.Numbers()
+    else:
+        pipeline.text = kind.text_encoder(o, weights.find(kind.text_files(o), o.weights), where)
+    pipeline.text.prepare(prompts)
     return pipeline, pipeline.kind
 
 

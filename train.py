@@ -1,35 +1,41 @@
 """GRPO post-training of a text-to-image policy, with a divergence to its reference.
 
-    python train.py                                   the tiny world with JS, 90 seconds on 2 CPU cores
-    python train.py configs/tiny_none.py              the same without a divergence: watch the diversity go
+    python train.py                                   the tiny world, 90 seconds on 2 CPU cores
+    python train.py configs/tiny_none.py              the same without a divergence: watch the diversity fall
     python train.py configs/tiny_js.py --beta=0.2 --seed=1 --out_dir=out/mine
     python train.py configs/tiny_js.py --resume       continue the run in its out_dir
     python train.py configs/llamagen_js.py            the 775M LlamaGen with real prompts, on one GPU
     torchrun --nproc_per_node=8 train.py configs/llamagen_js.py         the same on eight (common/parallel.py)
-    python train.py configs/tiny_vapi.py              another algorithm, with its own loop in vapi.py
+    python train.py configs/tiny_vapi.py              VA-pi, which learns from real images (vapi.py)
 
-Each step samples G images for each of P prompts, rewards them, and turns rewards into advantages within each
-group. Then it takes one gradient step on the GRPO loss (grpo.py), with a divergence to the frozen base
-(divergences.py). Method: "Balancing Performance and Diversity in GRPO Autoregressive Text-to-Image
-Post-Training", arXiv 2606.21498. `grpo_loop` below is the whole algorithm.
+The policy is an autoregressive model: it writes an image as a sequence of tokens. Each step samples G images
+for each of P prompts, rewards them, and turns the rewards into advantages within each group of G. Then it
+takes one gradient step (or --inner_epochs steps) on the GRPO loss (grpo.py), with a divergence to the frozen
+base (divergences.py), such as JS, the Jensen-Shannon divergence. `grpo_loop` below is the whole algorithm.
+Method: "Balancing Performance and Diversity in GRPO Autoregressive Text-to-Image Post-Training", arXiv
+2606.21498.
 
 The distribution that samples *is* the distribution that is trained: rollout, loss and reference have the same
-temperature and the same guidance. `max_ratio_error` in the log checks this at every step. It is the largest
-abs(pi_loss / pi_sampler - 1) over all tokens, and in fp32 it stays below 1e-4: rollout and loss add up the
-same numbers in different orders, and nothing else may differ. A larger value means that the loss improves
-another policy than the one that samples.
+temperature and the same classifier-free guidance (cfg_scale). Only --score_cfg breaks this rule, as a
+released script does. `max_ratio_error` in the log checks the rule at every step. It is the largest
+abs(pi_loss / pi_sampler - 1) over all tokens. In fp32 it stays below 1e-4, because rollout and loss add up
+the same numbers in different orders. A larger value is a bug: the loss then trains another distribution than
+the one that samples.
 
 The run folder gets config.py (all options), metrics.jsonl (one line per step), evaluations.jsonl,
 samples_*.png, ckpt.pt, and at the end before_after.png, curves.png and table.md. Options stand beside the
-code that reads them; `--help` prints them.
+code that reads them, and `--help` prints them. A run with one process can be read as if `parallel` were not
+there.
 
-Departures from the paper's released script:
- 1. Critical tokens and the dynamic advantage weight, which are on there, are off here (critical.py).
+The paper's released script uses two more tricks, critical tokens and a dynamic weight. Here they are off
+(critical.py).
 """
 import sys
 if sys.version_info < (3, 11):
     print(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}", file=sys.stderr)
     raise SystemExit(2)
+
+import math
 
 import torch
 
@@ -45,22 +51,24 @@ from critical import critical_tokens
 def grpo_loop(cfg, run, world, pipeline):
     """Train pipeline.policy by GRPO.
 
-    cfg: options. run: a common.run.Run, the plumbing. world: prompts and rewards. pipeline: the models.
-    common/interfaces.py says what world and pipeline have to offer. B = P * G samples in a step, b = B /
-    world size of them on this process, T tokens each.
+    cfg: the options. run: a common.run.Run, the plumbing. world: prompts and rewards. pipeline: the models.
+    common/interfaces.py says what world and pipeline offer. A step has B = P * G samples of T tokens, and
+    this process has b = B / (number of processes) of them.
     """
     policy, reference, G = pipeline.policy, pipeline.reference, cfg.group_size
     B = cfg.prompts_per_step * G
-    mine = run.rows(B)                                                             # [b], of the B samples
+    mine = run.rows(B)                                        # [b], the rows of this process among the B
     sampling = dict(cfg_scale=cfg.cfg_scale, temperature=cfg.temperature)
-    scoring = sampling | dict(cfg_scale=cfg.score_cfg or cfg.cfg_scale)            # see --score_cfg
+    scoring = sampling | dict(cfg_scale=cfg.score_cfg or cfg.cfg_scale)            # usually the same
     for step in run.steps():
         # 1. sample: G images for each of P prompts
         prompts = world.draw(cfg.prompts_per_step)
         conditions = pipeline.encode(prompts)
         rollout = policy.rollout(conditions, mine // G, generator=run.generator, at_once=cfg.sample_batch,
-                                 part=(parallel.RANK, parallel.SIZE), **sampling)               # tokens [b,T]
-        mismatch = rescore(cfg, policy, rollout, conditions, scoring) if scoring != sampling else 0.0
+                                 part=(parallel.RANK, parallel.SIZE), **sampling)       # actions, logp [b,T]
+        mismatch = 0.0
+        if scoring != sampling:
+            rollout.logp, mismatch = rescored(cfg, policy, rollout, conditions, scoring)
         run.phase("sample")
 
         # 2. reward: decode the tokens, and rate the images
@@ -75,7 +83,9 @@ def grpo_loop(cfg, run, world, pipeline):
         # 3. advantage: each image against the other images of its prompt
         all_advantages, zero_spread = grpo.advantages(rewards, G)                                # [B]
         advantages = all_advantages[mine]                                                        # [b]
-        weights = token_weights(cfg, pipeline, rollout, conditions, scoring) if cfg.critical_tokens else None
+        weights = None
+        if cfg.critical_tokens:
+            weights = token_weights(cfg, mine, pipeline, rollout, conditions, scoring)           # [b,T]
         run.phase("advantage")
 
         # 4. update: a gradient step on the clipped loss, in micro-batches that add up to the loss of the step
@@ -97,7 +107,7 @@ def grpo_loop(cfg, run, world, pipeline):
             run.optimizer_step(step)
         run.phase("update")
 
-        # 5. log: the statistics of the first pass, by the policy that sampled. Only later passes are clipped.
+        # 5. log: the first pass, where the policy is the one that sampled. Clipping shows in the last pass.
         stats = epochs[0] | {"clip_share": epochs[-1]["clip_share"],
                              "max_ratio_error": epochs[0]["max_ratio_error"].clamp_min(mismatch)}
         run.log(step, {"reward": rewards.mean().item(), "heldout_reward": heldout.mean().item(),
@@ -105,36 +115,30 @@ def grpo_loop(cfg, run, world, pipeline):
                        "diversity": metrics.pairwise(features), "beta": beta}, stats)
 
 
-# ---- two extras of the papers, off by default --------------------------------------------------------------
-@torch.no_grad()
+# ---- two extras of released scripts, off by default: --score_cfg and --critical_tokens ---------------------
 def distributions(cfg, policy, rollout, conditions, scoring):
     """Yield for each micro-batch its tokens [r,T] and the policy's distribution in the loss."""
     for rows in torch.arange(len(rollout.prompt), device=rollout.prompt.device).split(cfg.micro_batch):
         yield rollout.actions[rows], policy.distribution(rollout, conditions, rows, **scoring)
 
 
-def rescore(cfg, policy, rollout, conditions, scoring):
-    """--score_cfg: make `rollout.logp` that of the distribution in the loss, which is not the one that
-    sampled.
-
-    Returns the largest abs(ratio - 1) between the two distributions.
-    """
+@torch.no_grad()
+def rescored(cfg, policy, rollout, conditions, scoring):
+    """--score_cfg: return the samples' log-probabilities [b,T] under the guidance of the loss, which is not
+    that of the sampler, and the largest abs(ratio - 1) between the two distributions."""
     logp = torch.cat([pi.log_prob(tokens) for tokens, pi in
-                      distributions(cfg, policy, rollout, conditions, scoring)])             # [b,T]
-    mismatch = ((logp - rollout.logp).exp() - 1).abs().max().item()
-    rollout.logp = logp
-    return mismatch
+                      distributions(cfg, policy, rollout, conditions, scoring)])
+    return logp, ((logp - rollout.logp).exp() - 1).abs().max().item()
 
 
-def token_weights(cfg, pipeline, rollout, conditions, scoring):
-    """--critical_tokens: the weight of each token in the loss [b,T], with mean 1 over the step
-    (critical.py)."""
+@torch.no_grad()
+def token_weights(cfg, mine, pipeline, rollout, conditions, scoring):
+    """--critical_tokens: return the weight of each token in the loss [b,T], with mean 1 over the step."""
     entropy = torch.cat([pi.entropy() for _, pi in distributions(
         cfg, pipeline.policy, rollout, conditions, scoring)])                                    # [b,T], nat
     picked = critical_tokens(*map(parallel.gather, (entropy, rollout.actions)), pipeline.codebook,
                              cfg.group_size, int(pipeline.tokens ** .5))                         # [B,T]
-    rows = slice(parallel.RANK * len(entropy), (parallel.RANK + 1) * len(entropy))
-    return (picked / picked.float().mean())[rows]
+    return (picked / picked.float().mean())[mine]
 
 
 # ---- the program -------------------------------------------------------------------------------------------
@@ -142,7 +146,7 @@ LOOPS = {"grpo": grpo_loop, "vapi": vapi.vapi_loop}
 
 
 def main(argv):
-    cfg, saved = open_run(evaluate.options, argv)
+    cfg, saved = open_run(evaluate.options, argv)           # evaluate.py says what a run consists of
     here = parallel.start(device.start(cfg.device))
     evaluate.check_shares(cfg, parallel.SIZE)
     if parallel.RANK == 0:
@@ -170,14 +174,14 @@ def report(cfg, run, world, prompts):
                                       run.after.images)])
     images.curves(run.metrics.lines, run.file("curves.png"), run.evaluations.lines,
                   trained="reconstruction" if world.images else "reward")
-    table = evaluate.table([("base", before), ("best of 8 of the base", evaluate.best_of_n(before)),
-                            (cfg.out_dir, after)], world.columns)
+    best = f"best of {evaluate.BEST_OF} of the base", evaluate.best_of_n(before)
+    table = evaluate.table([("base", before), best, (cfg.out_dir, after)], world.columns)
     print(table)
     with open(run.file("table.md"), "w", encoding="utf-8") as file:
         file.write(table + "\n")
-    kept = after.get("entropy_kept", float("nan"))
+    kept = after.get("entropy_kept", math.nan)
     print(f"held-out reward {after['heldout_reward'] - before['heldout_reward']:+.2f}"
-          + f", entropy of open attributes kept {kept:.0%}" * (kept == kept)
+          + f", entropy of open attributes kept {kept:.0%}" * (not math.isnan(kept))
           + f"; see {run.file('before_after.png')} and {run.file('curves.png')}")
 
 

@@ -1,57 +1,60 @@
-"""VA-pi: post-training toward pixels. The reward of an image is how near it comes to a real one.
+"""VA-pi: post-training with a reward measured on pixels: how near does an image come to a real one?
 
     python train.py configs/tiny_vapi.py              the tiny world, 75 seconds on 2 CPU cores
     python train.py configs/llamagen_c2i_vapi.py --data=imagenet/train      classes: a folder of folders
     python train.py configs/llamagen_t2i_vapi.py --data=images.tsv          captions: a list (full/data.py)
 
-Source: VA-pi, arXiv 2512.19680. The text of the paper could not be read where this file was written. The
-objective is that of its public code, and the derivation is ours.
+Source: VA-pi, arXiv 2512.19680. We had the public code and the published tables, but not the text of the
+paper. The objective is that of the code, and the derivation is ours.
 
-Symbols: x an image, c its condition (a caption or a class), z = E(x) its tokens, D the decoder, d a distance
-of images, pi the policy, T tokens of an image. A step has P images and B = P * G samples.
+Symbols: x an image, c its condition (a caption or a class), z = E(x) its tokens, decode(a) the image of
+tokens a, d a distance of images, pi the policy, T tokens of an image, V codes. A step has P images and B = P
+* G samples. A micro-batch has samples of U different images.
 
-Why. A policy is trained to predict tokens, and nobody looks at tokens. A wrong token may change a hair or
+Why. A policy is trained to predict tokens, but people look at images. A wrong token may change a hair or
 break an edge. The likelihood counts both alike. The decoder was trained on tokens of real images, never on
 tokens of the policy. So the objective should be about pixels:
 
- 1. How likely is an image? Say that a sequence a of tokens is drawn from p(a|c), and the image x lies around
-    what a decodes to: log p(x|a) = -d(x, D(a)) + const. Squared error as d is a Gaussian. A perceptual
-    distance works as well. Then
+ 1. How likely is an image? Let p(a|c) be the policy that samples freely: each token depends on the sampled
+    tokens before it. Say that the image x lies around what a decodes to: log p(x|a) = -d(x, decode(a)) +
+    const. Squared error as d is a Gaussian. A perceptual distance works as well. Then
         log p(x|c) = log sum_a p(a|c) p(x|a)                                         a sum of V^T terms
  2. For every distribution q(a), by Jensen's inequality (the log of a mean is at least the mean of the log):
         log p(x|c) = log E_q[ p(a|c) p(x|a) / q(a) ]
-                  >= E_q[ log p(x|a) ]  -  KL(q || p(.|c))                           the ELBO
-                   = E_q[ -d(x, D(a)) ] -  KL(q || p(.|c)) + const     [test_the_elbo_bounds_the_likelihood]
- 3. The policy itself is q, and it sees the real image. z~ is z with a share of its tokens replaced by random
-    ones. Each token is drawn given the *real* tokens before it:
+                  >= E_q[ log p(x|a) ]  -  KL(q || p(.|c))                                the ELBO
+                   = E_q[ -d(x, decode(a)) ] -  KL(q || p(.|c)) + const  [test_the_elbo_bounds_the_likelihood]
+ 3. As q we take the same policy, but reading the real image. z~ is z with a share of its tokens replaced by
+    random ones. Each token is drawn given the *real* tokens before it:
         q(a|x,c) = prod_t pi(a_t | c, z~_<t)
     This is teacher forcing. One forward pass gives all T distributions. The tokens are independent given x,
     so G samples cost G table look-ups, not G * T passes.
- 4. The first term: R = -d(x, D(a)) is a reward, and its gradient is that of any expected reward,
+ 4. The first term: R = -d(x, decode(a)) is a reward, and its gradient is that of any expected reward,
         grad E_q[R] = E_q[ R grad log q(a) ]    [test_the_policy_term_descends_the_expected_distance]
     The other samples of the same image serve as the baseline. This is GRPO (grpo.py) with images for prompts.
-    What the tokenizer loses is the same in every sample's R, so it cancels with the baseline.
- 5. The second term: q must stay near what the language model says. However, this term needs p(a|c) for
-    sequences that were not sampled. The code takes the cross-entropy to the tokens of the image itself:
+    Even the best tokens do not rebuild the image exactly. This error is about the same for all samples of an
+    image, so it cancels with the baseline.
+ 5. The second term: q must stay near p(.|c). But p(a|c) conditions each token on the sample's own earlier
+    tokens, while q used the real ones. It would need a forward pass for each sample. The code takes the
+    cross-entropy to the tokens of the image itself:
         CE = -(1/T) sum_t log pi(z_t | c, z~_<t)
     This is the KL in the other direction, from the tokens of real images to q, up to their own entropy, which
-    is constant. Without it the policy leaves the tokens that images are made of, for tokens with a good
-    reward in one place (the paper's table, and ours in README.md).
+    is constant. Without it the policy drifts to tokens that earn reward at one position but do not occur in
+    real images (the published table, and ours in README.md).
  6. Noise in the context. When the policy samples freely, the tokens before are its own, mistakes included. A
     real prefix has no mistakes. With a share xi of random tokens, each token learns to be right after wrong
     ones.
-        loss = policy loss(A)  +  prior_weight * CE  +  beta * D(pi || reference)    the last one is optional
+        loss = policy loss(A)  +  prior_weight * CE  +  beta * divergence(pi, reference)
+    The last term is optional.
 
-Departures from the code:
+Departures from the authors' code:
  1. One forward pass for each image serves its G samples, forward and backward, because their context is the
-    same. The code runs it G times. Loss and gradient are equal, as nothing else depends on the sample.
- 2. The policy term uses the policy without dropout, which is the one that sampled. In the code only the
-    samples come from it, so the ratio is off from the first pass on. --prior_dropout brings dropout back for
-    the cross-entropy, with a forward pass of its own.
+    same. Their code runs it G times. Loss and gradient are equal, as nothing else depends on the sample.
+ 2. The policy term uses the policy without dropout, which is the one that sampled. Their loss uses dropout,
+    so the ratio is not 1 even in the first pass. --prior_dropout brings dropout back for the cross-entropy,
+    with a forward pass of its own.
  3. The sampled distribution is not cut (top-k, top-p): the loss is about the whole distribution.
- 4. The divergence to the reference may be any of divergences.py, in any estimator. In the code it is that of
-    k3. With beta = 0 the reference still runs once per image, so that the log can tell how far the policy has
-    moved.
+ 4. The divergence may be any of divergences.py, in any estimator. Theirs is k3. With beta = 0 the reference
+    still runs once per image, so that the log can tell how far the policy has moved.
  5. The advantage is not clamped to +-5. In a group of 8 no advantage exceeds 7 / sqrt(8) = 2.5.
 """
 from dataclasses import dataclass
@@ -78,7 +81,7 @@ class Options:
     perceptual_weight: float = option(1.0, "weight of the perceptual distance; both 0: no policy term", low=0)
     context_noise: float = option(0.5, "xi, share of random tokens in the context", low=0, high=1)
     prior_weight: float = option(0.1, "weight of the cross-entropy to the image's own tokens", low=0)
-    prior_dropout: bool = option(False, "cross-entropy with dropout, for another forward pass")
+    prior_dropout: bool = option(False, "dropout in the cross-entropy; costs one more forward pass")
 
 
 # ---- pure tensor functions ---------------------------------------------------------------------------------
@@ -91,9 +94,8 @@ def corrupt(tokens, xi, vocab_size, generator):
 
 def sample_table(probabilities, uniform):
     """G samples of every position from one table: probabilities [T,V], uniform [G,T] in [0,1) -> [G,T]."""
-    # a = the first token with  p_0 + ... + p_a > u.  A uniform number falls into the piece of a token as
-    # often as the piece is long. One cumulative sum serves all samples. Each sample then takes log2(V)
-    # comparisons.
+    # a = the first token with  p_0 + ... + p_a > u.  So u lies in the interval of token a with probability
+    # p_a, its length. One cumulative sum serves all samples. Each sample then takes log2(V) comparisons.
     ends = probabilities.cumsum(1)                                                               # [T,V]
     last = ends[:, -1:]                                    # 1, up to rounding; no number may lie beyond it
     numbers = torch.minimum(uniform.T * last, torch.nextafter(last, torch.zeros_like(last)))     # [T,G]
@@ -116,8 +118,7 @@ def prior_loss(logits, targets):
 
 
 def tempered(pi, temperature, rows):
-    """The distribution of samples at a temperature: `rows` [b] tells which row of pi's logits a sample
-    has."""
+    """Return the samples' distribution at a temperature. rows [b]: the row of pi that a sample has."""
     # A division by 1 would be a copy.
     return Categorical(pi.logits if temperature == 1 else pi.logits / temperature, rows=rows)
 
@@ -184,8 +185,7 @@ def vapi_loop(cfg, run, world, pipeline):
 
 @torch.no_grad()
 def sample(cfg, policy, context, conditions, image_of, uniform):
-    """G samples of each image, given its noisy tokens -> Rollout. uniform [b,T]: the random numbers, in
-    [0,1)."""
+    """Sample G times for each image, given its noisy tokens. uniform [b,T]: numbers in [0,1)."""
     tokens, logps = [], []
     for rows in torch.arange(len(image_of), device=image_of.device).split(cfg.micro_batch):
         used, own = image_of[rows].unique(return_inverse=True)
@@ -221,10 +221,10 @@ def loss_of(cfg, policy, reference, context, conditions, targets, image_of, toke
 # ---- evaluation --------------------------------------------------------------------------------------------
 @torch.no_grad()
 def reconstruction(world, pipeline, policy, temperature):
-    """Minus the mean distance (both weights 1) of samples to the world's held-back images.
+    """Return minus the mean distance (both weights 1) of samples to the world's held-back images.
 
-    The context is clean, there is no guidance, and the random numbers are always the same. 0 would be the
-    image itself, but the tokenizer loses something.
+    The context has no noise, there is no guidance, and the random numbers are always the same. 0 means a
+    perfect copy. It cannot be reached, because the tokenizer itself makes errors.
     """
     captions, originals = world.images.held_back()
     generator, rewards = torch.Generator(originals.device).manual_seed(0), []

@@ -27,31 +27,27 @@ RENAMED = {"chunk": "logit_chunk"}          # options that had another name in o
 
 
 class UserError(ValueError):
-    """Something that the user can fix. `run` prints its one line and exits with code 2, without a
-    traceback."""
+    """Invalid input, which the user can fix. `run` prints one line and exits with code 2."""
 
 
 class Fault(RuntimeError):
-    """A failure at run time, with a message for people. `run` prints its one line and exits with code 1."""
+    """A failure at run time, with a message for people. `run` prints one line and exits with code 1."""
 
 
 # ---- what an option is -------------------------------------------------------------------------------------
 def option(default, text, low=None, high=None, ending=None):
-    """A dataclass field with a help text. low, high: the allowed range. ending: what a file name must end
-    in."""
-    return dataclasses.field(default=default,
-                             metadata={"help": text, "low": low, "high": high, "ending": ending})
+    """Make a dataclass field. text: for --help. low, high: the range. ending: of the name of a file."""
+    return dataclasses.field(default=default, metadata=dict(help=text, low=low, high=high, ending=ending))
 
 
 @functools.cache                            # the same parts make the same class, so that configs compare
 def compose(*parts):
-    """One dataclass with the options of all parts, in their order."""
+    """Make one dataclass with the options of all parts, in their order."""
     return dataclasses.dataclass(frozen=True)(type("Config", parts[::-1], {}))
 
 
 def parts_of(cls):
-    """The dataclasses that hold the options of `cls`, in order: the arguments of `compose`, or `cls`
-    itself."""
+    """Return the dataclasses that hold the options of `cls`: what `compose` got, or `cls` itself."""
     return [part for part in cls.__mro__[::-1] if part.__dict__.get("__annotations__")]
 
 
@@ -59,15 +55,12 @@ def fields(cls):
     return {field.name: field for field in dataclasses.fields(cls)}
 
 
-def _expected(kind):
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind)))
-    return {int: "a whole number", float: "a finite number", bool: "True or False",
-            tuple: "a tuple", str: "a text of printable characters"}[kind]
+KINDS = {int: "a whole number (of at most 64 bits)", float: "a finite number", bool: "True or False", tuple: "a tuple",
+         str: "a text of printable characters"}
 
 
 def _checked(cls, key, value, where):
-    """The value in the type of the option. UserError names the option, the value and what is allowed."""
+    """Return the value in the type of the option. UserError names the option, the value, what is allowed."""
     known = fields(cls)
     if key not in known:
         near = difflib.get_close_matches(key, known, 1)
@@ -84,19 +77,19 @@ def _checked(cls, key, value, where):
             got = " ".join(repr(value).split())[:200]
         except ValueError:                        # Python refuses to print integers of thousands of digits
             got = "a number with too many digits"
-        size = " of at most 64 bits" if kind is int and type(value) is int else ""
-        raise UserError(f"{where}: {key} must be {_expected(kind)}{size}, got {got}")
+        allowed = KINDS.get(kind) or "one of " + ", ".join(map(str, get_args(kind)))
+        raise UserError(f"{where}: {key} must be {allowed}, got {got}")
     return value
 
 
 def validate(cfg):
-    """UserError for a value out of the range of its option, or for what the `check` of a part refuses."""
+    """Raise UserError for a value out of the range of its option, or for what a part's `check` refuses."""
     for name, field in fields(type(cfg)).items():
         value, limits = getattr(cfg, name), field.metadata
-        for bound, wrong, words in ((limits.get("low"), lambda a, b: a < b, "at least"),
-                                    (limits.get("high"), lambda a, b: a > b, "at most")):
-            if bound is not None and wrong(value, bound):
-                raise UserError(f"--{name} must be {words} {bound}, got {value}")
+        if limits.get("low") is not None and value < limits["low"]:
+            raise UserError(f"--{name} must be at least {limits['low']}, got {value}")
+        if limits.get("high") is not None and value > limits["high"]:
+            raise UserError(f"--{name} must be at most {limits['high']}, got {value}")
         ending = limits.get("ending")
         if ending is not None and (not value or not value.lower().endswith(ending)):
             kind = f"file that ends in {ending}" if ending else "file or folder"
@@ -108,14 +101,13 @@ def validate(cfg):
 
 # ---- config files and the command line ---------------------------------------------------------------------
 def locate(path):
-    """A path as given from the current folder, else from the folder of this project: scripts run from
-    anywhere."""
+    """Return a path, of a file here or else in the folder of this project: scripts run from anywhere."""
     beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), path)
     return beside if not os.path.exists(path) and os.path.exists(beside) else path
 
 
 def find(path):
-    """The path of a config file. config/NAME.py also finds configs/NAME.py, because people write both."""
+    """Return the path of a config file. config/NAME.py also finds configs/NAME.py: people write both."""
     for candidate in (locate(path), locate(re.sub(r"^config/", "configs/", path))):
         if os.path.isfile(candidate):
             return candidate
@@ -124,7 +116,7 @@ def find(path):
 
 
 def read_file(path, depth=0):
-    """A config file -> {key: (value, where it stands)}. depth: how many files led to this one by `like`."""
+    """Read a config file -> {key: (value, place)}. depth: how many files led to this one by `like`."""
     try:
         with open(path, encoding="utf-8") as file:
             tree = ast.parse(file.read())
@@ -151,8 +143,7 @@ def read_file(path, depth=0):
 
 
 def _parse(kind, text):
-    """The text after `--key=` as a value: a number or a bool is read as Python reads it, a text as it
-    stands."""
+    """Read the text after `--key=`: a number or a bool as Python reads it, a text as it stands."""
     if kind is str:
         return text
     try:
@@ -162,7 +153,7 @@ def _parse(kind, text):
 
 
 def load(choose, argv, positional=None):
-    """Command line -> (config, {key: value} of what the command line itself set). Raises UserError.
+    """Read the command line -> (config, {key: value} of what it sets itself). Raises UserError.
 
     choose: a dataclass of options, or a function {key: value} -> such a dataclass, which looks at the options
     that decide which parts a run needs. argv: the words behind the script's name. A word without dashes is a
@@ -202,7 +193,7 @@ def load(choose, argv, positional=None):
 
 
 def restore(choose, stored, where):
-    """The config that a checkpoint keeps as {key: value}, each value checked. Raises UserError.
+    """Return the config that a checkpoint keeps as {key: value}, each value checked. Raises UserError.
 
     Checkpoints from before options had parts hold the options of all worlds. What this run does not need is
     dropped, unless its value would change the run.
@@ -226,7 +217,7 @@ def restore(choose, stored, where):
 
 # ---- what is printed ---------------------------------------------------------------------------------------
 def help_text(cls):
-    """The script's docstring, then every option with its default and its help text, part by part."""
+    """Return the script's docstring, then every option with its default and help text, part by part."""
     lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Options (--key=value):"]
     for part in parts_of(cls):
         lines += [f" {part.__doc__.splitlines()[0]}"] if part.__doc__ else []
@@ -237,27 +228,23 @@ def help_text(cls):
 
 
 def show(cfg):
-    """The whole config, as a config file that gives it again."""
+    """Return the whole config, as a config file that gives it again."""
     return "\n".join(f"{name} = {getattr(cfg, name)!r}" for name in fields(type(cfg)))
 
 
 def changed(cfg):
-    """The options that differ from their defaults, as lines of a config file."""
-    return "\n".join(f"{name} = {getattr(cfg, name)!r}" for name, field in fields(type(cfg)).items()
-                     if getattr(cfg, name) != field.default)
+    """Return the options that differ from their defaults, as lines of a config file."""
+    return "\n".join(line for line, field in zip(show(cfg).split("\n"), dataclasses.fields(cfg))
+                     if getattr(cfg, field.name) != field.default)
 
 
 def run(main):
-    """Run a script's main(argv). Errors for people become one line: exit code 2 for invalid input, 1 at run
-    time."""
+    """Run a script's main(argv). Errors become one line: exit code 2 for invalid input, 1 at run time."""
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, Fault, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (Fault, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(1) from None

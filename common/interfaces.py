@@ -1,12 +1,12 @@
 """The interfaces between an algorithm, a policy, and a world: what each may ask of the others.
 
     World      prompts, rewards, and what can be measured      tiny/world.py, full/world.py
-    Pipeline   models that belong together, and their glue     tiny/world.py, full/llamagen.py, full/janus.py
+    Pipeline   policy, reference and image tokenizer           tiny/world.py, full/llamagen.py, full/janus.py
     Policy     samples images, and knows their probabilities   model.py, full/janus.py
     Reward     rates images                                    reward.py
 
-An algorithm (train.py, vapi.py) uses only what stands here, so a new world or a new policy needs no change in
-it. A Protocol is a description for readers. Nothing has to inherit from it.
+An algorithm (train.py, vapi.py) uses only what stands here, so a new world or a new policy needs no change
+there. A Protocol is a description for readers. Nothing has to inherit from it.
 
 Shapes: B samples in a step, b of them on this process, P prompts, T tokens, V codes.
 """
@@ -27,7 +27,8 @@ class Conditions:
     mask: Tensor        # [P,L], 1 where the prompt has a token
 
     def of(self, prompt):
-        """prompt [b], rows of the conditions -> (cond, mask, prompt) of only those prompts that are used."""
+        """Keep only the prompts that occur in prompt [b] -> (cond, mask, prompt), prompt renumbered to
+        them."""
         used, row = prompt.unique(return_inverse=True)
         return self.cond[used], self.mask[used], row
 
@@ -35,28 +36,36 @@ class Conditions:
 @dataclass
 class Rollout:
     """What a policy sampled."""
-    actions: Tensor     # tokens [b,T]
+    actions: Tensor     # tokens [b,T]; a token is the number of one of V codes
     logp: Tensor        # [b,T], log-probability of each token under the distribution that sampled it
-    prompt: Tensor      # [b], the row of the conditions that each sample belongs to
+    prompt: Tensor      # [b], not a text: the row of the conditions that each sample belongs to
 
 
 class Policy(Protocol):
-    """A model that is called in eval mode: dropout would make the loss see another distribution than the
-    sampler."""
+    """A torch.nn.Module in eval mode: with dropout the loss would see another distribution than the sampler.
+
+    Its attribute compile_step turns on torch.compile in `generate`.
+    """
 
     def rollout(self, conditions: Conditions, prompt: Tensor, *, cfg_scale=1.0, temperature=1.0, at_once=0,
                 generator: torch.Generator = None, part=(0, 1)) -> Rollout:
-        """Sample one image for each entry of `prompt` [b], at most `at_once` at a time (0: all). These b
-        samples are part i of n equal parts of a step, (i, n) = part. The random numbers are those of the
-        whole step, so n processes together draw what one process would draw."""
+        """Sample one image for each entry of `prompt` [b], at most `at_once` at a time (0: all).
+
+        part = (i, n): the step is cut into n equal parts, and these b samples are part i. Every process draws
+        the random numbers of the whole step and uses its own, so the samples do not depend on n.
+        """
 
     def distribution(self, rollout: Rollout, conditions: Conditions, rows: Tensor, *, cfg_scale=1.0,
                      temperature=1.0, uncond_grad=True):
-        """The distribution over every action of some rows of a rollout: a Categorical of divergences.py."""
+        """Return the distribution over every action of some rows of a rollout: a Categorical
+        (divergences.py)."""
+
+    def generate(self, cond, mask, prompt, *, cfg_scale, temperature, generator, top_k, top_p) -> Tensor:
+        """Sample tokens [b,T] for evaluations, where the distribution may be cut (model.py)."""
 
 
 class Pipeline(Protocol):
-    """Models that were released or pretrained together (diffusers' word)."""
+    """Models that were released or pretrained together (the word of the library diffusers)."""
     policy: Policy          # trained
     reference: Policy       # its frozen copy
     tokens: int             # T, tokens of an image
@@ -79,7 +88,7 @@ class World(Protocol):
     images: "Images"        # real images with their captions, or None where an algorithm needs none
 
     def draw(self, n: int) -> list:
-        """n training prompts, from Python's random stream."""
+        """Draw n training prompts with Python's global `random`, so that seeding and resuming work."""
 
     def fixed_prompts(self, n: int) -> list:
         """The prompts of every evaluation."""
@@ -103,10 +112,11 @@ class Images(Protocol):
         """n training images, as pairs (caption, what `load` takes), from Python's random stream."""
 
     def load(self, items: list) -> Tensor:
-        """What `draw` returned -> images [n,3,H,W] in [-1,1]."""
+        """Turn the second elements of these pairs into images [n,3,H,W] in [-1,1]."""
 
     def held_back(self):
-        """(captions, images [n,3,H,W]) that are never trained on."""
+        """Return (captions, images [n,3,H,W]) that are never trained on."""
 
     def perceptual(self, images: Tensor, originals: Tensor) -> Tensor:
-        """A perceptual distance of each image to its original, or of all to one -> [b]."""
+        """Return the perceptual distance [b] of images to originals [b,3,H,W], or to one original
+        [1,3,H,W]."""

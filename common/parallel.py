@@ -50,8 +50,7 @@ def start(device):
 
 
 def stop():
-    """Leave together. With gloo, a process that leaves early makes a process that still communicates
-    abort."""
+    """Leave together. With gloo, an early exit makes a process that still communicates abort."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -130,8 +129,7 @@ def shard(model):
 
 @contextlib.contextmanager
 def gathered(*models):
-    """In the body, every process has all weights of sharded models: for many small passes without
-    gradients."""
+    """In the body, every process has all weights of sharded models: for passes without gradients."""
     shards = [(model, part) for model in models for part in getattr(model, "shards", ())]
     for model, part in shards:
         part.unshard()
@@ -143,16 +141,14 @@ def gathered(*models):
 
 
 def whole(x):
-    """The whole tensor of a sharded one, gathered by all processes. Dicts likewise. Anything else as it
-    is."""
+    """Gather the whole tensor of a sharded one. Dicts likewise. Anything else is returned as it is."""
     if isinstance(x, dict):
         return {key: whole(value) for key, value in x.items()}
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def split_state(state, parameters):
-    """An optimizer's state dict, as `whole` returned it -> this process's part, split as the parameters
-    are."""
+    """Return this process's part of an optimizer's state dict, which `whole` returned."""
     for i, p in enumerate(parameters):
         if hasattr(p, "full_tensor") and i in state["state"]:
             state["state"][i] = {

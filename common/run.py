@@ -14,7 +14,7 @@ What may happen to a run, and what is left:
   - a full disk: the checkpoint before remains, and one line says so.
   - a second process in the same folder: refused.
 On a GPU, parallel threads add up in any order. So two runs with one seed differ in the last bits from the
-first step on, and visibly after some dozens of steps. Resuming is exact only as far as the GPU is.
+first step on, and visibly after some dozens of steps. The same holds for a resumed run.
 """
 import dataclasses
 import math
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from common import config, files, parallel
 from common.config import Fault, UserError, option
 
-NEW_FOLDER = {"lock", "config.py", "ckpt.pt.tmp"}    # what a run leaves that was killed before its first save
+HARMLESS = {"lock", "config.py", "ckpt.pt.tmp"}      # files of a run that was killed before its first save
 FREE = ("resume", "stop_after", "device", "out_dir")           # options that may differ when a run is resumed
 MAX_SKIPPED = 10                     # steps in a row without a finite gradient, after which a run gives up
 SHOWN = {"reward": "reward", "heldout_reward": "held-out", "diversity": "diversity", "kl_reverse": "kl"}
@@ -49,7 +49,7 @@ class Machine:
     """---- machine"""
     seed: int = option(0, "of prompts and samples", low=0)
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, then mps, then cpu")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "of matrix products; weights stay in fp32")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "of matrix products; trained weights are fp32")
     recompute: bool = option(False, "keep no activations inside layers; saves memory, costs time")
     shard: bool = option(False, "with torchrun: each process holds a part of the weights (parallel.py)")
 
@@ -57,15 +57,15 @@ class Machine:
 @dataclasses.dataclass(frozen=True)
 class Length:
     """---- length"""
-    max_steps: int = option(120, "steps; also fixes the schedules", low=1)
-    stop_after: int = option(0, "save and stop after this many steps of this session; 0 = max_steps", low=0)
+    max_steps: int = option(120, "number of steps; the schedules of learning rate and beta end there", low=1)
+    stop_after: int = option(0, "save and stop this many steps after start or --resume; 0 = never", low=0)
     eval_interval: int = option(60, "steps between evaluations, sample images and checkpoints", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """---- optimizer"""
-    learning_rate: float = option(1e-3, "peak of AdamW; the 775M model takes 1e-5", low=0)
+    learning_rate: float = option(1e-3, "highest rate of AdamW; configs of the 775M model set 1e-5", low=0)
     warmup: float = option(0.1, "share of max_steps with a rising rate", low=0, high=1)
     min_lr_ratio: float = option(0.1, "the cosine ends at this share of the peak", low=0, high=1)
     weight_decay: float = option(0.0, "of AdamW", low=0)
@@ -73,7 +73,7 @@ class Optimizer:
 
 
 def schedule(kind, start, end, progress):
-    """The value of a constant, linear or cosine schedule at `progress` in [0,1]."""
+    """Return the value of a constant, linear or cosine schedule at `progress` in [0,1]."""
     if kind == "constant":
         return start
     share = progress if kind == "linear" else (1 - math.cos(math.pi * progress)) / 2
@@ -81,7 +81,7 @@ def schedule(kind, start, end, progress):
 
 
 def learning_rate(cfg, step):
-    """Linear warm-up over n steps, from 1/n of the peak to the peak, then a cosine to min_lr_ratio of it."""
+    """Warm up linearly over n steps, from 1/n of the peak to the peak, then follow a cosine down."""
     n = max(1, round(cfg.warmup * cfg.max_steps))
     if step < n:
         return cfg.learning_rate * (step + 1) / n
@@ -91,7 +91,7 @@ def learning_rate(cfg, step):
 
 # ---- the run folder ----------------------------------------------------------------------------------------
 def open_run(choose, argv):
-    """Command line -> (options, checkpoint or None). A resumed run gets its own options.
+    """Read the command line -> (options, checkpoint or None). A resumed run keeps its own options.
 
     choose: as in config.load. Raises UserError for invalid options, a used folder, or nothing to resume.
     """
@@ -111,15 +111,14 @@ def open_run(choose, argv):
                                 f"or start a new run with another --out_dir")
         return dataclasses.replace(old, **{key: getattr(cfg, key) for key in FREE
                                            if key != "device" or key in given}), saved
-    if parallel.RANK == 0 and os.path.isdir(cfg.out_dir) and set(os.listdir(cfg.out_dir)) - NEW_FOLDER:
+    if parallel.RANK == 0 and os.path.isdir(cfg.out_dir) and set(os.listdir(cfg.out_dir)) - HARMLESS:
         raise UserError(f"{cfg.out_dir} holds a run already: resume it with --resume, or choose another "
                         f"folder with --out_dir=...")
     return cfg, None
 
 
 def claim(folder, name="lock", option="--out_dir"):
-    """Make the folder and lock its file `name` -> the open file, which must be kept as long as the work
-    lasts.
+    """Make the folder and lock its file `name` -> the open file. Keep it open as long as the work lasts.
 
     Raises UserError, naming the option, if another process has the lock or nothing can be written there.
     """
@@ -140,7 +139,7 @@ def claim(folder, name="lock", option="--out_dir"):
 
 
 class Stop:
-    """Notes Ctrl-C and SIGTERM. `name` is then the name of the signal. A second signal ends the process."""
+    """Note Ctrl-C or SIGTERM: `name` is then the name of the signal. A second signal ends the process."""
 
     def __init__(self):
         self.name = ""
@@ -155,7 +154,7 @@ class Stop:
 
 # ---- the run -----------------------------------------------------------------------------------------------
 class Run:
-    """The plumbing that training loops share. It knows neither rewards nor the kind of policy. A loop reads:
+    """The plumbing that training loops share. It computes no rewards and no losses. A loop looks like this:
 
         for step in run.steps():
             ...; run.phase("sample")                 # logs the seconds since the phase before, as t_sample
@@ -212,8 +211,7 @@ class Run:
 
     # ---- what a loop calls
     def steps(self):
-        """Yield the numbers of the steps to take, until max_steps, stop_after, a signal, or too many bad
-        steps."""
+        """Yield the numbers of steps until max_steps, stop_after, a signal, or too many bad steps."""
         cfg = self.cfg
         self.end = min(cfg.max_steps, self.start + (cfg.stop_after or cfg.max_steps))
         self.bar = tqdm(range(self.start, self.end), initial=self.start, total=cfg.max_steps, ncols=110,
@@ -221,7 +219,7 @@ class Run:
         for step in self.bar:
             self.times, self.clock = {}, self._now()
             yield step
-            if self.leaves:
+            if self.stopping:
                 break
 
     def phase(self, name):
@@ -245,12 +243,13 @@ class Run:
     def log(self, step, line, stats):
         """Write a line of metrics.jsonl, and evaluate and save when it is time.
 
-        line: values that are equal on all processes, with "reward". stats: scalars of this process that are
-        added up over the processes (see parallel.combine).
+        line: values that are equal on all processes, "reward" among them. stats: scalars of this process,
+        which are summed over the processes. For names with max_, the largest value is kept.
         """
-        asked = torch.tensor(float(bool(self.stop.name)), device=self.device)       # on any process
+        # If any process was asked to stop, all processes stop: `combine` keeps the largest value.
+        asked = torch.tensor(float(bool(self.stop.name)), device=self.device)
         stats = parallel.combine(stats | {"max_stop": asked})
-        self.leaves = stats.pop("max_stop") > 0 or self.skipped == MAX_SKIPPED
+        self.stopping = stats.pop("max_stop") > 0 or self.skipped == MAX_SKIPPED
         line = {"step": step, **line, **stats, "grad_norm": self.grad_norm,
                 "learning_rate": self.optimizer.param_groups[0]["lr"]}
         if self.skipped:                            # say what was not finite
@@ -267,12 +266,11 @@ class Run:
             self.metrics.write(line | self.times)
             if step == self.start and self.device.type == "cuda":
                 tqdm.write(f"peak memory of the first step: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
-        if self.evaluates and (due or self.leaves or self.done == self.end):
+        if self.evaluates and (due or self.stopping or self.done == self.end):
             self._save(self.done)
 
     def finish(self):
-        """End the run -> True on rank 0 if it reached max_steps. Raises Fault if a signal or bad steps ended
-        it."""
+        """End the run -> True on rank 0 if it reached max_steps. Raises Fault for a signal or bad steps."""
         if self.start == self.end and self.evaluates:       # resumed at the very end
             self.after = self._assess(self.policy, self.end)
         parallel.stop()

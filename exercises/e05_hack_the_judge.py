@@ -2,10 +2,11 @@
 
 Check yourself:   python -m pytest exercises/test_e05_hack_the_judge.py
 
-Read reward.py first. The judge is a learned reward, and a learned reward has blind spots. Search for them on
-purpose: increase its reward by gradient ascent on the *pixels* of images whose captions are false, and change
-no pixel by more than `budget`. The judge's reward will rise far. But the reader, which measures geometry,
-still finds that the images show the wrong thing. GRPO cannot change pixels, but it increases the same reward.
+Read tiny/judge.py first. The judge is a learned reward, and a learned reward has blind spots. Search for them
+on purpose: increase its reward by gradient ascent on the *pixels* of images whose captions are false, and
+change no pixel by more than `budget`. The judge's reward will rise far. But the reader, which measures
+geometry, still finds that the images show the wrong thing. GRPO cannot change pixels, but it increases the
+same reward.
 
 Steps of `hack` (projected gradient ascent, arXiv 1706.06083), repeated `steps` times:
     x <- x + step * sign(d reward / d x)

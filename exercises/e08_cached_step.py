@@ -2,10 +2,10 @@
 
 Check yourself:   python -m pytest exercises/test_e08_cached_step.py
 
-First read Attention.forward and GPT.generate in model.py. Teacher forcing computes all T rows of causal
-attention at once. A sampler learns the tokens one by one, and in row t only q, k and v of token t are new.
-The keys and values of tokens 0 .. t-1 were computed before. They are kept in buffers of the full length T,
-which are made once and never copied or grown. A step
+First read Attention.forward in common/llama.py and ImageTransformer.generate in model.py. Teacher forcing
+computes all T rows of causal attention at once. A sampler learns the tokens one by one, and in row t only q,
+k and v of token t are new. The keys and values of tokens 0 .. t-1 were computed before. They are kept in
+buffers of the full length T, which are made once and never copied or grown. A step
     1. writes the new k and v into place t of the buffers, *in place*,
     2. attends with the one query to places 0 .. t, and to nothing after them:
            y = sum_{j <= t} softmax_j(q.k_j / sqrt(hd)) v_j

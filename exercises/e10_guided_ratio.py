@@ -2,8 +2,8 @@
 
 Check yourself:   python -m pytest exercises/test_e10_guided_ratio.py        (-s shows the two numbers)
 
-First read GPT.logits and GPT.generate in model.py. With classifier-free guidance at scale s, the distribution
-of the sampler is
+First read ImageTransformer.logits and ImageTransformer.generate in model.py. With classifier-free guidance at
+scale s, the distribution of the sampler is
     softmax(uncond + s (cond - uncond)).
 This distribution is pi_old, because the samples come from it. The policy gradient is only right if pi, in the
 ratio r = pi / pi_old, is computed in the same way. Then r = 1 on the first pass over a batch, whatever s is.

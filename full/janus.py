@@ -67,7 +67,7 @@ class JanusConfig:                       # the defaults are Janus-Pro-1B
     model_type: str = "janus"
 
 
-class Attention(llama.Attention):
+class PromptAttention(llama.Attention):
     def read(self, x, rotation, bias):
         """Let prompt rows x [P,L,D] attend to each other. Return their output [P,L,D], and their keys and
         values for the image rows, two of [P,heads,L,hd]."""
@@ -90,7 +90,7 @@ class Janus(ImageTransformer):
         self.tok_embeddings = nn.Sequential(nn.Embedding(c.vocab_size, c.code_dim),
                                             nn.Linear(c.code_dim, c.dim), nn.GELU(), nn.Linear(c.dim, c.dim))
         self.layers = nn.ModuleList(Block(
-            Attention(c.dim, c.n_head), FeedForward(c.dim, c.multiple_of), c.dim, c.norm_eps)
+            PromptAttention(c.dim, c.n_head), FeedForward(c.dim, c.multiple_of), c.dim, c.norm_eps)
             for _ in range(c.n_layer))
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.output = nn.Sequential(nn.Linear(c.dim, c.head_dim), nn.GELU(),

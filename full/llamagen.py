@@ -77,9 +77,6 @@ class Pipeline:
         if policy.config.vocab_size != vqgan.config.codebook_size:
             raise UserError(f"{o.gpt_ckpt} writes {policy.config.vocab_size} codes, and {o.vq_ckpt} has "
                             f"{vqgan.config.codebook_size}: they do not belong together")
-        if (policy.config.model_type == "c2i") != os.path.basename(o.gpt_ckpt).startswith("c2i_"):
-            raise UserError(f"{o.gpt_ckpt} is of model_type {policy.config.model_type}: names of policies "
-                            f"that read classes must begin with c2i_, and no other names")
         return policy, vqgan
 
     def __init__(self, o, found, text, device, dtype="float32", train=True):

@@ -165,6 +165,9 @@ def open_world(o, device, with_images=False):
         text = llamagen.Classes(listed.label_of) if classes else kind.text_encoder(o, found, device)
         text.prepare(held_back + pool)
     pipeline = kind(o, found, text, device, o.dtype)
+    if classes != (pipeline.kind == "c2i"):
+        raise UserError(f"{o.gpt_ckpt} is of model_type {pipeline.kind}: names of policies that read classes "
+                        f"must begin with c2i_, and no other names")
     if classes and max(listed.label_of.values()) >= pipeline.policy.config.num_classes:
         raise UserError(f"{o.data} has a class {max(listed.label_of.values())}, and {o.gpt_ckpt} knows "
                         f"classes from 0 to {pipeline.policy.config.num_classes - 1}")

@@ -10,7 +10,7 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests", "helpers"), os.path.join(ROOT, "tests", "full")]
-torch.set_num_threads(1)        # results then do not depend on the number of cores, and tests can run in parallel
+torch.set_num_threads(1)        # results do not depend on the number of cores then, and tests run in parallel
 
 
 @pytest.fixture(scope="session")

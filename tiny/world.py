@@ -6,12 +6,13 @@
 
 Every attribute of a tiny image can be read exactly. So this world adds to an evaluation:
   reward/single ...   rewards by category
-  unseen              held-out reward of prompts with a pair that the policy has never seen (shapes.HELD_OUT)
+  unseen              held-out reward of prompts with a color and shape that were never seen together
+                      (shapes.HELD_OUT)
   open_entropy        nat; sum over the attributes that the prompt leaves open (shapes.open_attributes) of the
-                      entropy of their values. It is always of 64 images: the plug-in estimate is biased by
-                      about (values - 1) / (2 * 64) for each attribute, so it compares only at equal numbers.
-                      Images that are unreadable or show too few objects do not count. A prompt with fewer
-                      than 64 usable images has no entropy
+                      entropy of their values. It always uses 64 images, because the entropy of few samples is
+                      too low: only values from equally many images can be compared. Images that are
+                      unreadable or show too few objects do not count. A prompt with fewer than 64 usable
+                      images has none
   unreadable          the share of images that do not count
   entropy_kept        open_entropy as a share of the base's, on the prompts where both have one
 and in a run that learns from images:
@@ -57,7 +58,7 @@ class Options:
 @dataclass(frozen=True)
 class ImageOptions:
     """---- images of the tiny world"""
-    wrong_captions: float = option(0.2, "share of images with another image's caption, as for the base",
+    wrong_captions: float = option(0.2, "share of images with a random caption, as in pretraining",
                                    low=0, high=1)
 
 
@@ -85,12 +86,13 @@ def open_entropy(scenes, caption):
 def load_models(path, device, depth=0):
     """(policy, tokenizer, judge, options of the run), in fp32 and eval mode. The options of a base are {}.
 
-    path: a base made by pretrain.py, a run folder, or a checkpoint. depth: how many runs led here by their
-    init_from. Raises UserError.
+    path: a base made by pretrain.py, a run folder, or a checkpoint. depth: a run may start from another run.
+    It counts how many runs were followed so far. Raises UserError.
     """
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     if depth > 9:
-        raise UserError(f"{path}: its init_from leads in a circle and never to a base")
+        raise UserError(f"{path}: more than 9 runs were followed and none starts from a base; is it a "
+                        f"circle?")
     parts = files.load(path, device)
     if {"gpt", "vqgan", "judge"} <= set(parts):
         return (files.unpack(GPT, GPTConfig, parts["gpt"], device, path),
@@ -107,8 +109,7 @@ def load_models(path, device, depth=0):
 
 
 class World:
-    """Prompts and rewards. judge: a tiny.judge.Judge. with_images: for an algorithm that learns from
-    images."""
+    """Prompts and rewards. judge: a tiny.judge.Judge. with_images: the algorithm learns from images."""
 
     def __init__(self, options, judge, device, with_images=False):
         self.judge = judge
@@ -156,8 +157,8 @@ class World:
         return out
 
     def picture(self, path, prompts, columns, rows_of_category=2):
-        """Write a grid: a row for each prompt, two of each category, and side by side the first images of
-        each column (heading, images). A frame is green where the reader finds what the prompt says."""
+        """Write a grid with one row per prompt, for two prompts of each category. Each column (heading,
+        images) shows its first images. A frame is green where the reader finds what the prompt says."""
         draws, shown = len(columns[0][1]) // len(prompts), max(3, 8 // len(columns))
         of_category, rows = len(prompts) // len(shapes.CATEGORIES), []
         for i, prompt in enumerate(prompts):
@@ -186,9 +187,8 @@ class Images:
         return [c.text for c in captions], self.load(scenes)
 
     def perceptual(self, images, originals):
-        """LPIPS on the judge's three convolutions. They were trained to tell captions apart. So they see
-        shape, color and number, at a precision of a few pixels, and hardly the noise within a plain area,
-        which the squared error counts."""
+        """LPIPS on the judge's three convolutions. They were trained to tell captions apart, so they see
+        shape, color and number. They hardly see noise in a plain area, but the squared error does."""
         return metrics.lpips(self.world.judge.activations, images, originals)
 
 
@@ -198,7 +198,7 @@ class Pipeline:
     def __init__(self, policy, vqgan, device, dtype="float32"):
         self.policy, self.vqgan, self.device = policy, vqgan, device
         self.reference = freeze(copy.deepcopy(policy), dtype)
-        freeze(vqgan)                                          # runs outside autocast, so never in bfloat16
+        freeze(vqgan)                                          # the tokenizer always stays in fp32
         self.policy.bf16 = self.reference.bf16 = dtype == "bfloat16"
         self.tokens, self.codebook = policy.config.block_size, vqgan.codes()
 

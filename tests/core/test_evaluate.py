@@ -8,17 +8,16 @@ import torch
 
 import evaluate
 import sample
-from tiny import shapes
-from tiny import world as tiny
 import train
 from common.config import UserError
+from tiny import shapes
+from tiny import world as tiny
 from tiny.shapes import Obj, Scene
-import metrics
 
 
 @pytest.fixture()
-def world(mini_base):
-    return evaluate.open_world(train.Config(init_from=mini_base), torch.device("cpu"))
+def opened(mini_base):
+    return evaluate.open_world(evaluate.options({})(init_from=mini_base), torch.device("cpu"))
 
 
 def test_entropy():
@@ -26,45 +25,40 @@ def test_entropy():
     assert tiny.entropy([1, 2, 3, 4] * 16) == pytest.approx(math.log(4))
 
 
-def test_open_entropy_is_of_64_readable_pictures_always():
+def test_open_entropy_is_always_of_64_readable_images():
     caption = shapes.parse("a red circle")
     scenes = [Scene(g, (Obj("circle", "red", s, x, 16),)) for g in ("white", "black")
               for s in ("small", "large") for x in (4, 28)] * 8
-    # two backgrounds, two sizes, two places, all alike often: three times log 2
+    # two backgrounds, two sizes, and two places, all equally often: three times log 2
     assert tiny.open_entropy(scenes, caption)[0] == pytest.approx(3 * math.log(2))
     bad = [Scene("grey", (), False)] * 30
     assert tiny.open_entropy(bad + scenes, caption) == (pytest.approx(3 * math.log(2)), 30)
     assert tiny.open_entropy(scenes[:63] + bad, caption) == (None, 30)
 
 
-def test_vendi():
-    assert metrics.vendi(torch.ones(64, 3) / 3 ** .5) == pytest.approx(1, abs=1e-6)
-    assert metrics.vendi(torch.eye(4).repeat(16, 1)) == pytest.approx(4, rel=1e-6)
-    f = torch.nn.functional.normalize(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), dim=1)
-    p = torch.linalg.eigvalsh((f @ f.T / 20).double()).clamp_min(1e-12)          # the n x n form of the paper
-    assert metrics.vendi(f) == pytest.approx((-(p * p.log()).sum()).exp().item(), rel=1e-4)
-
-
-def test_kl_against_torch_distributions(world):
-    policy, other = world.policy, world.reference
+def test_kl_against_torch_distributions(opened):
+    _, pipeline = opened
+    policy, other = pipeline.policy, pipeline.reference
     torch.nn.init.normal_(other.output.weight, std=.3)
     prompts = ["a red circle", "two blue squares"]
-    tokens, images = evaluate.draw(world, policy, prompts, 3)
+    tokens, images = evaluate.sample(pipeline, policy, prompts, 3)
     assert tokens.shape == (6, 16) and images.shape == (6, 3, 32, 32)
-    kl, entropy = evaluate.divergence_to(world, policy, other, prompts, tokens)
-    from torch.distributions import Categorical, kl_divergence
-    captions = [p for p in prompts for _ in range(3)]
+    kl, entropy = evaluate.divergence_to(pipeline, policy, other, prompts, tokens)
+    conditions = pipeline.encode([p for p in prompts for _ in range(3)])
     with torch.no_grad():
-        p, q = (Categorical(logits=m(tokens, *world.encode(captions))) for m in (policy, other))
-    assert kl == pytest.approx(kl_divergence(p, q).sum(1).mean().item(), rel=1e-4)
+        p, q = (torch.distributions.Categorical(logits=m(tokens, conditions.cond, conditions.mask))
+                for m in (policy, other))
+    exact = torch.distributions.kl_divergence(p, q).sum(1).mean().item()
+    assert kl == pytest.approx(exact, rel=1e-4)
     assert entropy == pytest.approx(p.entropy().mean().item(), rel=1e-4)
 
 
-def test_evaluation_is_fixed_by_its_seed_and_best_of_n_is_better(world):
+def test_evaluation_is_fixed_by_its_seed_and_best_of_n_is_better(opened):
+    world, pipeline = opened
     torch.manual_seed(0)
-    first, tokens, _ = evaluate.evaluate(world, world.reference, prompts=1, draws=64)
+    first, tokens, _ = evaluate.evaluate(world, pipeline, pipeline.reference, prompts=1, draws=64)
     torch.manual_seed(1)
-    again, others, _ = evaluate.evaluate(world, world.reference, prompts=1, draws=64)
+    again, others, _ = evaluate.evaluate(world, pipeline, pipeline.reference, prompts=1, draws=64)
     assert torch.equal(tokens, others) and str(first) == str(again)
     assert first["best_of_n_reward"] > first["reward"] and first["kl_reverse"] == first["kl_forward"] == 0
     assert {f"reward/{c}" for c in shapes.CATEGORIES} | set(world.columns) <= set(first)
@@ -73,7 +67,7 @@ def test_evaluation_is_fixed_by_its_seed_and_best_of_n_is_better(world):
 def test_compare_runs_and_sample_from_one(mini_base, tmp_path, capsys):
     for seed in (0, 1):
         train.main([f"--out_dir={tmp_path / str(seed)}", f"--init_from={mini_base}", f"--seed={seed}",
-                    "--max_steps=1", "--eval_prompts=1", "--prompts_per_step=1"])
+                    "--max_steps=1", "--eval_prompts=1", "--eval_draws=64", "--prompts_per_step=1"])
     capsys.readouterr()
     evaluate.main([str(tmp_path / "0"), str(tmp_path / "1"), "--eval_prompts=1", "--draws=64",
                    f"--picture={tmp_path / 'compare.png'}"])
@@ -86,9 +80,9 @@ def test_compare_runs_and_sample_from_one(mini_base, tmp_path, capsys):
     assert "a red circle: " in printed and "not of the grammar" in printed and (tmp_path / "s.png").exists()
 
 
-def test_pictures_in_genevals_folders(mini_base, tmp_path, capsys):
+def test_images_in_the_folders_of_geneval(mini_base, tmp_path, capsys):
     train.main([f"--out_dir={tmp_path / 'run'}", f"--init_from={mini_base}", "--max_steps=1",
-                "--eval_prompts=1", "--prompts_per_step=1", "--learning_rate=0.1"])
+                "--eval_prompts=1", "--eval_draws=64", "--prompts_per_step=1", "--learning_rate=0.1"])
     metadata = [{"tag": "counting", "include": [{"class": "circle", "count": 2}],
                  "prompt": "two red circles"}, {"tag": "single", "prompt": "a blue square"}]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, metadata)))
@@ -97,11 +91,12 @@ def test_pictures_in_genevals_folders(mini_base, tmp_path, capsys):
         sample.main([f"--ckpt={ckpt}", f"--prompts={tmp_path / 'm.jsonl'}", "--n=3",
                      f"--save={tmp_path / name}"])
         return [(tmp_path / name / "00001" / "samples" / f"{j:04d}.png").read_bytes() for j in range(3)]
-    run, base = save("run_pictures"), save("base_pictures", mini_base)
-    assert run != base and len(set(run)) == 3                   # the run's policy, not its base; three draws
+    # The policy is that of the run, not its base, and the three samples differ.
+    run, base = save("run_images"), save("base_images", mini_base)
+    assert run != base and len(set(run)) == 3
     assert run == save("again")
     for i, record in enumerate(metadata):
-        folder = tmp_path / "run_pictures" / f"{i:05d}"
+        folder = tmp_path / "run_images" / f"{i:05d}"
         assert json.loads((folder / "metadata.jsonl").read_text()) == record
         assert sorted(os.listdir(folder / "samples")) == ["0000.png", "0001.png", "0002.png"]
     with pytest.raises(UserError, match="not empty"):

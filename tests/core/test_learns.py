@@ -1,5 +1,5 @@
-"""python -m pytest tests/core/test_learns.py           a few steps of the real thing, about 30 s
-python -m pytest -m slow tests/core/test_learns.py   the README's results over five seeds, about 13 min on 2 cores
+"""python -m pytest tests/core/test_learns.py           a few real steps, about 30 s
+python -m pytest -m slow tests/core/test_learns.py   README's results over five seeds, 13 minutes on 2 cores
 """
 import json
 import os

@@ -1,20 +1,27 @@
 """python -m pytest tests/core/test_lesson.py
 
-Prose goes stale without a sound. What lesson.md and README.md name must be there: files, functions, line
-counts. An interval that README quotes must be the one in the report, beside the same claim, and a speed one
-of results/bench.md.
+Prose goes stale unnoticed. So the files, commands, options, functions and line counts that a page names must
+exist. An interval that README quotes must be in the report, beside the same claim. A speed that README quotes
+must be in results/bench.md.
 """
 import ast
 import pathlib
 import re
 
 import pytest
+import torch
+
+import reward
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/lesson.md", "exercises/README.md"]
+# Options of pip, pytest, torchrun and venv, and files that a page only gives as an example.
+OTHERS = {"index-url", "system-site-packages", "nproc_per_node", "help", "durations"}
+EXAMPLES = {"eNN_name.py", "solutions/eNN_name.py", "exercises/test_eNN_name.py"}
 
 
 def names(path):
-    """Everything that a Python file defines at the top, and methods as Class.method."""
+    """Return everything that a Python file defines at the top, and methods as Class.method."""
     found = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         found |= {t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)}
@@ -24,23 +31,60 @@ def names(path):
     return found
 
 
-@pytest.mark.parametrize("page", ["lesson.md", "README.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_files_and_functions_that_are_named_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     places = re.findall(r"`([\w/]+\.py)::([\w.]+)`", text)
-    assert len(places) >= 20 or page != "lesson.md"
+    assert len(places) >= 20 or page != "docs/lesson.md"
     for file, name in places:
         assert name in names(ROOT / file), f"{page} names {file}::{name}"
-    for file in re.findall(r"`([\w/]+\.(?:py|md|sh))`", text) + re.findall(r"\]\(([\w/.]+)\)", text):
-        assert (ROOT / file).exists(), f"{page} names {file}"
+    for file in re.findall(r"\]\(([\w/.]+)", text):                  # links start at the folder of the page
+        assert (ROOT / page).parent.joinpath(file).exists(), f"{page} links to {file}"
+    for file in set(re.findall(r"(?<![\w/.($])[\w/]+\.py\b", re.sub(r"\]\([^)]*\)", "", text))) - EXAMPLES:
+        assert (ROOT / file).exists() or (ROOT / page).parent.joinpath(file).exists(), f"{page} names {file}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_modules_and_options_that_are_named_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for module in re.findall(r"python -m ((?:lab|full|tiny|common)\.[\w.]+)", text):
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), f"{page} runs {module}"
+    sources = [f.read_text(encoding="utf-8") for folder in (".", "common", "tiny", "full", "lab")
+               for f in (ROOT / folder).glob("*.py")]
+    known = {name for source in sources for name in re.findall(r"^    (\w+): .*? = option\(", source, re.M)}
+    assert len(known) > 80
+    for name in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text):
+        assert name in known | OTHERS, f"{page} names --{name}"
 
 
 def test_line_counts_in_the_file_map():
     rows = re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", (ROOT / "README.md").read_text(encoding="utf-8"),
                       re.MULTILINE)
-    assert {file for file, _ in rows} == {p.name for p in ROOT.glob("*.py")}
-    for file, lines in rows:
-        assert int(lines) == len((ROOT / file).read_text(encoding="utf-8").splitlines()), file
+    lines = {p.name: len(p.read_text(encoding="utf-8").splitlines()) for p in ROOT.glob("*.py")}
+    assert {file: int(n) for file, n in rows} == lines, "put these numbers into the table \"The files\""
+
+
+def test_folders_in_the_map():
+    """README's map names every folder with Python files, and no other."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.split("| folder | what is in it |")[1].split("\n\n")[0]
+    named = set(re.findall(r"`(\w+)/`", table))
+    assert named >= {p.parent.name for p in ROOT.glob("*/*.py") if p.parent.name != "out"}
+    assert all((ROOT / name).is_dir() for name in named)
+
+
+def test_your_own_reward_works_as_printed(monkeypatch):
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own reward")[1]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    spec = re.search(r"--reward=(\S+)", section)[1]
+    assert len(code.splitlines()) <= 10
+    printed = {}
+    exec(code, printed)
+    monkeypatch.setattr(reward, "REWARDS", printed["REWARDS"])
+    grey, red = torch.zeros(1, 3, 8, 8), torch.tensor([1., -1., -1.]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    known = {"judge": lambda images, prompts: torch.zeros(len(prompts))} | reward.REWARDS
+    found = reward.weighted(spec, known)(torch.cat([grey, red]), ["a red circle"] * 2)
+    assert found[0] == 0 and found[1] > .1
 
 
 def test_quoted_intervals_are_those_of_the_report():
@@ -56,7 +100,7 @@ def test_quoted_intervals_are_those_of_the_report():
 
 
 def test_quoted_speeds_are_those_of_the_bench():
-    """Every number of README's table is one of results/bench.md, and a ratio is that of its row."""
+    """Every number in README's table is in results/bench.md, and a ratio is the ratio of its row."""
     known = set(re.findall(r"[\d.,]+", (ROOT / "results/bench.md").read_text(encoding="utf-8")))
     table = re.search(r"\| \| usual \| ours \| ratio \|\n.*\n((?:\|.*\n)+)",
                       (ROOT / "README.md").read_text(encoding="utf-8"))[1]

@@ -233,7 +233,8 @@ def test_a_rollout_does_not_depend_on_how_it_is_cut(cfg_scale):
     sampling = dict(cfg_scale=cfg_scale, temperature=.9)
 
     def rollout(prompt, **options):
-        return gpt.rollout(conditions, prompt, generator=torch.Generator().manual_seed(3), **sampling, **options)
+        return gpt.rollout(conditions, prompt, generator=torch.Generator().manual_seed(3), **sampling,
+                           **options)
     whole = rollout(prompt)
     tokens, logp = gpt.generate(cond, mask, prompt, generator=torch.Generator().manual_seed(3),
                                 return_logp=True, **sampling)

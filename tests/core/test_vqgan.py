@@ -14,7 +14,7 @@ TINY = VQConfig(codebook_size=64, ch=16, ch_mult=(1, 2), num_res_blocks=1, z_cha
 
 
 def released_keys(levels, blocks, widths):
-    """Return {name: shape} of a LlamaGen VQ file, written from a description of the files, not from vqgan.py."""
+    """Return {name: shape} of a LlamaGen VQ file. It follows a description of the files, not vqgan.py."""
     keys = {}
 
     def conv(name, n_in, n_out, k):

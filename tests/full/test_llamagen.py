@@ -1,6 +1,7 @@
 """python -m pytest tests/full/test_llamagen.py
 
-The full-size run, on small files in the released layouts (tests/full_size.py); a step at full size, slowly.
+Runs of the full-size world, on small files in the released layouts (tests/helpers/full_size.py). A slow test
+takes one step at full size.
 """
 import json
 import os
@@ -11,17 +12,14 @@ import sys
 import pytest
 import torch
 
-from full import clip
-from common import config
 import evaluate
 import full_size
-from full import llamagen
 import sample
 import train
-from full import weights
 from common.config import UserError, locate
+from full import clip, llamagen, weights
 from model import GPT, GPTConfig
-from vqgan import VQGAN, VQConfig
+from vqgan import VQConfig
 
 for package in ("transformers", "ftfy", "bs4"):
     pytest.importorskip(package)
@@ -29,21 +27,20 @@ for package in ("transformers", "ftfy", "bs4"):
 GPT_SMALL = GPTConfig(dim=64, n_layer=2, n_head=2, vocab_size=128, block_size=16, cls_token_num=120,
                       caption_dim=32)
 VQ_SMALL = VQConfig(codebook_size=128, ch=32, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=1, z_channels=32)
-CAPTIONS = ["a red cat", "A photo of the Dog!", "a blue dog on the cat", "small green photo",
+PROMPTS = ["a red cat", "A photo of the Dog!", "a blue dog on the cat", "small green photo",
             "a cat and a dog", "the red photo", "a dog", "a blue photo of a red cat"]
 QUICK = ["configs/llamagen_js.py", "--max_steps=2", "--prompts_per_step=2", "--group_size=4",
-         "--sample_batch=4", "--eval_prompts=2",
-         "--eval_draws=8", "--micro_batch=4", "--device=cpu", "--learning_rate=0.01",
-         "--n_head=2", "--block_size=16"]
+         "--sample_batch=4", "--eval_prompts=2", "--eval_draws=8", "--micro_batch=4",
+         "--device=cpu", "--learning_rate=0.01", "--n_head=2", "--block_size=16"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Weights and captions, and clip.py told of the width of our small HPS."""
+    """Make weights and prompts, and tell full/clip.py the number of heads of our small HPS."""
     path = tmp_path_factory.mktemp("weights")
     clip.HEADS[160] = 2
     full_size.make(str(path), GPT_SMALL, VQ_SMALL, "t2i_XL_stage1_256.pt", hps=full_size.small(160, 2))
-    (path / "prompts.txt").write_text("\n".join(CAPTIONS))
+    (path / "prompts.txt").write_text("\n".join(PROMPTS))
     yield path
     del clip.HEADS[160]
 
@@ -64,10 +61,11 @@ def run(folder, tmp_path_factory):
     return out, go(folder, out)
 
 
-def test_a_run_from_released_files_to_pictures(run):
+def test_a_run_from_released_files_to_images(run):
     out, metrics = run
     assert [line["step"] for line in metrics] == [0, 1]
-    # The reference stores in bf16 what autocast rounds at every use: so at first it is the policy exactly.
+    # The reference stores in bf16 what autocast rounds at every use. So it is the policy exactly, until the
+    # policy moves.
     assert metrics[0]["kl_reverse"] == 0 < metrics[1]["kl_reverse"]
     assert 0 < metrics[0]["max_ratio_error"] < .02                         # bf16; fp32 is tested below
     assert metrics[0]["reward_std"] > 0 and metrics[0]["heldout_reward"] != metrics[0]["reward"]
@@ -75,19 +73,19 @@ def test_a_run_from_released_files_to_pictures(run):
 
 
 def test_memory_options_and_extras_do_what_they_say(folder, run, tmp_path):
-    """fp32: how a step is cut changes nothing. The extras change the loss, and not the pictures of step 0."""
-    plain = go(folder, tmp_path / "plain", "--dtype=float32", "--recompute=False", "--chunk=0",
+    """In fp32 the way a step is cut changes nothing. The extras change the loss, not the images of step 0."""
+    plain = go(folder, tmp_path / "plain", "--dtype=float32", "--recompute=False", "--logit_chunk=0",
                "--micro_batch=8", "--sample_batch=0")
-    cut = go(folder, tmp_path / "cut", "--dtype=float32", "--chunk=5", "--micro_batch=3")
+    cut = go(folder, tmp_path / "cut", "--dtype=float32", "--logit_chunk=5", "--micro_batch=3")
     for a, b in zip(lines(plain), lines(cut)):
         assert a == pytest.approx(b, rel=2e-3, abs=2e-5)
     assert plain[0]["max_ratio_error"] < 1e-4
-    extras = go(folder, tmp_path / "extras", "--dtype=float32", "--chunk=0", "--critical_tokens",
+    extras = go(folder, tmp_path / "extras", "--dtype=float32", "--logit_chunk=0", "--critical_tokens",
                 "--dynamic_weight")
     assert extras[0]["reward"] == pytest.approx(plain[0]["reward"], abs=1e-6)
     assert abs(extras[0]["grad_norm"] / plain[0]["grad_norm"] - 1) > .05
     with pytest.raises(UserError, match="dynamic_weight needs all tokens"):
-        go(folder, tmp_path / "no", "--dynamic_weight", "--chunk=4")
+        go(folder, tmp_path / "no", "--dynamic_weight", "--logit_chunk=4")
 
 
 def test_guidance_is_the_same_in_rollout_and_loss(folder, tmp_path):
@@ -99,7 +97,7 @@ def test_guidance_is_the_same_in_rollout_and_loss(folder, tmp_path):
 
 
 def test_a_resumed_run_needs_no_t5(folder, run, tmp_path, monkeypatch):
-    """Features come from the disk, and the second half is that of a whole run."""
+    """The features come from the disk. The resumed half equals the second half of a whole run."""
     go(folder, tmp_path / "halves", "--stop_after=1")
     monkeypatch.setattr(llamagen.t5.Captions, "_load", lambda self: 1 / 0)
     train.main([f"--out_dir={tmp_path / 'halves'}", "--resume"])
@@ -107,7 +105,7 @@ def test_a_resumed_run_needs_no_t5(folder, run, tmp_path, monkeypatch):
     assert lines(again) == lines(run[1])
 
 
-def test_export_loads_as_a_released_file_and_samples_alike(folder, run, tmp_path, capsys):
+def test_an_exported_run_loads_as_a_released_file_and_samples_the_same(folder, run, tmp_path, capsys):
     out, _ = run
     weights.main([f"--export={out / 'ckpt.pt'}", f"--to={folder / 'mine_256.pt'}"])
     state = torch.load(out / "ckpt.pt", weights_only=True)["model"]
@@ -126,18 +124,24 @@ def test_export_loads_as_a_released_file_and_samples_alike(folder, run, tmp_path
 
 
 def test_class_conditional_files_sample_too(folder, tmp_path, capsys):
-    full_size.make_random(GPTConfig(dim=64, n_layer=2, n_head=2, vocab_size=128, block_size=16, cls_token_num=1,
-                                  model_type="c2i", num_classes=10), str(folder / "c2i_B_256.pt"))
-    options = ["--gpt_ckpt=c2i_B_256.pt", "--vq_ckpt=vq_ds16_t2i.pt", "--n_head=2", "--block_size=16",
-               "--n=2", f"--weights={folder}", f"--out={tmp_path / 'c.png'}", "--device=cpu"]
-    sample.main([*options, "--prompt=0; 9"])
-    assert (tmp_path / "c.png").stat().st_size > 1000
+    """The tensors tell that a file is class-conditional. Its name need not."""
+    c2i = GPTConfig(dim=64, n_layer=2, n_head=2, vocab_size=128, block_size=16, cls_token_num=1,
+                    model_type="c2i", num_classes=10)
+    options = ["--vq_ckpt=vq_ds16_t2i.pt", "--n_head=2", "--block_size=16", "--n=2", f"--weights={folder}",
+               f"--out={tmp_path / 'c.png'}", "--device=cpu"]
+    hashes = []
+    for name in ("exported.pt", "c2i_B_256.pt"):
+        full_size.make_random(c2i, str(folder / name))
+        sample.main([*options, f"--gpt_ckpt={name}", "--prompt=0; 9"])
+        assert (tmp_path / "c.png").stat().st_size > 1000
+        hashes.append(re.search("hash (.*)", capsys.readouterr().out)[1])
+    assert hashes[0] == hashes[1]
     for wrong in ("10", "cat", "1;;2", "-1"):
         with pytest.raises(UserError, match="class numbers from 0 to 9"):
-            sample.main([*options, f"--prompt={wrong}"])
+            sample.main([*options, "--gpt_ckpt=c2i_B_256.pt", f"--prompt={wrong}"])
 
 
-def test_runs_are_compared_and_drawn_for_geneval(folder, run, tmp_path, capsys):
+def test_runs_are_compared_and_sampled_for_geneval(folder, run, tmp_path, capsys):
     out, _ = run
     evaluate.main([str(out), "--draws=8", "--eval_prompts=2", f"--picture={tmp_path / 'c.png'}",
                    "--device=cpu", "--cfg_scale=3.0"])
@@ -148,7 +152,7 @@ def test_runs_are_compared_and_drawn_for_geneval(folder, run, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path / "g" / "00000" / "samples")) == ["0000.png", "0001.png"]
 
 
-def test_what_is_missing_is_said_before_anything_is_made(folder, tmp_path, monkeypatch):
+def test_one_error_names_all_missing_files_before_anything_is_made(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError) as error:
         go(tmp_path / "nowhere", tmp_path / "run", f"--prompts={folder / 'prompts.txt'}")
@@ -160,14 +164,14 @@ def test_what_is_missing_is_said_before_anything_is_made(folder, tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
-def test_strange_captions_reach_the_rewards_to_the_letter(folder, tmp_path, monkeypatch):
-    """T5 and CLIP cut what is too long for them; nothing else is lost, and nothing stops."""
+def test_strange_prompts_reach_the_rewards_unchanged(folder, tmp_path, monkeypatch):
+    """T5 and CLIP cut what is too long for them. Nothing else is lost, and the run does not stop."""
     strange = ["a red cat " * 1000, "ein Käfer, 猫 и собака", "🐈‍⬛ <b>bold</b> http://x.y",
                "a  dog\twith\u00a0gaps"]
     (tmp_path / "strange.txt").write_text("\n".join(strange), encoding="utf-8")
     seen, real = set(), clip.Reward.__call__
-    monkeypatch.setattr(clip.Reward, "__call__", lambda self, images, captions: (
-        seen.update(captions), real(self, images, captions))[1])
+    monkeypatch.setattr(clip.Reward, "__call__", lambda self, images, prompts: (
+        seen.update(prompts), real(self, images, prompts))[1])
     metrics = go(folder, tmp_path / "run", f"--prompts={tmp_path / 'strange.txt'}", "--max_steps=3",
                  "--eval_prompts=1")
     assert seen <= {c.strip() for c in strange} and len(seen) >= 3
@@ -175,14 +179,15 @@ def test_strange_captions_reach_the_rewards_to_the_letter(folder, tmp_path, monk
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--reward=judge"], "llamagen world has no reward 'judge'"),
+    (["--reward=judge"], "this world has no reward 'judge'"),
     (["--heldout_reward=hps"], "must not be trained on"),
     (["--eval_prompts=8"], "none would be left"),
     (["--n_head=0"], "n_head="),
     (["--gpt_ckpt=nothing.pt"], "nothing.pt"),
     (["--gpt_ckpt=vq_ds16_t2i.pt"], "does not look like a file for GPTConfig"),
-    (["--sample_batch=3"], "cannot be shared out"),
+    (["--sample_batch=3"], "do not divide evenly"),
     (["--prompts=no.txt"], "no file"),
+    (["--shard", "--lora_rank=4"], "use one of them"),
 ])
 def test_errors_name_the_cause_and_leave_nothing(folder, tmp_path, options, message):
     with pytest.raises(UserError, match=re.escape(message)):
@@ -190,64 +195,14 @@ def test_errors_name_the_cause_and_leave_nothing(folder, tmp_path, options, mess
     assert not (tmp_path / "run").exists()
 
 
-# ---- memory ------------------------------------------------------------------------------------------------
-def kept(policy, tokens, cond, prompt, dtype):
-    """Bytes that autograd keeps for the backward pass of `hidden`, parameters and inputs apart: each storage
-    once."""
-    seen = {p.untyped_storage().data_ptr() for p in policy.parameters()}
-    sizes = {}
-
-    def pack(x):
-        if x.untyped_storage().data_ptr() not in seen and x.dim():
-            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(), x
-        return x
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), \
-            torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        hidden = policy.hidden(tokens, cond, None, prompt)
-    # autocast keeps a bf16 copy of each matrix; the plan counts these apart
-    copies = {tuple(p.shape) for p in policy.parameters() if p.dim() == 2}
-    return hidden, sum(n for n, x in sizes.values() if not (
-        x.dtype == torch.bfloat16 and x.dim() == 2 and (tuple(x.shape) in copies or x.shape[::-1] in copies)))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_memory_plan_counts_what_autograd_keeps(dtype, recompute):
-    shape = GPTConfig(dim=256, n_layer=4, n_head=4, vocab_size=64, block_size=64, cls_token_num=8,
-                      caption_dim=64)
-    policy = GPT(shape).eval()
-    policy.recompute = recompute
-    prompt = torch.zeros(8, dtype=torch.long)
-    options = train.Config(world="llamagen", dtype=dtype, recompute=recompute, prompts_per_step=1,
-                           group_size=8, micro_batch=8)
-    plan = llamagen.parts_of_memory(options, policy, [])
-    _, measured = kept(policy, torch.zeros(8, 64, dtype=torch.long), torch.zeros(1, 8, 64), prompt, dtype)
-    if recompute:                                  # the plan has one layer's inside besides, of the backward
-        measured += llamagen.KEPT_INSIDE[4 if dtype == "float32" else 2] * shape.dim * 8 * 64
-    assert plan["update: activations"] == pytest.approx(measured, rel=.05)
-    assert plan["policy, fp32"] == sum(p.numel() * 4 for p in policy.parameters())
-
-
-def test_llamagen_xl_fits_a_24_gb_card():
-    options, _ = config.load(train.Config, ["configs/llamagen_js.py"])
-    with torch.device("meta"):
-        policy = GPT(weights.RELEASED["t2i_XL_stage1_256.pt"][0])
-        tokenizer = VQGAN(weights.RELEASED["vq_ds16_t2i.pt"][0])
-    parts = llamagen.parts_of_memory(options, policy, [tokenizer])
-    rewards = 2 * (weights.CLIP_H + weights.CLIP_L)                        # fp16 on a GPU
-    phases = max(parts["sampling: keys and values"],
-                 parts["update: activations"] + parts["update: logits"])
-    total = sum(v for k, v in parts.items() if ":" not in k) + rewards + phases
-    assert 18e9 < total < 21.5e9, total                                    # the rest is for the allocator
-
-
+# ---- full size --------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_one_step_at_full_size(tmp_path):
-    """LlamaGen-XL, VQ-16, 256 pixels, with a small T5 and CLIPs of the same layouts. Prints the time of each
-    phase, and peak memory.
+    """LlamaGen-XL and VQ-16 at 256 pixels, with a small T5 and small CLIPs of the same layouts.
 
-    FULL_SIZE=folder: keep the weights there. FULL_SIZE_REWARDS=1: CLIPs at full size, too. FULL_SIZE_DEVICE:
-    on cpu 1 step of 2 x 2 pictures, on cuda 3 steps of 4 x 8, the paper's share of a GPU.
+    The test prints the time of each phase and the peak memory. FULL_SIZE=folder keeps the weights there.
+    FULL_SIZE_REWARDS=1 makes the CLIPs at full size, too. FULL_SIZE_DEVICE=cpu takes 1 step of 2 x 2 images,
+    FULL_SIZE_DEVICE=cuda 3 steps of 4 x 8 images, as many as a GPU has in the paper.
     """
     folder = os.environ.get("FULL_SIZE") or str(tmp_path / "weights")
     device, real = os.environ.get("FULL_SIZE_DEVICE", "cpu"), bool(os.environ.get("FULL_SIZE_REWARDS"))
@@ -257,8 +212,8 @@ def test_one_step_at_full_size(tmp_path):
     if not os.path.exists(folder):
         subprocess.run([sys.executable, full_size.__file__, folder] + ["--rewards"] * real, check=True)
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(CAPTIONS))
-    code = ("import resource, sys, train; from common import config; config.run(train.main); "
+    prompts.write_text("\n".join(PROMPTS))
+    code = ("import resource, train; from common import config; config.run(train.main); "
             "print('peak GB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6); "
             "import torch; print('of the GPU', torch.cuda.max_memory_allocated() / 1e9)")
     done = subprocess.run(

@@ -1,7 +1,8 @@
-"""Folders in the two layouts in which Janus-Pro is met, made from a small random model of transformers': what
-tests/test_janus.py works on, as the released files cannot be had where this is tested.
+"""Write folders in the two layouts of Janus-Pro, from a small random model of transformers.
 
-    python tests/janus_files.py /tmp/weights       Janus-Pro-1B at full size, official layout, random (3.1 GB)
+tests/full/test_janus.py reads them, because the released files cannot be downloaded where the tests run.
+
+    python tests/helpers/janus_files.py /tmp/weights     random Janus-Pro-1B, official layout (3.1 GB)
 """
 import json
 import os
@@ -17,7 +18,7 @@ SPECIAL = (START, END, "<|User|>", "<|Assistant|>", IMAGE, PAD)
 
 
 def tokenizer(special=SPECIAL):
-    """A byte-level BPE without merges: 256 bytes, then the special tokens."""
+    """Return a byte-level BPE tokenizer without merges: 256 bytes, then the special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     out = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
@@ -27,7 +28,7 @@ def tokenizer(special=SPECIAL):
 
 
 def transformers_model(std=.15, seed=0):
-    """A JanusForConditionalGeneration: two layers of four heads, 40 codes, 4 x 4 image tokens."""
+    """Return a JanusForConditionalGeneration: two layers of four heads, 40 codes, 4 x 4 image tokens."""
     import transformers as t
     torch.manual_seed(seed)
     model = t.JanusForConditionalGeneration(t.JanusConfig(
@@ -45,7 +46,7 @@ def transformers_model(std=.15, seed=0):
 
 
 def official(state):
-    """transformers' names -> those of deepseek-ai/Janus (janus/models), the VQ part with LlamaGen's."""
+    """Rename from transformers to deepseek-ai/Janus (janus/models), whose VQ part has LlamaGen's names."""
     out = {}
     for key, value in state.items():
         name = "language_model." + key if key.startswith("lm_head") else key.removeprefix("model.")
@@ -67,7 +68,7 @@ def official(state):
 
 
 def make(folder, model, layout, shards=1, special=SPECIAL):
-    """Writes `model` in the layout "hf" (safetensors) or "official" (pytorch_model.bin, in so many files)."""
+    """Write `model` in the layout "hf" (safetensors) or "official" (pytorch_model.bin, in `shards` files)."""
     os.makedirs(folder, exist_ok=True)
     tokenizer(special).save(os.path.join(folder, "tokenizer.json"))
     if layout == "hf":
@@ -82,7 +83,7 @@ def make(folder, model, layout, shards=1, special=SPECIAL):
 
 
 def make_full_size(folder):
-    """Janus-Pro-1B's generation half in bf16 with random weights, named as in the released file."""
+    """Write Janus-Pro-1B's generation half in bf16 with random weights, named as in the released file."""
     import full_size
     from full import janus
     from vqgan import VQConfig
