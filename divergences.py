@@ -1,4 +1,4 @@
-"""Three divergences to a reference policy, three ways to put each into a loss, and the gradients of all nine.
+"""Three divergences to a reference policy and three estimators of each: nine loss terms and their gradients.
 
 [test_name] after an equation names the test of tests/core/test_divergences.py that verifies the equation.
 
@@ -6,11 +6,19 @@ Symbols
     pi, rho       the policy and the frozen reference: two distributions over the V codes of one token,
                   given the tokens before it
     a, v          the sampled token, a ~ pi, and any of the V codes
+    grad          the gradient with respect to the policy's parameters
     s             grad log pi(a), the score function, with E_pi[s] = 0. At code v: s_v = grad log pi_v
     w, x          w = rho(a) / pi(a) and x = log w = log rho(a) - log pi(a)
     suppressed    a token with x > 0: the policy gives it less probability than the reference does
-    boosted       a token with x < 0: the policy gives it more
-    D             a divergence, in nat per token; A is the advantage, beta the weight of D in the loss
+    boosted       a token with x < 0: the policy gives it more probability than the reference does
+    D             a divergence, in nat per token (the unit of the natural logarithm)
+    A, beta       the advantage of the token, and the weight of D in the loss
+    token of the reference
+                  a token sampled from rho. Training samples none of them. But a mean over pi can be rewritten
+                  as a mean over rho, and is then easier to read
+    U, force      U is a function of x whose derivative U'(x) = f'(w) we call the force; f defines D below.
+                  Descent on f(w) acts like a policy gradient on tokens of the reference with advantage U':
+                  Divergence.sampled derives this
 
 Definition. Let f be a convex function with f(1) = 0. The f-divergence of pi and rho is
     D = sum_v pi_v f(rho_v / pi_v) = E_pi[f(w)].
@@ -18,26 +26,26 @@ Since E_pi[w] = sum_v rho_v = 1, adding k (w - 1) to f leaves D unchanged for ev
 that f'(1) = 0. Then w = 1 is the minimum of f, so f >= 0 at every token. Near pi = rho such an f is of second
 order in w - 1, so an estimate of D from samples has less noise.
 
-The three divergences of this file:
-    name         D                                f(w)               f'(w)      c(w)         g(w)
-    reverse_kl   KL(pi || rho)                    w - log w - 1      1 - 1/w    1 - w        -log w
-    forward_kl   KL(rho || pi)                    w log w - w + 1    log w      -w log w     1 - w
-    js           (KL(pi || m) + KL(rho || m))/2   (P + w R) / 2      R / 2      -w R / 2     P / 2
-KL(p || q) = sum_v p_v log(p_v / q_v). So E_pi[-log w] = KL(pi || rho), and E_pi[w log w] = KL(rho || pi).
-For js, m = (pi + rho)/2, P = log(pi/m) = log(2 / (1 + w)), and R = log(rho/m) = log(2w / (1 + w)). JS lies
-between 0 and log 2, because pi/m and rho/m are at most 2.
-    c = -w f'     is the coefficient of s in the gradient of f(w) at a sampled token: see Divergence.weight
-    g = f + c     is the coefficient of s in the gradient of D: see Divergence.unbiased
+Three divergences. KL(p || q) = sum_v p_v log(p_v / q_v), so E_pi[-log w] = KL(pi || rho), and E_pi[w log w] =
+KL(rho || pi). js is the Jensen-Shannon divergence (JS): the mean KL of pi and of rho to m = (pi + rho)/2. It
+lies between 0 and log 2, because pi/m and rho/m are at most 2. The gradients contain two more functions of w:
+    c = -w f'     the coefficient of s in the gradient of f(w) at a sampled token: see Divergence.weight
+    g = f + c     the coefficient of s in the gradient of D: see Divergence.unbiased
+With Lpi = log(pi/m) = log(2 / (1 + w)) and Lrho = log(rho/m) = log(2w / (1 + w)), the table is
+    name         D                                f(w)                 f'(w)      c(w)          g(w)
+    reverse_kl   KL(pi || rho)                    w - log w - 1        1 - 1/w    1 - w         -log w
+    forward_kl   KL(rho || pi)                    w log w - w + 1      log w      -w log w      1 - w
+    js           (KL(pi || m) + KL(rho || m))/2   (Lpi + w Lrho) / 2   Lrho / 2   -w Lrho / 2   Lpi / 2
 [test_mean_of_sampled_is_the_divergence, test_exact_equals_torch_distributions, test_g_in_closed_form,
 test_js_is_bounded_and_finite_far_out]
 
-The three estimators. All have the mean value D. Only their gradients differ.
+Three estimators. All have the mean value D. Only their gradients differ.
     sampled     f(w) at the sampled tokens, as in the paper (arXiv 2606.21498), its code, and most GRPO code
     unbiased    ours: the same value, with a gradient whose mean is the gradient of D
     exact       ours: the sum over all V codes, so that the choice of the token adds no noise
 
-The main finding. The mean gradient of `sampled` is not the gradient of D. The sampled "reverse KL" that GRPO
-and the paper use descends the forward KL. Divergence.sampled derives what each sampled form descends.
+The main finding. The mean gradient of `sampled` is not the gradient of D. Gradient descent on the sampled
+"reverse KL" of the paper and of GRPO lowers, on average, the forward KL. Divergence.sampled derives this.
 """
 from functools import cached_property
 from typing import Callable, NamedTuple
@@ -48,14 +56,14 @@ import torch.nn.functional as F
 LOG2 = torch.tensor(2.0, dtype=torch.float64).log().item()
 CLAMP = 20.0                 # x is clamped to +-CLAMP, as in the paper's code: beyond it, f has no gradient
 
-# Strength. STRENGTH is the factor for beta with which a divergence pulls as hard as a KL near pi = rho. There
-# D is about f''(1)/2 E_pi[(w - 1)^2]. Both KLs have f''(1) = 1. JS has f''(1) = 1/4, so JS needs 4 beta.
-#     [test_strength_at_the_reference]
-# Further out the factor 4 is only a rule of thumb. In the sampled forms the force f'(w) on a token of the
-# reference is x for forward_kl and x - x^2/2 + .. for reverse_kl. Four times js has the force x - x^2/4 + ..,
-# which lies between the KLs. The force of 4 times js differs from x by 10 % at |x| = .4 and by 24 % at 1. The
-# force of reverse_kl differs from x by 18 % at x = .4, 23 % at -.4, 37 % at 1, and 72 % at -1.
-#     [test_strength_further_out]
+# Strength. Near pi = rho, D is about f''(1)/2 E_pi[(w - 1)^2]. Both KLs have f''(1) = 1. JS has f''(1) = 1/4,
+# so JS is as strong as a KL if its beta is 4 times larger. STRENGTH holds these factors. Training does not
+# apply them: choose --beta yourself.                                         [test_strength_at_the_reference]
+# Further out the factor 4 is only a rule of thumb. The force of `sampled` is x for forward_kl and
+# x - x^2/2 + .. for reverse_kl. Four times the force of js is x - x^2/4 + .., between the forces of the KLs.
+# Four times the force of js differs from x by 10 % at |x| = .4 and by 24 % at |x| = 1. The force of
+# reverse_kl
+# differs from x by 18 % at .4, 23 % at -.4, 37 % at 1, and 72 % at -1.            [test_strength_further_out]
 STRENGTH = {"reverse_kl": 1, "forward_kl": 1, "js": 4}
 
 
@@ -66,23 +74,21 @@ class Divergence(NamedTuple):
     total: Callable                            # (log pi [..,V], log rho [..,V]) -> D [..], in nat
 
     def weight(self, log_w):
-        """Return c(w) of log_w, any shape: the coefficient of s in the gradient of `sampled`.
+        """Return c(w) of log_w, any shape, and 0 where the clamp acts. The losses do not call it.
 
-        The gradient of f at a sampled token, which stays fixed while pi changes:
+        The gradient of f(w) at a sampled token. The token stays fixed while pi changes:
             dw / dlog pi = -w
             grad f(w) = f'(w) (-w) s = c(w) s             [test_weight_equals_autograd_of_sampled]
-        For js, f' is R/2 because two terms cancel:
-            dP/dw = -1/(1 + w)
-            w dR/dw = w (1/w - 1/(1 + w)) = 1/(1 + w)
-            d(P + w R)/dw = dP/dw + R + w dR/dw = R
+        For js, f' is Lrho/2 because two terms cancel:
+            dLpi/dw = -1/(1 + w)
+            w dLrho/dw = w (1/w - 1/(1 + w)) = 1/(1 + w)
+            d(Lpi + w Lrho)/dw = dLpi/dw + Lrho + w dLrho/dw = Lrho
         What c does. The loss -A log pi(a) + beta f(w) has the gradient -(A - beta c(w)) s. So the token acts
-        like a token of advantage A - beta c(w). We call this effect shaping.
-            suppressed, w large    reverse_kl and js pull the token back in proportion to w, forward_kl even
-                                   in proportion to w log w
-            boosted, w small       reverse_kl pushes the token down with c near 1. For forward_kl and js, c
-                                   goes to 0              [test_weight_in_the_table_of_the_facts]
-        These effects are per sampled token. `sampled` adds how often a token is sampled.
-        Where the clamp acts, the weight is 0.
+        like a token of advantage A - beta c(w).                         [test_limits_and_peaks_of_c]
+            suppressed, w large    reverse_kl and js pull the token back in proportion to w. forward_kl pulls
+                                   it back in proportion to w log w, which is more
+            boosted, w small       reverse_kl pushes the token down with c near 1. The others have c near 0
+        These effects are for one sampled token. How often a token is sampled also matters: see `sampled`.
         """
         return torch.where(log_w.abs() <= CLAMP, self.c(log_w), torch.zeros_like(log_w))
 
@@ -91,7 +97,7 @@ class Divergence(NamedTuple):
 
         logp = log pi(a) and logp_ref = log rho(a) have the same shape, which is also that of the result.
 
-        What it descends. The mean gradient is E_pi[c(w) s]. With pi w = rho and grad x = -s,
+        What descent lowers. The mean gradient is E_pi[c(w) s]. With pi w = rho and grad x = -s,
             E_pi[c(w) s] = -E_pi[w f'(w) s]
                          = -E_rho[f'(w) s]
                          = grad E_rho[U(x)],              where U'(x) = f'(w).
@@ -100,32 +106,34 @@ class Divergence(NamedTuple):
                          KL(rho || pi): the FORWARD KL
             forward_kl   U = x^2 / 2. E_rho[U] is half the mean square of x, which is neither KL
             js           U' = log(2 / (1 + e^-x)) / 2. E_rho[U] has no common name
-        Descent adds E_rho[U' s], as if tokens of the reference were sampled with advantage U'. So U' is the
-        force on a token of the reference. For js, U' stays below (log 2)/2 at suppressed tokens, and grows
-        like x/2 at boosted tokens.                       [test_force_on_a_token_of_the_reference]
 
-        c and U' describe one gradient in two units. c counts per sampled token, U' per unit of reference
-        probability, and pi c = -rho U'. In logit v the mean gradient is
-            pi_v (c_v - E_pi[c]) = -rho_v U'_v + pi_v E_rho[U'].         [test_the_gradient_in_a_logit]
-        Descent goes the other way: it lowers the logit of a token whose c is above the mean.
-            suppressed   The token is sampled rarely, but with a large c. The product pi c stays -rho U',
-                         however small pi is.
-            boosted      Take a token of small rho. For js, U' grows, but rho U' is about rho x/2, so the
-                         token is hardly pushed. For reverse_kl, rho U' is rho - pi, about -pi.
+        The force. Descent moves the parameters along E_rho[U' s]. This is the policy gradient of tokens of
+        the reference with advantage U'. We call U' the force. For js, the force on suppressed tokens stays
+        below (log 2)/2. The force on boosted tokens is negative, and about x/2 for large -x. As
+        c = -w U' and pi w = rho, pi c = -rho U' at every code.  [test_force_on_a_token_of_the_reference]
 
-        Constants. As E_pi[s] = 0, adding a constant to c changes no mean gradient. In U it adds a multiple
-        of e^-x. So reverse_kl also has the form U = x, U' = 1, c = -w. In this form every token of the
-        reference is pulled up alike, also where pi = rho. The softmax subtracts the mean of c, so the
-        gradient in logit v is pi_v - rho_v. The paper writes of a "uniform bias". We read the term this way.
+        In a logit. The mean gradient with respect to logit v of pi is
+            pi_v (c_v - E_pi[c]) = -(rho_v U'_v - pi_v E_rho[U']).       [test_the_gradient_in_a_logit]
+        Descent moves logit v along the bracket. Its second term makes the sum over v zero. Its first term:
+            suppressed   The token is sampled rarely, but with a large -c. The product -pi c = rho U' does not
+                         vanish when pi goes to 0.
+            boosted      For js, rho U' is about rho x/2, which is tiny when rho is tiny. For reverse_kl,
+                         rho U' = rho - pi is about -pi. It pushes the token down, however small rho is.
+
+        Constants. As E_pi[s] = 0, adding a constant to c changes no mean gradient. For reverse_kl we may add
+        -1. Then c = -w, U' = 1 and U = x: all tokens of the reference are pulled up with the same force. The
+        mean of c is -1, so the gradient in logit v is pi_v - rho_v. At pi = rho these pulls cancel in the
+        mean, but not in single samples. The paper speaks of a "uniform bias". We think it means this pull.
 
         k1, k2, k3 (joschu.net/blog/kl-approx.html) are estimates of KL(pi || rho) from samples: k1 = -x,
         k2 = x^2/2, and k3 = w - log w - 1, which is f of reverse_kl. As losses they differ:
-            k1           c = 1, a constant, so it is no force at all
+            k1           c = 1, a constant, so the mean gradient is 0
             k2           c = -x, which is g of reverse_kl, so the mean gradient is that of KL(pi || rho)
-            k3           descends KL(rho || pi)
+            k3           the mean gradient is that of KL(rho || pi)
                          [test_k1_as_a_loss_has_no_gradient_and_k2_is_exact_reverse_kl]
-        So the choice f'(1) = 0 matters here: a term k (w - 1) in f adds k KL(rho || pi) to what is descended.
-        In `unbiased` and `exact` that term only adds a constant to g, which is no force.
+        k1 and k3 differ by w - 1 only. In `sampled`, a term k (w - 1) in f adds k KL(rho || pi) to E_rho[U],
+        so the choice f'(1) = 0 matters. In `unbiased` and `exact` the term adds a constant to g, which is no
+        force.
         """
         return self.f((logp_ref - logp).clamp(-CLAMP, CLAMP))
 
@@ -133,40 +141,41 @@ class Divergence(NamedTuple):
         """Return (pi / pi_old) f(w) at tokens sampled from pi_old. Its mean gradient is the gradient of D.
 
         logp_old = log pi_old(a), or None where pi_old = pi. All shapes are equal.
-        Which token is sampled depends on pi as well, and `sampled` omits this. By the product rule, with
+        pi also decides which token is sampled, and `sampled` omits this effect. By the product rule, with
         grad pi_v = pi_v s_v,
             grad D = sum_v grad(pi_v f(w_v))
                    = sum_v pi_v [f(w_v) s_v + c(w_v) s_v]
                    = E_pi[g(w) s],     g = f + c = f - w f'.
-        `sampled` omits the term E_pi[f(w) s]. A factor pi / stop_grad(pi) in front of f(w) restores it: the
-        factor is 1, and its gradient is s.               [test_unbiased_averages_to_the_gradient_of_exact]
+        `sampled` omits the term E_pi[f(w) s]. A factor pi / pi.detach() in front of f(w) restores the term:
+        the factor is 1, and its gradient is s.           [test_unbiased_averages_to_the_gradient_of_exact]
         g of forward_kl is c of reverse_kl. So while pi = pi_old, unbiased forward_kl and sampled reverse_kl
-        are one method, sample by sample.                 [test_unbiased_forward_kl_is_sampled_reverse_kl]
-        In later inner epochs a ~ pi_old, and E_old[(pi / pi_old) f] = E_pi[f]. So the factor is then
-        pi / pi_old, without a clip.                      [test_unbiased_off_policy]
-        `sampled` has no such factor. Its mean gradient is then E_old[c s], so what `sampled` derives holds
-        only while pi is near pi_old.
+        have the same gradient at every sampled token.    [test_unbiased_forward_kl_is_sampled_reverse_kl]
+        In later inner epochs (further steps on one rollout) the tokens come from pi_old, the policy that
+        sampled. With E_old, the mean over pi_old, E_old[(pi / pi_old) f] = E_pi[f]. So the factor is then pi
+        / pi_old, without a clip. `sampled` has no such factor. Its mean gradient is then E_old[c s], so the
+        derivation in `sampled`
+        holds only while pi is near pi_old.               [test_unbiased_off_policy]
         """
         ratio = (logp - (logp.detach() if logp_old is None else logp_old)).exp()
         return ratio * self.f((logp_ref - logp).clamp(-CLAMP, CLAMP))
 
-    def exact(self, logp, logp_ref):
-        """Return D as a sum over all V codes: log pi [..,V], log rho [..,V] -> [..]. It needs no samples.
+    def exact(self, log_pi, log_rho):
+        """Return D as a sum over all V codes: log_pi [..,V], log_rho [..,V] -> [..]. It needs no samples.
 
-        The logits of policy and reference are there anyway, so the sum costs no further forward pass. For
-        logits z, put dlog pi_a / dz_v = 1[a=v] - pi_v into E_pi[g s]:
+        `sampled` also needs all V logits, to normalize log pi(a). So the sum costs no further forward pass.
+        For logits z, put dlog pi_a / dz_v = 1[a=v] - pi_v into E_pi[g s]:
             dD/dz_v = sum_a pi_a g_a (1[a=v] - pi_v)
                     = pi_v (g_v - E_pi[g])                [test_all_gradients_are_as_claimed]
 
-        What "exact" and "unbiased" leave out. Both speak of the divergence per token with a fixed prefix. But
-        pi samples the prefix, too. So the gradient of E_pi[D_1 + .. + D_T] has one more term:
+        What `exact` and `unbiased` leave out. Their D is that of one token after a fixed prefix, the tokens
+        before it. But pi samples the prefix, too. So the gradient of E_pi[D_1 + .. + D_T] has one more term:
             E_pi[sum_t s_t (D_{t+1} + .. + D_T)],     s_t = grad log pi(a_t | a_1 .. a_{t-1}).
         We omit this term, as GRPO implementations do.    [test_what_per_token_leaves_out]
         For reverse_kl, E_pi[D_1 + .. + D_T] is the divergence of whole sequences, because log w of a sequence
-        is the sum of its tokens' x. For forward_kl the prefixes would have to be samples of rho. For js,
-        log(1 + w_1 .. w_T) is not a sum over tokens.
+        is the sum of its tokens' x. For forward_kl this holds only if prefixes are sampled from rho. For js,
+        log(1 + w_1 w_2 ... w_T), with the product of all w, is not a sum over tokens.
         """
-        return self.total(logp, logp_ref)
+        return self.total(log_pi, log_rho)
 
 
 def _js_total(logp, logq):
@@ -194,10 +203,10 @@ class Categorical:
     """The policy's distribution over the code of every token.
 
     hidden [r,T,width] holds the last hidden states, and head maps them to logits [r,T,V]. Without a head,
-    hidden holds the logits. rows [b] is the row of each sample, where several samples share one. Without
-    rows, row i is sample i.
-    The logits are large, so they are made when `logp` is first used, and kept. That first use also decides
-    whether gradients flow.
+    hidden holds the logits. hidden has r rows, and there are b samples. rows [b] is the index of
+    each sample's row: in vapi.py several samples use one row. Without rows, sample i uses row i. The logits
+    are large, so they are made when `logp` is first used, and kept. If that happens inside torch.no_grad,
+    they have no gradient.
     """
 
     def __init__(self, hidden, head=None, rows=None):
@@ -205,7 +214,6 @@ class Categorical:
 
     @cached_property
     def logits(self):
-        """Logits [r,T,V]."""
         return self.hidden if self.head is None else self.head(self.hidden)
 
     @cached_property
@@ -228,10 +236,7 @@ class Categorical:
         return self._of_samples(-(self.logp.exp() * self.logp).sum(-1))
 
     def divergence(self, name, other):
-        """Return the exact divergence to `other`, a Categorical with the same rows: [b,T], in nat.
-
-        name is a key of DIVERGENCES.
-        """
+        """Return the exact divergence `name` of DIVERGENCES to `other`, with the same rows: [b,T], in nat."""
         return self._of_samples(DIVERGENCES[name].exact(self.logp, other.logp))
 
     def _of_samples(self, values):
@@ -240,10 +245,9 @@ class Categorical:
 
 def check_gradients(vocab=50, seed=0):
     """Return {claim: largest error} for the gradients derived above, in float64.
-
     pi and rho are random distributions over `vocab` codes."""
-    g = torch.Generator().manual_seed(seed)
-    z, logq = (torch.randn(vocab, generator=g, dtype=torch.float64) * 1.5 for _ in range(2))
+    random = torch.Generator().manual_seed(seed)
+    z, logq = (torch.randn(vocab, generator=random, dtype=torch.float64) * 1.5 for _ in range(2))
     z, logq = z.requires_grad_(), logq.log_softmax(0)
     logp = z.log_softmax(0)
     pi, x = logp.detach().exp(), (logq - logp).detach()
@@ -255,19 +259,19 @@ def check_gradients(vocab=50, seed=0):
         nodes, weights = torch.linspace(0, 1, 2001, dtype=torch.float64), torch.full((2001,), 2 / 6000.)
         weights[1::2], weights[0], weights[-1] = 4 / 6000., 1 / 6000., 1 / 6000.
         return x * ((LOG2 - F.softplus(-x[..., None] * nodes)) / 2 @ weights.double())
+    # U of each divergence. For reverse_kl, E_rho[e^-x] is the constant 1, so U = x gives the same gradient.
     potential = {"reverse_kl": lambda x: x, "forward_kl": lambda x: x * x / 2, "js": js_potential}
     out = {}
     for name, d in DIVERGENCES.items():
         y = torch.linspace(-15, 15, 301, dtype=torch.float64, requires_grad=True)        # y = log pi, rho = 1
         auto = torch.autograd.grad(d.sampled(y, torch.zeros_like(y)).sum(), y)[0]
-        out[f"{name}: weight = autograd of sampled"] = \
-            (((auto - d.weight(-y)).abs() / (1 + auto.abs())).max())
+        out[f"{name}: c = autograd of sampled"] = ((auto - d.weight(-y)).abs() / (1 + auto.abs())).max()
         out[f"{name}: E_pi[sampled] descends E_rho[U]"] = \
             (grad((pi * d.sampled(logp, logq)).sum())
              - grad((logq.exp() * potential[name](logq - logp)).sum())).abs().max()
         out[f"{name}: E_pi[unbiased] = exact"] = \
             (grad((pi * d.unbiased(logp, logq)).sum()) - grad(d.exact(logp, logq))).abs().max()
-        force = (d.f(x) + d.c(x)).detach()                                                 # g
+        g = d.f(x) + d.c(x)
         out[f"{name}: dD/dz = pi (g - E_pi[g])"] = \
-            (grad(d.exact(logp, logq)) - pi * (force - (pi * force).sum())).abs().max()
-    return {claim: difference.item() for claim, difference in out.items()}
+            (grad(d.exact(logp, logq)) - pi * (g - (pi * g).sum())).abs().max()
+    return {claim: error.item() for claim, error in out.items()}

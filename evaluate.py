@@ -8,14 +8,15 @@
 
 Every prompt is sampled `draws` times. Reported, as means over prompts:
   reward, heldout_reward   the run's own reward, and one that it was not trained on
-  pairwise            mean of 1 - cosine between images of one prompt, in the world's features (judge, CLIP)
-  vendi               an effective number of distinct images, between 1 and n (metrics.py)
+  pairwise            mean of 1 - cosine between images of one prompt, in features of the judge (tiny world)
+                      or of CLIP (full size)
+  vendi               an effective number of distinct images, between 1 and the number of images (metrics.py)
   token_entropy       of the policy on its own samples, nat per token
   kl_reverse          KL(policy || base) on the policy's samples, nat per *image* (metrics.jsonl: per token)
   kl_forward          KL(base || policy) on the base's samples, nat per image
 and what only the world of the run can measure (for example tiny/world.py). For the base there is also
-best-of-N: of N samples the one with the highest *trained* reward. It costs N times the sampling and no
-training. So compare a run with it before you praise the run's reward.
+best-of-N: of N samples the one with the highest reward of the kind that the run trains on. It costs N times
+the sampling and no training. So compare a run with it before you praise the run's reward.
 
 This file also says what a run consists of: `options` composes the options of a run, `open_world` opens its
 world and its models.
@@ -48,14 +49,14 @@ TOKENS_AT_ONCE = 2 ** 14        # tokens of the images that are sampled at once
 class Kind:
     """---- what is trained, and how"""
     world: Literal["tiny", "llamagen", "janus"] = option("tiny", "prompts, rewards and models")
-    algorithm: Literal["grpo", "vapi"] = option("grpo", "train.py or vapi.py")
+    algorithm: Literal["grpo", "vapi"] = option("grpo", "its loop is in train.py or vapi.py")
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """---- evaluation"""
-    eval_prompts: int = option(3, "number of fixed prompts: tiny world, per category; else in total", low=1)
-    eval_draws: int = option(96, "images of each, a multiple of 8; tiny world, at least 64", low=BEST_OF)
+    eval_prompts: int = option(3, "fixed prompts: per category in the tiny world, else in total", low=1)
+    eval_draws: int = option(96, "images of each prompt, a multiple of 8; tiny world, at least 64", low=8)
 
     def check(cfg):
         if cfg.eval_draws % BEST_OF:
@@ -79,7 +80,7 @@ class Extras:
     uncond_grad: bool = option(True, "with guidance: does the unconditional branch get a gradient?")
     score_cfg: float = option(0.0, "guidance of the loss; 0 = that of the rollout (full/janus.py)", low=0)
     critical_tokens: bool = option(False, "average the loss over selected tokens only (critical.py)")
-    dynamic_weight: bool = option(False, "multiply advantages by a running mean of pi / rho (critical.py)")
+    dynamic_weight: bool = option(False, "multiply the policy term by a factor (critical.py)")
 
     def check(cfg):
         if 0 < cfg.score_cfg < 1:
@@ -110,16 +111,11 @@ def open_world(options, device):
 
 
 def check_shares(cfg, size):
-    """Raise UserError unless a step's samples divide evenly among `size` processes and their batches."""
+    """Raise UserError unless a step's samples divide evenly among `size` processes and their sample_batch."""
     B, at_once = cfg.prompts_per_step * cfg.group_size, getattr(cfg, "sample_batch", 0)
     if B % size or (B // size) % min(at_once or B // size, B // size):
         raise UserError(f"{cfg.prompts_per_step} prompts x {cfg.group_size} images do not divide evenly "
                         f"among {size} processes, each with --sample_batch={at_once} at once")
-
-
-def open_saved(saved, path):
-    """Return the options of a run from its checkpoint `saved`. Raises UserError if they are none."""
-    return config.restore(options, saved.get("config"), path)
 
 
 # ---- the evaluation ----------------------------------------------------------------------------------------
@@ -227,9 +223,9 @@ def best_of_n(base):
 # ---- the program -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config:
-    runs: tuple = option((), "run folders, such as out/tiny_js, as words without dashes")
+    runs: tuple = option((), "run folders, such as out/tiny_js, given without an option name")
     draws: int = option(96, "images of each prompt, a multiple of 8; tiny world, 64 or more", low=BEST_OF)
-    eval_prompts: int = option(3, "fixed prompts: tiny world, of each category; otherwise in all", low=1)
+    eval_prompts: int = option(3, "fixed prompts: per category in the tiny world, else in total", low=1)
     cfg_scale: float = option(0.0, "guidance, of images and KLs; 0 = as in training", low=0)
     temperature: float = option(0.0, "of images and KLs; 0 = as in training", low=0)
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, then mps, then cpu")
@@ -250,7 +246,7 @@ def options_of(run_folder):
     saved = files.load(path)
     if not {"config", "model"} <= set(saved):
         raise UserError(f"{run_folder} is a base, not a run; every run is shown beside its base anyway")
-    return open_saved(saved, path), saved["model"]
+    return config.restore(options, saved["config"], path), saved["model"]
 
 
 def what_decides(options, *without):

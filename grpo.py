@@ -1,10 +1,11 @@
 """Group Relative Policy Optimization: from rewards to advantages, from log-probabilities to a loss.
 
 Symbols: pi the policy, rho the reference, pi_old the policy that sampled, a the sampled token, G samples of
-each prompt, B samples and N tokens in the whole step, T tokens of an image, V codes.
+each prompt, B samples and N tokens in the whole step, T tokens of an image, V codes (the vocabulary of image
+tokens).
 
 GRPO (arXiv 2402.03300 eq. 3, applied to image tokens by arXiv 2606.21498) samples G images of one prompt. The
-other images of the prompt serve as the baseline of each image, so no critic has to be trained. For sample i
+mean reward of the group serves as the baseline of its images, so no critic has to be trained. For sample i
 and token t, with the ratio r = pi(a) / pi_old(a):
     A_i   = (R_i - mean of the group) / (standard deviation of the group + eps)
     loss  = -(1/N) sum_{i,t} min(r A_i, clip(r, 1 - clip_eps, 1 + clip_eps) A_i)
@@ -24,9 +25,9 @@ Departures from the paper:
  1. N counts the tokens of the whole step, not of a micro-batch or of a sample. So the losses of
     micro-batches add up to the same loss however the step is cut. All images have the same number of tokens,
     so per-token and per-sample averages are equal.
- 2. A group whose rewards are all equal gets advantages of exactly zero. Otherwise the rounding error of the
-    mean would remain, and the division by eps = 1e-4 makes it large: up to 7e-5 for rewards of .1, and .019
-    for rewards of 21.3. Such groups are counted, because they teach nothing.
+ 2. A group whose rewards are all equal gets advantages of exactly zero. Without this rule, the rounding error
+    of the mean, divided by eps = 1e-4, gives false advantages: 7e-5 for rewards of .1, and .019 for rewards
+    of 21.3. Such groups are counted, because they teach nothing.
 The paper's released script averages the loss over "critical tokens" only (`weights` below). It also
 multiplies the policy term by a factor (`dynamic` below). Both are off by default, and critical.py explains
 them.
@@ -45,7 +46,7 @@ from divergences import CLAMP, DIVERGENCES
 @dataclass(frozen=True)
 class RolloutOptions:                    # its docstring is the heading of these options in --help
     """---- rollout"""
-    prompts_per_step: int = option(8, "P, prompts of a step; VA-pi: images", low=1)
+    prompts_per_step: int = option(8, "P, prompts of a step; with VA-pi the number of images", low=1)
     group_size: int = option(8, "G, samples of each prompt", low=2)
     temperature: float = option(1.0, "of rollout, loss and reference alike, above 0")
 
@@ -61,7 +62,7 @@ class LossOptions:
         "js", "which divergence to the reference is added to the loss (divergences.py)")
     estimator: Literal["sampled", "unbiased", "exact"] = option(
         "sampled", "how the divergence is estimated; sampled is the paper's form")
-    beta: float = option(0.4, "weight of the divergence, as it is: give JS 4 times the beta of a KL", low=0)
+    beta: float = option(0.4, "weight of the divergence; nothing rescales it: give JS 4 times a KL's", low=0)
     beta_schedule: Literal["constant", "linear", "cosine"] = option("constant", "from beta to beta_end")
     beta_end: float = option(0.0, "beta at the end of a linear or cosine schedule", low=0)
     clip_eps: float = option(0.2, "the ratio is clipped to 1 +- this; matters from inner epoch 2 on", low=0)
@@ -92,16 +93,16 @@ def loss(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, logit_chun
 
     pi, rho: distributions of policy and reference over the actions [b,T], under the sampler's temperature and
     guidance. logp_old [b,T]: recorded by the sampler. adv [b]. n_actions: N of the whole step. weights [b,T]
-    with mean 1 over the step, or None. options: as in `loss_at`. The losses of all micro-batches add up to
-    the loss of the step, and so do the statistics. Of max_ratio_error, keep the largest value.
+    with mean 1 over the step, or None. options: as in `loss_at`. The losses and statistics of all
+    micro-batches add up to those of the step, except max_ratio_error: its value for the step is the largest
+    one.
 
-    logit_chunk: compute the logits of this many positions at a time (0: of all). Logits need much more memory
-    than the hidden states they are made from: with 16,384 codes and a width of 1,280, 13 times as many
-    numbers, in fp32, for two models, with log-probabilities of the same size beside them. With logit_chunk,
-    the logits of a chunk are made, used and dropped, and made once more when the backward pass comes to the
-    chunk. So memory grows with the chunk only, and the output matrix is applied twice. The result is the
-    same.
-    [test_chunks_do_not_change_loss_gradient_or_statistics]
+    logit_chunk: compute the logits of this many positions at a time (0: of all). With 16,384 codes and a
+    width of 1,280 there are 13 times as many logits as hidden numbers. They are in fp32, for two models, and
+    log-probabilities need the same memory again. With logit_chunk, the logits of a chunk are made, used and
+    dropped, and made once more when the backward pass comes to the chunk. So memory grows with the chunk
+    only, and the output matrix is applied twice. The result is the same:
+    test_chunks_do_not_change_loss_gradient_or_statistics.
     """
     T = actions.shape[1]
 

@@ -9,7 +9,7 @@ def pairwise(features):
     features: unit vectors [P,n,d] of n >= 2 images of each of P prompts.
     """
     n = features.shape[1]
-    # The squared length of the sum is the sum of all n^2 cosines. n of these compare a vector with itself.
+    # The squared length of the sum is the sum of all n^2 cosines. n of them compare a vector with itself.
     total = features.sum(1).square().sum(1)                                                  # [P]
     return (1 - (total - n) / (n * (n - 1))).mean().item()
 
@@ -17,10 +17,10 @@ def pairwise(features):
 def vendi(features):
     """Return the Vendi score (arXiv 2210.02410 eq. 2), the effective number of different images, in 1..n.
 
-    features: unit vectors [n,d]. The score is exp of the entropy of the eigenvalues of the [n,n] matrix of
-    cosines over n. The [d,d] matrix has the same nonzero eigenvalues, so the smaller matrix is used.
+    features: unit vectors [n,d]. The matrix F F^T / n holds the cosines of all pairs, divided by n. The score
+    is exp(entropy of its eigenvalues). F^T F / n has the same nonzero eigenvalues: we use the smaller matrix.
     """
-    f = features.cpu().double()                    # on the CPU, because MPS has no float64
+    f = features.cpu().double()                    # on the CPU, because Apple GPUs (MPS) have no float64
     p = torch.linalg.eigvalsh((f.T @ f if len(f) > f.shape[1] else f @ f.T) / len(f)).clamp_min(1e-12)
     return (-(p * p.log()).sum()).exp().item()
 
@@ -31,14 +31,14 @@ def frechet(a, b):
     This is arXiv 1706.08500 eq. 6, which is called FID when the features come from Inception. The value falls
     as n grows, so compare only values of equal n.
     """
-    (m, s), (k, t) = ((x.mean(0), torch.atleast_2d(x.T.cov())) for x in (
-        a.cpu().double(), b.cpu().double()))
-    # The trace of sqrt(S T) is the sum of the roots of the eigenvalues of S T. The symmetric matrix
-    # sqrt(S) T sqrt(S) has the same eigenvalues.
+    a, b = a.cpu().double(), b.cpu().double()
+    s, t = torch.atleast_2d(a.T.cov()), torch.atleast_2d(b.T.cov())                          # [d,d]
+    # The trace of sqrt(s t) is the sum of the square roots of the eigenvalues of s t. The symmetric matrix
+    # sqrt(s) t sqrt(s) has the same eigenvalues.
     values, vectors = torch.linalg.eigh(s)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     middle = torch.linalg.eigvalsh(root @ t @ root).clamp_min(0).sqrt().sum()
-    return ((m - k).square().sum() + s.trace() + t.trace() - 2 * middle).item()
+    return ((a.mean(0) - b.mean(0)).square().sum() + s.trace() + t.trace() - 2 * middle).item()
 
 
 def precision_recall(real, sampled, k=3):
@@ -55,8 +55,7 @@ def precision_recall(real, sampled, k=3):
 
 
 def lpips(layers, images, originals):
-    """Return LPIPS with all weights 1 (arXiv 1801.03924 eq. 1): a perceptual distance [b] of images to
-    originals.
+    """Return LPIPS with all weights 1 (arXiv 1801.03924 eq. 1): a perceptual distance [b] to the originals.
 
     layers is a function images -> list of activations [b,C,h,w]. Activations become unit vectors at every
     place. Their squared distance is averaged over places and summed over layers.

@@ -1,34 +1,36 @@
-"""The policy: LlamaGen's transformer, which writes an image as a sequence of codes of the tokenizer.
+"""The policy: LlamaGen's transformer, which writes an image as a sequence of codes of the image tokenizer.
 
     prompt features [P,L,C] -> cls_embedding -> prefix [P,L,D]  |  tokens 0 .. T-2 -> embeddings [B,T-1,D]
     [prefix, tokens] -> layers: RMSNorm, causal attention with 2-D RoPE, RMSNorm, SwiGLU -> logits [B,T,V]
 
     B  sequences                     T  image tokens           L  length of the prefix
     P  prompts                       V  codes                  C  width of a prompt feature
-    D  width                         hd  width of a head       n  visible rows of a prefix
-    R  rows: B, or 2B under guidance, first the conditional ones, then the unconditional ones
-    S  image positions in one pass   p  places of the prompt in a cache: 1 here, L in full/janus.py
+    D  width                         hd  width of a head       n  visible rows of a prefix (not padding)
+    R  sequences of a pass: B, or with guidance (see below) 2B, first all conditional, then all unconditional
+    S  image positions in one pass   p  positions of the prompt in the cache of keys and values: 1 here
 
 Row t of the logits predicts token t, and the last row of the prefix predicts token 0. The model is a Llama
-(common/llama.py) except for the prefix, the rotation in two dimensions, and classifier-free guidance (CFG).
-Source: LlamaGen, arXiv 2406.06525. Modules have the released names, so released files load unchanged.
+(common/llama.py) except for the prefix, the rotation by position (RoPE) in two dimensions, and guidance.
+Classifier-free guidance (CFG) computes logits cond with the prompt and uncond without the prompt, and uses
+uncond + cfg_scale * (cond - uncond). Source: LlamaGen, arXiv 2406.06525. Modules have the names of
+LlamaGen's released checkpoints, so these load unchanged.
 
-Four rules of the released model are unusual, and are kept exactly:
+Three rules of the released model are unusual, and are kept exactly:
  1. The prompt acts as one token. RoPE multiplies the queries and keys of the prefix by a table of *zeros*
     (cos = sin = 0). So they are zero vectors, and every attention score that involves one of them is 0.
       - A prefix row attends evenly: its attention is the mean of the values of the visible rows up to it.
-      - Claim: for an image token, the n visible prefix rows act as one token with key 0, score log n, and
-        the mean of their values v_j as its value. Proof: each row has the weight exp(0) = 1, so together
+      - Claim: for an image token, the n visible prefix rows act as one token. Its key is the zero vector, log
+        n is added to its score, and its value is the mean of their values v_j. Proof: each row has the weight
+        exp(0) = 1, so together
             sum_j 1 v_j = n mean_j v_j = exp(log n) * mean_j v_j.
       - Consequence: the model reads its prompt as a bag of rows of equal weight. Word order reaches the image
         only through what the features themselves carry. The prompt is *one* vector per layer, and this vector
-        does not depend on the image. So `read` computes it once per prompt. All images of the prompt then
-        attend to 1 + t positions instead of L + t, and no image runs the prefix again.
+        does not depend on the image. So GPT.read_prompts computes it once per prompt. All images of a prompt
+        then attend to 1 + t positions instead of L + t, and no image runs the prefix again.
  2. Prompts are padded on the left, and padded rows are hidden from all others. Each row still sees itself,
     because a softmax over nothing is undefined. An empty prompt predicts token 0 from its last padded row.
- 3. The unconditional branch of CFG has the constant `uncond_embedding` for features, under the same mask.
- 4. Dropout and the dropping of conditions act in train mode, and belong to pretraining. In GRPO the policy
-    stays in eval mode, where gradients flow as well, so that sampler and loss see the same distribution.
+ 3. The unconditional branch of CFG reads the constant `uncond_embedding` in place of the prompt's features,
+    with the prompt's mask.
 """
 import contextlib
 from dataclasses import dataclass
@@ -63,23 +65,23 @@ class GPTConfig:                         # the defaults are GPT-B for 256-pixel 
     caption_dim: int = 2048              # C
     num_classes: int = 1000              # c2i only
     initializer_range: float = 0.02      # standard deviation of initial weights
-    token_dropout_p: float = 0.1         # these four act in train mode only
+    token_dropout_p: float = 0.1         # these four act in pretraining only: GRPO keeps eval mode
     resid_dropout_p: float = 0.1
     ffn_dropout_p: float = 0.1
-    class_dropout_prob: float = 0.1      # of a condition, so that CFG has an unconditional branch
+    class_dropout_prob: float = 0.1      # share of dropped prompts, which train the unconditional branch
 
 
 class PrefixAttention(llama.Attention):
-    def read(self, x, visible):
+    def forward_prompt(self, x, visible):
         """Let the prefix rows x [P,L,D] attend to each other, by rule 1.
 
-        visible [P,L+1,L] is 1 where a row sees a column; its last row is that of the image tokens. Return the
+        visible [P,L+1,L] is 1 where a row sees a column. Its last row says what image tokens see. Return the
         output [P,L,D], and the prompt as one token for the image rows: (key, value), [P,heads,1,hd] each.
         """
         v = F.linear(x, self.wqkv.weight[-x.shape[2]:])               # queries and keys are zero: only values
-        # The mean over what is seen. Zeros, ones and their sums are exact in bf16, but 1/n would not be.
+        # Sum first, then divide: bf16 would round a mask that is already divided by n.
         mean = ((visible @ v) / visible.sum(2, keepdim=True).clamp_min(1)).type_as(v)             # [P,L+1,D]
-        # contiguous: else policy and reference may take different kernels, and differ at step 0
+        # contiguous, because otherwise policy and reference may run different kernels and differ at step 0
         y = F.dropout(self.wo(mean[:, :-1].contiguous()), self.dropout, self.training)
         value = mean[:, -1:].unflatten(2, (self.n_head, -1)).transpose(1, 2)
         return y, (torch.zeros_like(value), value)
@@ -92,7 +94,7 @@ class TextEmbedding(nn.Module):
         super().__init__()
         self.cap_proj = nn.ModuleDict({"fc1": nn.Linear(c.caption_dim, c.dim, bias=False),
                                        "fc2": nn.Linear(c.dim, c.dim, bias=False)})
-        # A buffer as released: it is in the state dict, but no optimizer ever sees it.
+        # A buffer, as in the released code: it is in the state dict, but no optimizer ever sees it.
         uncond = torch.randn(c.cls_token_num, c.caption_dim) / c.caption_dim ** .5
         self.register_buffer("uncond_embedding", uncond)
 
@@ -118,17 +120,18 @@ class ClassEmbedding(nn.Module):
 
 
 class ImageTransformer(nn.Module):
-    """What GPT and Janus (full/janus.py) share: teacher forcing, guidance and sampling, of one distribution.
+    """What GPT and Janus (full/janus.py) share. Teacher forcing computes the logits of given tokens in one
+    pass. Sampling makes tokens one by one. Teacher forcing and sampling use the same distribution.
 
     A subclass has the modules tok_embeddings, layers, norm, output, a `config`, and three methods:
         check_prompt(cond)          raises ValueError if `cond` has a wrong shape or type
         rotations(x)                the rotations of all image positions, [T,hd/2]
-        read(cond, cond_mask, prompt, cfg_scale)       what image rows need of their prompts:
+        read_prompts(cond, cond_mask, prompt, cfg_scale)    what rows of image tokens need of their prompts:
             first [R,1,D]           the row that predicts token 0
             caches                  for each layer the prompt's keys and values, two of [R,heads,p,hd]
-            bias [R or 1,1,1,p]     added to the scores of these keys
+            bias [R or 1,1,1,p]     what is added to the attention scores of these keys
     """
-    token_dropout = 0.0       # share of the token embeddings that train mode drops
+    token_dropout = 0.0       # fraction of the numbers in token embeddings that train mode sets to zero
     recompute = False         # True: layers keep no activations, and the backward pass computes them again
     bf16 = False              # True: matrix products of forward, rollout, distribution in bf16 (autocast)
     compile_step = False      # True: `generate` compiles its step
@@ -141,16 +144,14 @@ class ImageTransformer(nn.Module):
         device = self.norm.weight.device.type
         return torch.autocast(device, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
 
-    def run(self, layer, *args):
+    def run_layer(self, layer, *args):
         if self.recompute and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False)
         return layer(*args)
 
     def logits(self, hidden, cfg_scale=1.0, temperature=1.0, uncond_grad=True):
-        """Turn rows [R,..,D] of `hidden` into the policy's logits [B,..,V], in fp32.
-
-        With uncond_grad=False the guided distribution is the same, but its unconditional branch gets no
-        gradient: only the conditional branch is trained to improve it."""
+        """Turn rows [R,..,D] of `hidden` into the policy's logits [B,..,V], in at least fp32.
+        With uncond_grad=False the logits are the same, but the unconditional branch gets no gradient."""
         logits = at_least_fp32(self.output(self.norm(hidden)))
         if cfg_scale > 1:
             cond, uncond = logits.chunk(2)
@@ -159,30 +160,30 @@ class ImageTransformer(nn.Module):
         return logits / temperature if temperature not in (0, 1) else logits
 
     def hidden(self, tokens, cond, cond_mask=None, prompt=None, *, cfg_scale=1.0):
-        """Run teacher forcing up to the logits: rows [R,T,D]. Arguments as in `forward`. A loss can call
-        `logits` on some positions at a time, and need not hold all logits [B,T,V]."""
+        """Run teacher forcing up to the last layer -> rows [R,T,D]. Arguments as in `forward`.
+        `logits` accepts any slice of positions, so a loss need not hold all logits [B,T,V]."""
         self.check(cond, cond_mask, prompt, cfg_scale)
         B, T = len(cond) if prompt is None else len(prompt), self.config.block_size
         if tokens.dim() != 2 or len(tokens) != B or not 0 < tokens.shape[1] <= T:
             raise ValueError(f"tokens must be [{B}, 1 to {T}], got {tuple(tokens.shape)}")
-        first, caches, prompt_bias = self.read(cond, cond_mask, prompt, cfg_scale)
+        first, caches, prompt_bias = self.read_prompts(cond, cond_mask, prompt, cfg_scale)
         x = self.tok_embeddings(tokens[:, :-1])                            # the last token predicts nothing
-        x = F.dropout(x.repeat(len(first) // B, 1, 1), self.token_dropout, self.training)         # [R,S,D]
+        x = F.dropout(x.repeat(len(first) // B, 1, 1), self.token_dropout, self.training)  # R is B or 2B
         S, rotation = x.shape[1], self.rotations(x)[:x.shape[1]]
         # Every row sees its prompt, the earlier rows and itself. Later rows are hidden by -inf.
         later = torch.full((S, S), -torch.inf, device=x.device, dtype=prompt_bias.dtype).triu(1)
         bias = torch.cat([prompt_bias.expand(-1, 1, S, -1), later.expand(len(prompt_bias), 1, -1, -1)], 3)
         for layer, cache in zip(self.layers, caches):
-            x = self.run(layer, x, rotation, bias, cache)
+            x = self.run_layer(layer, x, rotation, bias, cache)
         return torch.cat([first.type_as(x), x], 1)
 
     def forward(self, tokens, cond, cond_mask=None, prompt=None, *, cfg_scale=1.0, temperature=1.0):
         """Return logits [B,T,V] by teacher forcing: row t is for token t, given the tokens before t.
 
-        tokens [B,T] in 0..V-1, T <= block_size. cond: features [P,L,C], class labels [P] or text ids [P,L].
-        cond_mask [P,L], 1 = visible (None: all). prompt [B]: the row of cond of each sequence (None: P = B,
-        one each). cfg_scale >= 1, where 1 is no guidance. temperature > 0 (0 divides by nothing).
-        Raises ValueError.
+        tokens [B,T] in 0..V-1, T <= block_size. cond: features [P,L,C], class labels [P], or for Janus text
+        ids [P,L]. cond_mask [P,L]: 1 at visible rows; None: all are visible. prompt [B]: which row of cond
+        belongs to each sequence; None: P = B, and row i belongs to sequence i. cfg_scale >= 1, where 1 is no
+        guidance. temperature >= 0, where 0 does not divide the logits. Raises ValueError if these do not fit.
         """
         self.check(cond, cond_mask, prompt, cfg_scale, temperature)
         with self.autocast():
@@ -190,7 +191,7 @@ class ImageTransformer(nn.Module):
             return self.logits(hidden, cfg_scale, temperature)
 
     def step(self, token, rotation, bias, caches, place):
-        """One step of sampling: run the row of token [B,1] through all layers. Return it, [R,1,D]."""
+        """Run one step of sampling: token [B,1] through all layers -> rows [R,1,D]."""
         x = self.tok_embeddings(token).repeat(len(caches[0][0]) // len(token), 1, 1)
         for layer, cache in zip(self.layers, caches):
             x = layer(x, rotation, bias, cache, place)
@@ -202,34 +203,34 @@ class ImageTransformer(nn.Module):
         """Sample tokens [B,T]. With return_logp also return their logp [B,T] in the sampled distribution.
 
         cond, cond_mask, prompt: as in `forward`. temperature 0 takes the likeliest code, with logp 0. top_k 0
-        and top_p 1 cut nothing. part (i, n): these sequences are part i of n equal parts of a batch. The
-        noise is that of the whole batch, so n processes sample what one would. Raises ValueError.
-
-        The cache has its full size from the start. compile_step compiles `step` for fixed shapes: it attends
-        to all places then, and the bias hides those not filled yet. No GPU has run or measured that.
+        and top_p 1 cut nothing. part (i, n): these sequences are part i of n equal parts of a batch. Each
+        part draws the random numbers of the whole batch and uses its own rows of them. So the samples do not
+        depend on how many processes share the batch. Raises ValueError if the arguments do not fit.
+        The cache has its full size from the start. With compile_step all shapes are fixed: `step` reads the
+        whole cache, and bias hides the places that are not filled yet. compile_step is not tested on a GPU.
         """
         self.check(cond, cond_mask, prompt, cfg_scale, temperature)
         if top_k < 0 or not 0 < top_p <= 1:
             raise ValueError(f"top_k must be at least 0 and top_p in (0,1], got {top_k} and {top_p}")
         B, T, device = len(cond) if prompt is None else len(prompt), self.config.block_size, cond.device
-        first, caches, prompt_bias = self.read(cond, cond_mask, prompt, cfg_scale)
+        first, caches, prompt_bias = self.read_prompts(cond, cond_mask, prompt, cfg_scale)
         p, rotations = prompt_bias.shape[3], self.rotations(first)
-        # places 0 .. p-1 belong to the prompt, the others to tokens 0 .. T-2
+        # places 0 .. p-1 of the cache belong to the prompt, the others to tokens 0 .. T-2
         caches = [[F.pad(x, (0, 0, 0, T - 1)) for x in keys_values] for keys_values in caches]
         bias = F.pad(prompt_bias, (0, T - 1)).type_as(caches[0][0])                       # [R or 1,1,1,p+T-1]
         places = torch.arange(p + T - 1, device=device)
         step = llama.compiled(self.step, caches) if self.compile_step else self.step
         tokens = torch.zeros(B, T, dtype=torch.long, device=device)
         logp = torch.zeros(B, T, dtype=torch.promote_types(first.dtype, torch.float32), device=device)
-        hidden = first.type_as(self.tok_embeddings(tokens[:, :1]))         # in the precision of image rows
+        hidden = first.type_as(self.tok_embeddings(tokens[:, :1]))         # the precision of image rows
         for t in range(T):
             logits = self.logits(hidden[:, 0], cfg_scale, temperature)                            # [B,V]
             logp_all = truncated_logp(logits, top_k, top_p)
             if temperature == 0:
                 token = logp_all.argmax(1, keepdim=True)                                          # [B,1]
             else:
-                # With E_v ~ Exp(1), p_v / E_v is largest at v with probability p_v. Minus the log of a
-                # uniform number is Exp(1). No number goes to the CPU, so it never waits for the GPU.
+                # torch.multinomial would make the CPU wait for the GPU. If all E_v ~ Exp(1), the code with
+                # the largest p_v / E_v is a sample of p, too. Minus the log of a uniform number is Exp(1).
                 noise = torch.rand(part[1] * B, logits.shape[1], generator=generator, device=device)
                 token = (logp_all.exp() / -noise[part[0] * B:][:B].log()).argmax(1, keepdim=True)
                 logp[:, t:t + 1] = logp_all.gather(1, token)
@@ -247,11 +248,11 @@ class ImageTransformer(nn.Module):
                 part=(0, 1)):
         """Sample an image for each entry of prompt [b], as Policy in common/interfaces.py says."""
         pieces = prompt.split(at_once or len(prompt))
-        noise, sampled = generator and generator.get_state(), []
+        state, sampled = generator and generator.get_state(), []
         with self.autocast(), parallel.gathered(self):
             for i, piece in enumerate(pieces):
                 if generator:
-                    generator.set_state(noise)         # each piece takes its own rows of the same noise
+                    generator.set_state(state)         # each piece uses its own rows of the same numbers
                 sampled.append(self.generate(
                     *conditions.of(piece), cfg_scale=cfg_scale, temperature=temperature, generator=generator,
                     return_logp=True, part=(part[0] * len(pieces) + i, part[1] * len(pieces))))
@@ -296,9 +297,9 @@ class GPT(ImageTransformer):
     def from_pretrained(cls, path, dtype=torch.float32, **overrides):
         """Load a file in LlamaGen's layout into a GPT on the CPU, in eval mode, with parameters in `dtype`.
 
-        dtype: float32, bfloat16 or float16, as text or torch's. The config comes from shapes, PRESETS and
-        the file's name (common/released.py), and overrides replace its fields. Raises UserError for a file
-        that is missing, damaged or of another model, and if n_head= or block_size= has to be given.
+        dtype: a name such as "bfloat16", or torch.bfloat16. The config comes from shapes, PRESETS and the
+        file's name (common/released.py), and overrides replace its fields. Raises UserError for a file that
+        is missing, damaged or of another model, or that does not tell n_head or block_size (then pass these).
         """
         state, told = files.read_released(path, released.UNUSED)
         fields = released.fields(GPTConfig, released.gpt_shapes, state, told, overrides, path)
@@ -320,7 +321,7 @@ class GPT(ImageTransformer):
             self.rope = rope_table(self.side, c.dim // c.n_head, c.rope_base).to(x.device, dtype)
         return self.rope
 
-    def read(self, cond, cond_mask, prompt, cfg_scale):
+    def read_prompts(self, cond, cond_mask, prompt, cfg_scale):
         """Run the prefix, once per prompt. A cache is the prompt as one token (p = 1), and the bias is its
         score log n, or -inf for an empty prompt. ImageTransformer describes what is returned."""
         c, L, P = self.config, self.config.cls_token_num, len(cond)
@@ -330,7 +331,7 @@ class GPT(ImageTransformer):
         if self.training and c.class_dropout_prob:
             drop = torch.rand(P, device=cond.device) < c.class_dropout_prob
             cond = torch.where(drop.view(-1, *[1] * (cond.dim() - 1)), self.cls_embedding.uncond(cond), cond)
-        row = torch.arange(P, device=cond.device) if prompt is None else prompt            # [B], in 0 .. P-1
+        row = torch.arange(P, device=cond.device) if prompt is None else prompt            # [B], its prompt
         if cfg_scale > 1:
             cond = torch.cat([cond, self.cls_embedding.uncond(cond)])
             visible = visible.repeat(2 if len(visible) > 1 else 1, 1)
@@ -341,7 +342,7 @@ class GPT(ImageTransformer):
         sees = torch.cat([(visible | itself).tril(), visible], 1).to(x.dtype)                     # [..,L+1,L]
         caches = []
         for layer in self.layers:
-            x, keys_values = self.run(layer.read, x, sees)
+            x, keys_values = self.run_layer(layer.forward_prompt, x, sees)
             caches.append([y[row] for y in keys_values])
-        log_n = visible.sum(2).to(self.rotations(x).real.dtype).log()[:, :, None, None]
+        log_n = visible.sum(2).to(torch.promote_types(x.dtype, torch.float32)).log()[:, :, None, None]
         return x[row, -1:], caches, log_n if len(log_n) == 1 else log_n[row]

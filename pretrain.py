@@ -1,18 +1,18 @@
-"""Pretrain the base of the tiny world from nothing: tokenizer, then policy, then judge.
+"""Pretrain the base of the tiny world from nothing: image tokenizer, then policy, then judge.
 
     python pretrain.py                                writes out/tiny_base.pt, about 13 minutes on 2 CPU cores
     python pretrain.py --out=assets/tiny_base.pt      replaces the base that the repository ships
 
  1. The tokenizer (vqgan.py) learns to reconstruct an image from 64 tokens.
  2. The policy (model.py) learns to predict the tokens of an image from its caption, by maximum likelihood. On
-    purpose a fifth of the captions belongs to another image, as many do on the web. So the base draws a
-    wrong image more often than a right one, and reinforcement learning has something to fix.
- 3. The judge (tiny/judge.py) learns to tell true captions of an image from false ones.
-Policy and judge see no captions and no images with a held-out pair (shapes.HELD_OUT). The tokenizer reads no
-captions and sees such images, because it must be able to draw what the policy should generalize to.
-The same seed on the same machine gives the same file, bit for bit.
+    purpose a fifth of the captions belongs to another image, as many captions on the web do. So the base
+    draws a wrong image more often than a right one, and reinforcement learning has something to fix.
+ 3. The judge (tiny/judge.py) learns to tell true captions of an image from false captions.
+Policy and judge see no captions and no images with an unseen pair of color and shape (shapes.UNSEEN). The
+tokenizer reads no captions. It does see images of unseen pairs, because the policy should later generate
+them. The same seed on the same machine gives the same file, bit for bit.
 
-Shapes: B images of a batch, T = 64 tokens of an image, H = W = 32.
+Shapes: n images, B images of a batch, T = 64 tokens of an image, V codes, H = W = 32.
 """
 import math
 import os
@@ -24,9 +24,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import trange
 
-from common import config, files
+from common import config, device, files
 from common.config import option
-from common import device
 from common.device import batched
 from model import GPT, GPTConfig
 from tiny import shapes, text
@@ -46,22 +45,21 @@ AR = GPTConfig(dim=128, n_layer=4, n_head=4, multiple_of=32, vocab_size=VQ.codeb
 class Config:
     out: str = option("out/tiny_base.pt", "file to write", ending=".pt")
     seed: int = option(0, "seed of scenes, weights and batches", low=0)
-    scenes: int = option(24000, "images to render for training", low=2)
+    scenes: int = option(24000, "number of images for training", low=2)
     wrong_captions: float = option(0.2, "fraction of captions that belong to another image", low=0, high=1)
     vq_steps: int = option(2400, "steps of the tokenizer, each on 4 images and 4 collages", low=1)
-    vq_lr: float = option(1e-3, "its peak learning rate: warm-up over 50 steps, then cosine to 2 %", low=0)
+    vq_lr: float = option(1e-3, "peak learning rate of the tokenizer: 50 steps up, then cosine to 2 %", low=0)
     gpt_steps: int = option(5000, "steps of the policy, each on 16 images", low=1)
-    gpt_lr: float = option(2e-3, "its peak learning rate with AdamW, same schedule", low=0)
-    muon_lr: float = option(1e-2, "its peak learning rate with Muon, same schedule", low=0)
+    gpt_lr: float = option(2e-3, "peak learning rate of the policy with AdamW, same schedule", low=0)
+    muon_lr: float = option(1e-2, "peak learning rate of the policy with Muon, same schedule", low=0)
     judge_steps: int = option(1200, "steps of the judge, each on 64 images with 128 captions", low=1)
-    judge_lr: float = option(2e-3, "its peak learning rate, same schedule", low=0)
+    judge_lr: float = option(2e-3, "peak learning rate of the judge, same schedule", low=0)
 
 
 def train(name, optimizers, steps, loss_of):
     """Take `steps` steps on loss_of(step) -> (loss, {name: value to show in the progress bar}).
-
-    Each learning rate rises to its peak, that of the optimizer, in 50 steps. Then it falls to 2 % of the peak
-    along a cosine."""
+    An optimizer comes with its peak learning rate. The rate rises to this peak in 50 steps. It falls along a
+    cosine to 2 % of the peak at the end."""
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     bar = trange(steps, desc=name, ncols=110)
     for step in bar:
@@ -85,9 +83,9 @@ def adamw(params, lr):
 
 @torch.no_grad()
 def revive(vq, images, dead):
-    """Move unused codes, True in dead [V], to outputs of the encoder on images [B,3,H,W] far from all codes.
-    Without this they stay unused, because a code without users has no gradient. The new places are a random
-    quarter of the candidates, the vectors that are farthest from their nearest code."""
+    """Move unused codes, True in dead [V], to outputs of the encoder on images [B,3,H,W].
+    Otherwise these codes would stay unused, because a code that no image uses gets no gradient. Candidates
+    are the outputs farthest from their nearest code, four per unused code. A random quarter is taken."""
     count = int(dead.sum())
     _, unit, cosine = vq.quantize(vq.quant_conv(vq.encoder(images)))
     far = cosine.amax(2).flatten().argsort()[:4 * count]
@@ -104,8 +102,8 @@ def pretrain_tokenizer(cfg, images):
         if step and step % 40 == 0 and step < .7 * cfg.vq_steps:
             revive(vq, images[torch.randint(len(images), (32,))], ~used)
             used.fill_(False)
-        # A collage joins two images at a random row or column (vqgan.py says why). `first` [4,side,side] is
-        # True at the tokens of the first image.
+        # A collage is cut at a random row or column of tokens (vqgan.py explains collages). `first`
+        # [4,side,side] is True at the tokens of the first image.
         cut, place = torch.randint(1, side, (4, 1, 1)), torch.arange(side)
         first = torch.where(torch.rand(4, 1, 1) < .5, place.view(1, -1, 1) < cut, place.view(1, 1, -1) < cut)
         total, terms, tokens = vq.loss(images[torch.randint(len(images), (4,))], first)
@@ -119,8 +117,8 @@ def pretrain_policy(cfg, tokens, captions, rng):
     """Train a GPT on the tokens [n,T] of n images and their captions, and return it."""
     gpt = GPT(AR)
     # Muon (Jordan 2024) orthogonalizes the step of a matrix, so the step is equally large in all directions.
-    # It is meant for hidden layers. Embeddings, norms and the logits keep AdamW. After 1,500 steps the reader
-    # accepts .24 of the images with Muon and .06 without.
+    # It is meant for hidden layers. Embeddings, norms and the output layer keep AdamW. After 1,500 steps the
+    # reader accepts .24 of the images with Muon and .06 without.
     hidden = [p for k, p in gpt.named_parameters()
               if p.dim() == 2 and k.startswith(("layers", "cls_embedding"))]
     rest = [p for p in gpt.parameters() if all(p is not h for h in hidden)]
@@ -138,9 +136,8 @@ def pretrain_policy(cfg, tokens, captions, rng):
 
 def near_miss(caption, rng):
     """Return a caption of the same form that differs in one color, shape, number or direction.
-
-    It names no held-out pair. Such a caption is false of every training image, so the judge would learn to
-    reject the pair. After 20 failed attempts the result is the caption itself."""
+    It names no unseen pair: the judge would learn to reject unseen pairs, because captions with one are false
+    of all training images. After 20 failed attempts the result is the caption itself."""
     words, kinds = caption.split(), (tuple(shapes.COLORS), shapes.SHAPES, tuple(shapes.NUMBERS),
                                      ("above", "below"), ("left", "right"))
     for _ in range(20):
@@ -148,7 +145,7 @@ def near_miss(caption, rng):
         kind = next((k for k in kinds if words[i] in k), None)
         if kind:
             new = " ".join(words[:i] + [rng.choice(kind)] + words[i + 1:])
-            if new != caption and new in shapes.CAPTIONS and not shapes.held_out(shapes.CAPTIONS[new]):
+            if new != caption and new in shapes.CAPTIONS and not shapes.names_unseen(shapes.CAPTIONS[new]):
                 return new
     return caption
 
@@ -175,11 +172,11 @@ def main(argv):
     start = time.time()
     torch.manual_seed(cfg.seed)
     rng = random.Random(cfg.seed)
-    with_heldout = shapes.random_scenes(cfg.scenes // 2, rng, allow_heldout=True)
+    with_unseen = shapes.random_scenes(cfg.scenes // 2, rng, allow_unseen=True)
     captions, scenes = zip(*shapes.random_scenes(cfg.scenes, rng))
     captions, images = [c.text for c in captions], shapes.render(scenes)
 
-    vq = pretrain_tokenizer(cfg, shapes.render([scene for _, scene in with_heldout]))
+    vq = pretrain_tokenizer(cfg, shapes.render([scene for _, scene in with_unseen]))
     tokens = batched(vq.encode, images, 250)
     decoded = batched(vq.decode, tokens, 250)
     print("fraction that the reader reads correctly after encoding and decoding:",

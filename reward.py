@@ -4,11 +4,12 @@ Each world has its own rewards:
   tiny world     judge and reader, in tiny/judge.py
   full size      hps, pickscore, clipscore and aesthetic, in full/clip.py
 
-A run trains on a weighted sum (`--reward=judge` or `--reward=judge:1,reader:0.5`). It always reports a
-held-out reward that it does not train on (`--heldout_reward=reader`). The gap between the two shows reward
-hacking.
+A GRPO run trains on a weighted sum (`--reward=judge` or `--reward=judge:1,reader:0.5`). It always reports a
+held-out reward that it does not train on (`--heldout_reward=reader`). If the reward rises and the held-out
+reward falls, the policy exploits the errors of the reward.
 
 To add a reward, write its function here and put it into REWARDS. See "Your own reward" in README.md.
+Wrong options raise UserError (common/config.py). A reward that fails, or returns a wrong shape, raises Fault.
 """
 import math
 from dataclasses import dataclass
@@ -22,14 +23,12 @@ REWARDS = {}                    # name: function (images, prompts) -> rewards [b
 class Options:
     """---- reward"""
     reward: str = option("judge", "what GRPO trains on; a weighted sum is judge:1,reader:0.5")
-    heldout_reward: str = option("reader", "what is only reported; VA-pi only reports both")
+    heldout_reward: str = option("reader", "what is reported but not trained on; vapi.py trains on neither")
 
 
 def parse(spec, known):
     """'judge:1,reader:0.5' -> {'judge': 1.0, 'reader': 0.5}. A weight that is left out is 1.
-
-    known: the names of a world's rewards; those of REWARDS are known everywhere. Raises UserError.
-    """
+    known: the names of a world's rewards. Those of REWARDS are known in every world. Raises UserError."""
     known, weights = (*known, *REWARDS), {}
     for part in spec.split(","):
         name, _, weight = part.strip().partition(":")
@@ -45,17 +44,17 @@ def parse(spec, known):
 
 
 def check(cfg, known):
-    """UserError for unknown rewards, or a held-out reward that is trained on."""
+    """Raise UserError if a reward is unknown, or if the held-out reward is also trained on."""
     if set(parse(cfg.heldout_reward, known)) & set(parse(cfg.reward, known)):
         raise UserError(f"--heldout_reward={cfg.heldout_reward} must not be trained on as well: "
                         f"--reward is {cfg.reward}")
 
 
 def weighted(spec, functions):
-    """The weighted sum of rewards that `spec` names, as one function (images, prompts) -> [b].
+    """Return the weighted sum of rewards that `spec` names, as one function (images, prompts) -> [b].
 
-    functions: {name: function}. The sum raises Fault, naming the reward, for a reward that fails or does not
-    return one number for each image.
+    functions: {name: function}. The sum raises Fault with the name of a reward that fails or does not return
+    one number for each image.
     """
     weights = parse(spec, functions)
 
@@ -67,7 +66,7 @@ def weighted(spec, functions):
                 shape = tuple(rewards[-1].shape)
             except UserError:
                 raise
-            except Exception as error:                     # a reward may be anyone's code
+            except Exception as error:                     # a reward may be code of a user
                 raise Fault(f"reward {name!r} failed: {type(error).__name__}: {error}") from error
             if shape != (len(prompts),):
                 raise Fault(f"reward {name!r} must return one number for each of {len(prompts)} images, "

@@ -108,7 +108,9 @@ def open_pipeline(cfg, prompts, where):
         path = config.locate(cfg.ckpt)
         path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
         saved = files.load(path)
-        options = evaluate.open_saved(saved, path) if {"config", "model"} <= set(saved) else None
+        options = None                                     # of a base
+        if {"config", "model"} <= set(saved):
+            options = config.restore(evaluate.options, saved["config"], path)
         if options is None or options.world == "tiny":
             policy, vqgan, *_ = tiny.world.load_models(path, where)
             return tiny.world.Pipeline(policy, vqgan, where, cfg.dtype), "tiny"
@@ -116,13 +118,15 @@ def open_pipeline(cfg, prompts, where):
     kind = full.world.PIPELINES[options.world]
     same = {k: getattr(options, k) for k in ("gpt_ckpt", "vq_ckpt", "t5", "n_head", "block_size")}
     o = full.world.Options(weights=cfg.weights, lora_rank=getattr(options, "lora_rank", 0), **same)
-    pipeline = kind(o, weights.find(kind.model_files(o), o.weights), None, where, cfg.dtype, train=False)
+    def find(keys):
+        return weights.find([getattr(o, key) for key in keys], o.weights)
+    pipeline = kind(o, find(kind.model_files), None, where, cfg.dtype, train=False)
     if state:
         files.load_weights(pipeline.policy, state, path)
     if pipeline.kind == "c2i":                             # whatever the name of its file
-        pipeline.text = llamagen.Numbers()
+        pipeline.text = llamagen.Classes()
     else:
-        pipeline.text = kind.text_encoder(o, weights.find(kind.text_files(o), o.weights), where)
+        pipeline.text = kind.text_encoder(o, find(kind.text_files), where)
     pipeline.text.prepare(prompts)
     return pipeline, pipeline.kind
 

@@ -1,4 +1,5 @@
-"""GRPO post-training of a text-to-image policy, with a divergence to its reference.
+"""GRPO post-training of a text-to-image policy, with a divergence to its reference, the policy before
+training.
 
     python train.py                                   the tiny world, 90 seconds on 2 CPU cores
     python train.py configs/tiny_none.py              the same without a divergence: watch the diversity fall
@@ -6,29 +7,29 @@
     python train.py configs/tiny_js.py --resume       continue the run in its out_dir
     python train.py configs/llamagen_js.py            the 775M LlamaGen with real prompts, on one GPU
     torchrun --nproc_per_node=8 train.py configs/llamagen_js.py         the same on eight (common/parallel.py)
-    python train.py configs/tiny_vapi.py              VA-pi, which learns from real images (vapi.py)
+    python train.py configs/tiny_vapi.py              another algorithm: learns from given images (vapi.py)
 
 The policy is an autoregressive model: it writes an image as a sequence of tokens. Each step samples G images
 for each of P prompts, rewards them, and turns the rewards into advantages within each group of G. Then it
 takes one gradient step (or --inner_epochs steps) on the GRPO loss (grpo.py), with a divergence to the frozen
-base (divergences.py), such as JS, the Jensen-Shannon divergence. `grpo_loop` below is the whole algorithm.
-Method: "Balancing Performance and Diversity in GRPO Autoregressive Text-to-Image Post-Training", arXiv
-2606.21498.
+reference (divergences.py), such as JS, the Jensen-Shannon divergence. `grpo_loop` below is the whole
+algorithm. Method: "Balancing Performance and Diversity in GRPO Autoregressive Text-to-Image Post-Training",
+arXiv 2606.21498.
 
 The distribution that samples *is* the distribution that is trained: rollout, loss and reference have the same
-temperature and the same classifier-free guidance (cfg_scale). Only --score_cfg breaks this rule, as a
-released script does. `max_ratio_error` in the log checks the rule at every step. It is the largest
-abs(pi_loss / pi_sampler - 1) over all tokens. In fp32 it stays below 1e-4, because rollout and loss add up
-the same numbers in different orders. A larger value is a bug: the loss then trains another distribution than
-the one that samples.
+temperature and the same classifier-free guidance (cfg_scale, see model.py). Only --score_cfg breaks this
+rule, to repeat a released script (full/janus.py). `max_ratio_error` in the log checks the rule at every step.
+It is the largest abs(pi_loss / pi_sampler - 1) over all tokens. It is not 0, because rollout and loss add up
+the same numbers in different orders. In fp32 it stays below 1e-4. In fp32 and without --score_cfg, a larger
+value is a bug: the loss then trains another distribution than the one that samples.
 
 The run folder gets config.py (all options), metrics.jsonl (one line per step), evaluations.jsonl,
 samples_*.png, ckpt.pt, and at the end before_after.png, curves.png and table.md. Options stand beside the
-code that reads them, and `--help` prints them. A run with one process can be read as if `parallel` were not
-there.
+code that reads them, and `--help` prints them. With one process, `parallel` changes nothing, so ignore it
+when you read the code.
 
-The paper's released script uses two more tricks, critical tokens and a dynamic weight. Here they are off
-(critical.py).
+The paper's released script uses two more tricks, critical tokens and a dynamic weight. Both are off by
+default (critical.py).
 """
 import sys
 if sys.version_info < (3, 11):
@@ -51,9 +52,9 @@ from critical import critical_tokens
 def grpo_loop(cfg, run, world, pipeline):
     """Train pipeline.policy by GRPO.
 
-    cfg: the options. run: a common.run.Run, the plumbing. world: prompts and rewards. pipeline: the models.
-    common/interfaces.py says what world and pipeline offer. A step has B = P * G samples of T tokens, and
-    this process has b = B / (number of processes) of them.
+    cfg: the options. run: a common.run.Run, for steps, optimizer, log and files. world: prompts and rewards.
+    pipeline: the models. common/interfaces.py says what world and pipeline offer. A step has B = P * G
+    samples of T tokens, and this process has b = B / (number of processes) of them.
     """
     policy, reference, G = pipeline.policy, pipeline.reference, cfg.group_size
     B = cfg.prompts_per_step * G
@@ -107,7 +108,7 @@ def grpo_loop(cfg, run, world, pipeline):
             run.optimizer_step(step)
         run.phase("update")
 
-        # 5. log: the first pass, where the policy is the one that sampled. Clipping shows in the last pass.
+        # 5. log: statistics of the first pass, whose policy is the sampler, and clip_share of the last pass
         stats = epochs[0] | {"clip_share": epochs[-1]["clip_share"],
                              "max_ratio_error": epochs[0]["max_ratio_error"].clamp_min(mismatch)}
         run.log(step, {"reward": rewards.mean().item(), "heldout_reward": heldout.mean().item(),

@@ -1,27 +1,29 @@
-"""The tokenizer: LlamaGen's VQ model, which turns an image into T integers, and back.
+"""The image tokenizer: LlamaGen's VQ model, which turns an image into T integers, and back.
 
     image [B,3,H,W] -> encoder -> z [B,n,h,w] -> nearest code -> tokens [B,T]
     tokens [B,T] -> vectors of the codebook [B,T,n] -> decoder -> image [B,3,H,W]
 
     B  images   T = h*w  tokens of an image, row by row   V  codes   n  latent dimensions (8 as released)
 
-A convolutional encoder shrinks the image, 16 times per side in VQ-16. Each of the T vectors is replaced by
-the nearest of V learned code vectors. A decoder makes an image of these. The policy in model.py only sees
-the indices. Sources: VQGAN, arXiv 2012.09841; LlamaGen, arXiv 2406.06525 sec. 3.1; codes of unit length and
-few dimensions, ViT-VQGAN, arXiv 2110.04627 sec. 3.2. Modules have the released names, so that
-`vq_ds16_t2i.pt` loads unchanged.
+A convolutional encoder shrinks the image, 16 times per side in VQ-16, the released model. Each of its T
+output vectors is replaced by the nearest of V learned code vectors. A decoder turns the code vectors into an
+image. The policy in model.py sees only the indices of the codes. Modules have the released names, so
+`vq_ds16_t2i.pt` loads unchanged. Sources: VQGAN, arXiv 2012.09841; LlamaGen, arXiv 2406.06525 sec. 3.1; codes
+of unit length and few dimensions, ViT-VQGAN, arXiv 2110.04627 sec. 3.2.
 
 Departures from LlamaGen's training:
- 1. There is no perceptual (LPIPS) and no GAN loss. Images of flat shapes need neither of them, but both
-    matter for photographs.
- 2. `num_groups` is an option: 32 groups of one channel are InstanceNorm, which erases flat colors.
+ 1. There is no perceptual loss (LPIPS, on features of a network) and no GAN loss. The flat shapes of the tiny
+    world need neither of them, but photographs do.
+ 2. `num_groups` is an option. With 32 groups, each group of a 32-channel layer is one channel. GroupNorm is
+    then InstanceNorm, which erases flat colors.
  3. Initial weights: residual branches start at zero, and convolutions keep the scale of their input. In the
-    tiny world the squared error after 300 steps is a third of that with PyTorch's defaults (LOG.md).
+    tiny world the squared error after 300 steps is a third of the error with PyTorch's defaults (LOG.md).
  4. `loss` can make collages. A collage consists of patches of two images, and every patch has to keep the
-    token that it had in its own image. Without collages nothing ties a token to its own place, because
-    GroupNorm and attention see the whole image. A plain patch of background then takes one of several codes,
-    depending on the rest of the image. The reconstruction does not suffer, but a policy has to predict these
-    codes: 1.4 nat per token in the tiny world without collages, .08 with them (LOG.md).
+    token that it had in its own image. Without collages a token may depend on the whole image instead of its
+    own patch, because GroupNorm and attention see the whole image. A plain patch of background then takes one
+    of several codes, depending on the rest of the image. The reconstruction does not suffer, but a policy has
+    to predict these codes. Given its patch, a token has an entropy of 1.4 nat in the tiny world without
+    collages, .08 with them (LOG.md).
 """
 from dataclasses import dataclass
 
@@ -47,7 +49,7 @@ class VQConfig:                            # the defaults are VQ-16 as released 
     commit_weight: float = 0.25
     entropy_weight: float = 0.0            # > 0: all codes stay in use
     collage_weight: float = 0.0            # > 0: a patch keeps its token in another image (departure 4)
-    temperature: float = 0.01              # of softmax(-distance / temperature) in the last two terms
+    temperature: float = 0.01              # of softmax(-distance / temperature), for entropy and collages
 
 
 class ResnetBlock(nn.Module):
@@ -66,7 +68,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head attention between all positions. It is used only where the image is smallest."""
+    """Single-head attention between all positions. It is used only at the lowest resolution."""
 
     def __init__(self, n, groups):
         super().__init__()
@@ -99,8 +101,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """ResNet blocks at one resolution, and then a change of resolution. In the lowest level attention follows
-    each block."""
+    """ResNet blocks at one resolution, then a change of resolution. attend: attention follows each block."""
 
     def __init__(self, n_in, n_out, blocks, groups, attend, **resample):
         super().__init__()
@@ -171,7 +172,6 @@ class Quantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / c.codebook_size, 1 / c.codebook_size)
 
     def codes(self):
-        """Return the unit vectors of all codes, [V,n]."""
         return F.normalize(self.embedding.weight, dim=1)
 
     def forward(self, z):
@@ -199,10 +199,8 @@ class VQGAN(nn.Module):
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, **overrides):
         """Load a file in LlamaGen's layout into a VQGAN on the CPU, in eval mode, with parameters in `dtype`.
-
-        dtype: float32, bfloat16 or float16, as text or torch's. overrides: fields of VQConfig. Raises
-        UserError for a file that is missing, damaged or of another model.
-        """
+        dtype: a name such as "bfloat16", or torch.bfloat16. overrides: fields of VQConfig. Raises UserError
+        for a file that is missing, damaged or of another model."""
         state, told = files.read_released(path, released.UNUSED)
         fields = released.fields(VQConfig, released.vq_shapes, state, told, overrides, path)
         return files.build(cls, VQConfig(**fields), state, dtype, path)
@@ -210,7 +208,6 @@ class VQGAN(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """Turn images [B,3,H,W] in [-1,1] into tokens [B,T] in 0..V-1, row by row.
-
         Raises ValueError unless H and W are multiples of 2**(levels-1)."""
         factor = 2 ** (len(self.config.ch_mult) - 1)
         if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
@@ -219,12 +216,11 @@ class VQGAN(nn.Module):
         return self.quantize(self.quant_conv(self.encoder(images)))[0]
 
     def codes(self):
-        """The unit vector of each code, [V,8]."""
+        """Return the unit vectors of all codes, [V,n]."""
         return self.quantize.codes()
 
     def decode(self, tokens):
         """Turn tokens [B,T] of square images into images [B,3,H,W], about in [-1,1] but not clipped.
-
         Raises ValueError unless T is a square."""
         side = int(tokens.shape[1] ** .5)
         if tokens.dim() != 2 or side * side != tokens.shape[1]:
@@ -238,8 +234,8 @@ class VQGAN(nn.Module):
     def loss(self, images, collage=None):
         """Return (loss, {name: detached term}, tokens) of images [B,3,H,W]. VQ-VAE, arXiv 1711.00937 eq. 3.
 
-        collage [B,h,w], bool, one entry per token: also train on B collages, so that tokens are [2B,T] and
-        else [B,T]. Collage b shows image b where its entries are True, and image B-1-b elsewhere.
+        collage [B,h,w], bool: also train on B collages. Collage b shows image b at tokens where collage[b] is
+        True, and image B-1-b elsewhere. With collages the returned tokens are [2B,T], otherwise [B,T].
         """
         c, B = self.config, len(images)
         if collage is not None:
@@ -254,7 +250,7 @@ class VQGAN(nn.Module):
             # p = softmax(-distance / temperature). On the unit sphere the squared distance is 2 - 2 cosine.
             logp = F.log_softmax(2 * cosine / c.temperature, 2)            # [B or 2B,T,V]
         if c.entropy_weight:
-            # E[H(p)] - H(E[p]): low if each choice is sure and all choices are used
+            # E[H(p)] - H(E[p]), H is the entropy: low if each choice is certain and all codes are used
             mean = logp.exp().mean((0, 1))
             terms["entropy"] = (c.entropy_weight,
                                 -(logp.exp() * logp).sum(2).mean() + (mean * (mean + 1e-5).log()).sum())
@@ -262,7 +258,7 @@ class VQGAN(nn.Module):
             # -log p(the token that the patch has in its own image)
             kept = torch.where(collage.flatten(1), tokens[:B], tokens[:B].flip(0))
             terms["collage"] = (c.collage_weight, F.nll_loss(logp[B:].flatten(0, 1), kept.flatten()))
-        # Straight through: the decoder gets the code, and its gradient goes to the vector that was rounded.
+        # Straight-through: the decoder gets the code, and its gradient goes to the encoder's vector `unit`.
         decoded = self.decode_vectors(unit + (code - unit).detach(), *z.shape[2:])
         terms["l1"] = c.l1_weight, F.l1_loss(decoded, images)
         terms["l2"] = c.l2_weight, F.mse_loss(decoded, images)

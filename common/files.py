@@ -1,13 +1,13 @@
 """Files: written atomically, loaded without running code, checked for damage.
 
 `save` writes one dict of tensors and plain Python values. Configs are stored as dicts. `load` reads the dict
-back with torch.load(weights_only=True), which refuses a pickle that would call a function. Any downloaded
-.pt file could hold such a pickle. torch.load does not notice two kinds of damage, so `load` checks for them:
- 1. Flipped bits. torch.save writes a zip with a checksum (CRC-32) of each part. Comparing the checksums takes
-    a third of a second per GB.
+back with torch.load(weights_only=True), which refuses a pickle that would call a function. Any downloaded .pt
+file could hold such a pickle. torch.load does not notice two kinds of damage, so `load` checks for them:
+ 1. Flipped bits. torch.save writes a zip with a checksum (CRC-32) of each part, which takes 1/3 s per GB.
  2. NaN and infinity, which would turn every image grey.
 """
 import argparse
+import contextlib
 import dataclasses
 import glob
 import json
@@ -25,12 +25,25 @@ from common import config
 from common.config import UserError
 
 
+@contextlib.contextmanager
+def explain(what, advice="", text=True):
+    """Turn every exception inside into a UserError: `what`, the exception (if text: its text), `advice`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ModuleNotFoundError as error:
+        raise UserError(f"no package {error.name}: pip install -r requirements-full.txt") from None
+    except Exception as error:
+        why = f": {' '.join(str(error).split())[:200]}" * text
+        raise UserError(f"{what} ({type(error).__name__}{why}){advice}") from None
+
+
 def save(state, path, keep=0):
     """Write `state` to `path` atomically: after a crash the file is the old one or the new one, never a mix.
-
-    keep > 0 also keeps copies of the newest `keep` files as path_STEP.pt, where STEP is state["step"].
-    """
+    keep > 0 also keeps copies of the newest `keep` files as path_STEP.pt, where STEP is state["step"]."""
     temporary, stem = f"{path}.tmp", path.removesuffix(".pt")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
@@ -42,10 +55,9 @@ def save(state, path, keep=0):
             os.replace(temporary, f"{stem}_{state['step']:06d}.pt")
             for old in sorted(glob.glob(glob.escape(stem) + "_[0-9]*.pt"))[:-keep]:
                 os.remove(old)
-    except OSError:                                # the disk may be full, so free the space again
+    finally:                                       # the disk may be full, so free the space again
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise
 
 
 def verify(path):
@@ -53,14 +65,12 @@ def verify(path):
     before version 1.6 wrote no zips and no checksums."""
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\3\4"         # torch.load looks at the same four bytes
-    if is_zip:
-        with zipfile.ZipFile(path) as file:
-            if part := file.testzip():
-                raise UserError(f"{path} is damaged: its part {part!r:.99} has a wrong checksum. Fetch it "
-                                f"again, or use an earlier checkpoint.")
+        if part := is_zip and zipfile.ZipFile(file).testzip():
+            raise UserError(f"{path} is damaged: its part {part!r:.99} has a wrong checksum. Fetch it again, "
+                            f"or use an earlier checkpoint.")
 
 
-def examine(state, path, size=None):           # size: unused; clip.py and t5.py still pass it
+def examine(state, path):
     """Raise UserError if a floating point tensor anywhere in `state`, read from `path`, is not finite."""
     todo, seen = [("", state)], set()
     while todo:
@@ -79,28 +89,21 @@ def examine(state, path, size=None):           # size: unused; clip.py and t5.py
 
 
 def load(path, device="cpu", lazy=False):
-    """Return the dict stored at `path`, with its tensors on `device`.
-
-    lazy: tensors stay on the disk until they are used. Raises UserError if the file is missing or damaged, or
-    holds more than a dict of tensors and plain values.
-    """
+    """Return the dict of tensors and plain values at `path`, its tensors on `device`. lazy: tensors stay on
+    the disk until they are used. Raises UserError if the file is missing, damaged or of another kind."""
     if not os.path.isfile(path):
         raise UserError(f"there is no file {path}.")
-    try:
+    # The text of torch's exception is not shown, because it advises to allow the file to run code.
+    with explain(f"{path} is damaged, or holds more than plain tensors",
+                 ". Fetch it again, or use an earlier checkpoint.", text=False):
         verify(path)
         # Trainers store their options as an argparse.Namespace. Loading one only sets its fields.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")        # torch.load warns of pickles that torch.save did not write
             state = torch.load(path, map_location=device, weights_only=True, mmap=lazy)
         examine(state, path)
-    except UserError:
-        raise
-    except Exception as error:                     # each kind of damage raises its own class
-        raise UserError(f"{path} is damaged, or holds more than plain tensors ({type(error).__name__}). "
-                        f"Fetch it again, or use an earlier checkpoint.") from None
     if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not a dict of tensors. It is another kind "
-                        f"of file.")
+        raise UserError(f"{path} holds a {type(state).__name__}, not a dict. It is another kind of file.")
     return state
 
 
@@ -135,48 +138,40 @@ def unpack(make, make_config, packed, device, path):
     if not isinstance(packed, dict) or not isinstance(packed.get("state"), dict) or "config" not in packed:
         raise UserError(f"{path} is no base of this version: {make.__name__} lacks its config or its state.")
     options = config.restore(make_config, packed["config"], path) if make_config else None
-    return build(make, options, dict(packed["state"]), torch.float32, path).to(device)
+    return build(make, options, select(packed["state"], path), torch.float32, path).to(device)
 
 
-def load_weights(module, state, path):
-    """Copy {name: tensor}, read from `path`, into a module. Raises UserError if the tensors do not fit."""
-    try:
-        if wrong := [k for k, v in state.items() if not v.is_floating_point()]:
-            raise RuntimeError(f"{wrong[0]} is of {state[wrong[0]].dtype}")
-        module.load_state_dict(state)
-    except (AttributeError, TypeError, RuntimeError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is no base or run of this version: {why}") from None
+def load_weights(module, state, path, wrong="no base or run of this version"):
+    """Copy {name: tensor}, read from `path`, into a module. If it does not fit: UserError `wrong`."""
+    with explain(f"{path} is {wrong}"):
+        module.load_state_dict(select(state, path))
 
 
 # ---- released weights ----------------------------------------------------------------------------------
 TOLD = {"n_head": int, "block_size": int, "norm_eps": float}       # fields that no tensor's shape tells
 
 
-def select(state, unused, path, beside=()):
-    """Return the tensors of `state` whose names the regular expression `unused` does not match.
-
-    Prints one line that names what is left out, with the entries `beside` the tensors in the file at `path`.
-    Raises UserError if anything but tensors of floating point numbers remains.
-    """
+def select(state, path, unused="(?!)", beside=()):
+    """Return the tensors of `state` whose names `unused` does not match. The default matches no name. Prints
+    one line that names what is left out, with the entries `beside` the tensors in the file at `path`. Raises
+    UserError if anything but tensors of floating point numbers remains."""
+    state = {str(key): value for key, value in state.items()}
+    left_out = [key for key in state if re.match(unused, key)]
     for key, value in state.items():
-        if not key.isprintable() or not (re.match(unused, key) or isinstance(value, torch.Tensor)
+        if not key.isprintable() or not (key in left_out or isinstance(value, torch.Tensor)
                                          and value.is_floating_point()):
             raise UserError(f"{path}: {key!r:.99} is {getattr(value, 'dtype', type(value).__name__)}, not a "
                             f"tensor of floating point numbers. It is another kind of file.")
-    if left_out := [*beside, *(key for key in state if re.match(unused, key))]:
-        print(f"{path}: left out {len(left_out)} entries that are not needed: {', '.join(left_out[:4])}"
-              + ", ..." * (len(left_out) > 4))
-    return {key: value for key, value in state.items() if not re.match(unused, key)}
+    if said := [*beside, *left_out]:
+        print(f"{path}: left out {len(said)} entries that are not needed: {', '.join(said[:4])}"
+              + ", ..." * (len(said) > 4))
+    return {key: value for key, value in state.items() if key not in left_out}
 
 
 def read_released(path, unused):
-    """Return (state, told) of a file of released weights, {"model": state} or `state` alone.
-
-    state: {name: tensor}, without the names that `unused` matches (see `select`). told: fields of TOLD from
-    the file's entry "config", which `python -m full.weights --convert` writes. Raises UserError if the file
-    is missing or damaged, or holds anything but tensors of floating point numbers.
-    """
+    """Return (state, told) of a file of released weights, {"model": state} or `state` alone. state: what
+    `select` returns. told: fields of TOLD from the entry "config", which full/weights.py --convert writes.
+    Raises UserError if the file is missing or damaged, or holds other things than tensors of floats."""
     if not os.path.isfile(path):
         raise UserError(f"there is no file {path}. `python -m full.weights` lists the released files, and "
                         f"its option --convert converts a folder to a file.")
@@ -189,30 +184,21 @@ def read_released(path, unused):
     if not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path} holds no tensors, neither at its top level nor under 'model'. For other "
                         f"layouts: `python -m full.weights --convert=FILE --to=FILE.pt`.")
-    return select({str(key): value for key, value in state.items()}, unused, path, beside), told
-
-
-def _shape(value):
-    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return list(value.shape) if is_float else getattr(value, "dtype", type(value).__name__)
+    return select(state, path, unused, beside), told
 
 
 def build(make, config, state, dtype, path):
-    """Return make(config) in eval mode, holding the tensors of `state` in `dtype`. config None: make().
+    """Return make(config), or make() without a config, in eval mode, with the tensors of `state` in `dtype`.
 
-    make: a class such as GPT. state: {name: tensor}, emptied on the way, so that memory peaks at the size of
-    the file, or of the model if that is larger. dtype: float32, bfloat16 or float16, as text or as torch's.
-    Raises UserError if there is no such model, or with the first 8 differences in names and shapes.
+    state: what `select` returned. It is emptied on the way, so that memory peaks at the size of the file, or
+    of the model if that is larger. dtype: float32, bfloat16 or float16, as text or as torch's. Raises
+    UserError if there is no such model, or with the first 8 differences in names and shapes.
     """
     if (kind := str(dtype).removeprefix("torch.")) not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}.")
-    try:
-        with torch.device("meta"):                 # names and shapes without memory
-            module = make() if config is None else make(config)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, OverflowError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"{path}: no such {make.__name__} can be built: {why}") from None
-    want, have = ({k: _shape(v) for k, v in part.items()} for part in (module.state_dict(), state))
+    with explain(f"{path}: no such {make.__name__} can be built"), torch.device("meta"):      # without memory
+        module = make() if config is None else make(config)
+    want, have = ({k: list(v.shape) for k, v in part.items()} for part in (module.state_dict(), state))
     if wrong := [f"{key!r:.99} should be {want.get(key, 'absent')}, but is {have.get(key, 'absent')}"
                  for key in {**want, **have} if have.get(key) != want.get(key)]:
         raise UserError(f"{path} differs from {make.__name__} in {len(wrong)} places: "
@@ -230,12 +216,9 @@ class Log:
         self.path, self.lines = path, []
         if os.path.exists(path):
             for text in open(path, encoding="utf-8"):
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    break                          # the process was killed while it wrote this line
-                if line["step"] < start:
-                    self.lines.append(line)
+                with contextlib.suppress(ValueError):          # a kill cut this line short
+                    if (line := json.loads(text))["step"] < start:
+                        self.lines.append(line)
         with open(f"{path}.tmp", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in self.lines)
         os.replace(f"{path}.tmp", path)

@@ -1,9 +1,9 @@
 """The parts of a Llama that model.py and full/janus.py share: norm, rotation, attention, SwiGLU.
 
-    R rows of a batch   S positions   D width   hd width of a head
+    R sequences of a pass   S positions   D width   hd width of a head
 
-Each of the two models adds a method `read` to `Attention`, which runs the prompt. Sources: Llama, arXiv
-2302.13971; RMSNorm, 1910.07467; rotary positions, 2104.09864; SwiGLU, 2002.05202.
+Each model adds a method `forward_prompt` to `Attention`. It processes the rows of the prompt.
+Sources: Llama, arXiv 2302.13971; RMSNorm, 1910.07467; rotary positions, 2104.09864; SwiGLU, 2002.05202.
 """
 import torch
 import torch.nn as nn
@@ -51,8 +51,8 @@ class Attention(nn.Module):
         """Let image rows x [R,S,D] attend to their prompt and to earlier image rows. Return [R,S,D].
 
         bias [R or 1,1,S,positions] is added to the scores. cache: keys and values, two of [R,heads,..,hd].
-        Teacher forcing (place None): the cache holds those of the prompt, and the rows' own are appended.
-        Sampling (S = 1): the row's own key and value are written into the cache at `place`, a tensor [1].
+        Teacher forcing (place None): the cache holds keys and values of the prompt. Those of x are appended.
+        Sampling (S = 1): the key and value of x are written into the cache at `place`, a tensor [1].
         """
         q, k, v = self.qkv(x, rotation)
         if place is None:
@@ -92,9 +92,9 @@ class Block(nn.Module):
         self.attention, self.feed_forward = attention, feed_forward
         self.attention_norm, self.ffn_norm = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
-    def read(self, x, *args):
-        """Run prompt rows. Return them and the keys and values that image rows attend to (Attention.read)."""
-        y, keys_values = self.attention.read(self.attention_norm(x), *args)
+    def forward_prompt(self, x, *args):
+        """Run prompt rows x. Return the new rows, and the keys and values that image rows attend to."""
+        y, keys_values = self.attention.forward_prompt(self.attention_norm(x), *args)
         return self._feed_forward(x + y), keys_values
 
     def forward(self, x, *args):
@@ -105,8 +105,8 @@ class Block(nn.Module):
 
 
 def truncated_logp(logits, top_k=0, top_p=1.0):
-    """Cut logits [B,V] to the k likeliest codes, then to the fewest codes with probability >= top_p in all.
-    Return the log-probabilities [B,V] of what is left."""
+    """Keep the top_k likeliest codes, and of these the fewest whose probabilities add up to at least top_p.
+    logits [B,V] -> log-probabilities [B,V], which are -inf at all other codes."""
     if 0 < top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, 1).values[:, -1:], -torch.inf)
     if top_p < 1:
@@ -131,11 +131,10 @@ def check(cond, cond_mask, prompt, cfg_scale, temperature):
 
 
 def compiled(step, caches):
-    """Return the decoding step compiled by torch.compile for fixed shapes, as gpt-fast does.
+    """Return `step` compiled for fixed shapes, as in github.com/pytorch-labs/gpt-fast. Not tested on a GPU.
 
-    On CUDA it asks for CUDA graphs, which may write into `caches` (pairs of tensors) because these do not
-    move. No GPU has run or measured this.
-    """
+    On CUDA the compiled step uses CUDA graphs. They need tensors whose addresses never change, so the caches
+    (pairs of tensors) are marked as such."""
     for x in (x for keys_values in caches for x in keys_values):
         torch._dynamo.mark_static_address(x, guard=False)
     return torch.compile(step, dynamic=False, mode="reduce-overhead" if x.is_cuda else None)

@@ -31,7 +31,7 @@ class LowRank(nn.Module):
 
     @property
     def weight(self):
-        """Return W + (alpha / rank) B A. Attention.read in model.py uses the matrix itself."""
+        """Return W + (alpha / rank) B A. PrefixAttention in model.py uses the matrix itself."""
         return self.base.weight + self.scale * self.b @ self.a
 
     def forward(self, x):

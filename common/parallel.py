@@ -122,9 +122,11 @@ def shard(model):
         part.set_gradient_divide_factor(1.0)               # gradients are summed, not averaged
         # Otherwise FSDP2 multiplies while it reduces (PREMUL_SUM), an operation that gloo does not have.
         part.set_force_sum_reduction_for_comms(True)
-    for part, names in [(model, ("hidden", "logits", "generate")), *((m, ("read",)) for m in model.layers)]:
-        for name in names:                                 # otherwise only `forward` would gather the weights
-            register_fsdp_forward_method(part, name)
+    # Without this, only `forward` would gather the weights.
+    for name in ("hidden", "logits", "generate"):
+        register_fsdp_forward_method(model, name)
+    for layer in model.layers:
+        register_fsdp_forward_method(layer, "forward_prompt")
 
 
 @contextlib.contextmanager

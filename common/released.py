@@ -8,6 +8,7 @@ import dataclasses
 import os
 import re
 
+from common import files
 from common.config import UserError
 
 # Names of buffers that are computed anew here, and of what only the training of the tokenizer needs.
@@ -16,20 +17,15 @@ UNUSED = (r"freqs_cis$|causal_mask$|layers\.\d+\.attention\.kv_cache\.|.*rotary_
 
 
 def fields(make_config, shapes, state, told, overrides, path):
-    """Return the fields of the dataclass `make_config`: from shapes(state), then told, then overrides.
-
-    told and overrides are dicts. Raises UserError if an override is no field, or if the tensors that `shapes`
-    looks at are missing, because the file at `path` belongs to another model.
-    """
+    """Return the fields of the dataclass `make_config`: from shapes(state), then dicts told and overrides.
+    Raises UserError if an override is no field, or if the file at `path` belongs to another model."""
     names = [field.name for field in dataclasses.fields(make_config)]
     if unknown := [name for name in overrides if name not in names]:
         raise UserError(f"there is no option {unknown[0]!r} of {make_config.__name__}. Allowed: dtype, "
                         f"{', '.join(names)}.")
-    try:
+    with files.explain(f"{path} does not look like a file for {make_config.__name__}",
+                       f". The first of its {len(state)} entries are {', '.join(list(state)[:3])}."):
         return {**shapes(state), **told, **overrides}
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} does not look like a file for {make_config.__name__} ({error}). The first "
-                        f"of its {len(state)} entries are {', '.join(list(state)[:3])}.") from None
 
 
 def layer_shapes(state, dim):
@@ -58,12 +54,9 @@ def tokens_by_name(path):
 
 
 def add_heads_and_tokens(told, presets, path):
-    """Add n_head and block_size to the fields `told` of a GPTConfig where they are missing.
-
-    No shape tells these two. n_head comes from presets {name: (n_layer, n_head, dim)}, block_size from the
-    file's name. With a wrong block_size everything loads, and images look zoomed or torn. Raises UserError if
-    neither source helps.
-    """
+    """Add n_head and block_size to the fields `told` of a GPTConfig where they are missing. n_head comes
+    from presets {name: (n_layer, n_head, dim)}, block_size from the file's name. With a wrong block_size
+    everything loads, and images look zoomed or torn. Raises UserError if a source does not help."""
     heads = {(n_layer, dim): n_head for n_layer, n_head, dim in presets.values()}
     if told.setdefault("n_head", heads.get((told["n_layer"], told["dim"]))) is None:
         raise UserError(f"{path}: no tensor tells the number of heads, and {told['n_layer']} layers of width "

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from divergences import DIVERGENCES
-from grpo import grpo_loss
+import grpo
+from divergences import DIVERGENCES, Categorical
 
 BETA = .3
 
@@ -33,12 +33,12 @@ def test_same_gradient_as_the_unbiased_loss_sample_by_sample(exercise, name):
         f"A' has one value per token, so its shape is {tuple(logp.shape)}, not {tuple(shaped.shape)}")
     assert not shaped.requires_grad, "A' must be detached, because REINFORCE differentiates only log pi"
     (reinforce,) = torch.autograd.grad(-(shaped * logp).mean(), logits, retain_graph=True)
-    loss, _ = grpo_loss(logits, ref, tokens, logp.detach(), adv, tokens.numel(), divergence=name,
-                        estimator="unbiased", beta=BETA)
-    (grpo,) = torch.autograd.grad(loss, logits)
-    assert torch.allclose(reinforce, grpo, atol=1e-10), (
-        f"{name}: -A' grad log pi differs from grpo_loss(estimator='unbiased') by up to "
-        f"{(reinforce - grpo).abs().max():.1e}. "
+    loss, _ = grpo.loss(Categorical(logits), Categorical(ref), tokens, logp.detach(), adv, tokens.numel(),
+                        divergence=name, estimator="unbiased", beta=BETA)
+    (unbiased,) = torch.autograd.grad(loss, logits)
+    assert torch.allclose(reinforce, unbiased, atol=1e-10), (
+        f"{name}: -A' grad log pi differs from grpo.loss(estimator='unbiased') by up to "
+        f"{(reinforce - unbiased).abs().max():.1e}. "
         + diagnosis(shaped, adv[:, None], (logp_ref - logp).detach(), BETA, DIVERGENCES[name]))
 
 
@@ -53,13 +53,13 @@ def test_in_expectation_it_is_the_exact_divergence(exercise, name):
                       for t in (logits, ref.expand(V, 1, V)))
     shaped = exercise.shaped_advantage(adv, logp, logp_ref, BETA, name)
     (reinforce,) = torch.autograd.grad(-(shaped * logp).sum(), logits, retain_graph=True)
-    loss, _ = grpo_loss(logits, ref.expand(V, 1, V), tokens, logp.detach(), adv, 1, divergence=name,
-                        estimator="exact", beta=BETA)
+    loss, _ = grpo.loss(Categorical(logits), Categorical(ref.expand(V, 1, V)), tokens, logp.detach(), adv, 1,
+                        divergence=name, estimator="exact", beta=BETA)
     (exact,) = torch.autograd.grad(loss, logits)
     difference = (pi * (reinforce - exact)).sum(0).abs().max()
     assert difference < 1e-10, (
         f"{name}: the mean over a ~ pi of -A' grad log pi differs by {difference:.1e} from that of "
-        "grpo_loss(estimator='exact'). "
+        "grpo.loss(estimator='exact'). "
         + diagnosis(shaped, adv[:, None], (logp_ref - logp).detach(), BETA, DIVERGENCES[name]))
 
 

@@ -11,7 +11,7 @@ vector is read at a class token, a text vector at an end-of-text token. Vectors 
 The package transformers implements CLIP. This file adds what can change a reward without raising an error:
 how an image becomes 224 x 224 pixels, and which weight of a file belongs where.
 
-    reward = clip.build("hps", {"model": "HPS_v2.1_compressed.pt", "tokenizer": "clip-vit-large-patch14"})
+    reward = clip.Reward("hps", {"model": "HPS_v2.1_compressed.pt", "tokenizer": "clip-vit-large-patch14"})
     reward(images, prompts)            # images [B,3,H,W] in about [-1,1], B prompts -> rewards [B]
 
 Departures from the official code:
@@ -21,7 +21,7 @@ Departures from the official code:
  4. HPS runs under autocast. Here the towers run in `dtype`. Unit vectors, cosines and the head are in fp32.
  5. CLIPScore's paper uses the factor 2.5 instead of 100, and prepends "A photo depicts" to the text.
 """
-import contextlib
+import glob
 import math
 import os
 
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 
 from common import files
 from common.config import UserError
+from common.device import batched
 
 CLIP = "clip-vit-large-patch14"     # OpenAI's; HPS and PickScore use its tokenizer
 FILES = {                           # names in full/weights.py of the files that each reward needs
@@ -61,8 +62,7 @@ def crop_square(images, size, antialias=True):
     return images[:, :, top:top + size, left:left + size].clamp(0, 1)
 
 
-HEADS = {1280: 16}            # heads of an image tower, by width: ViT-H has heads of 80, its text tower of 64
-STARTS = (                    # prefixes of names: open_clip's, CLIPModel's (which does spell pre_layrnorm)
+NAMES = (                     # open_clip's and CLIPModel's (which does spell pre_layrnorm), in this order
     ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
     ("visual.conv1.", "vision_model.embeddings.patch_embedding."),
     ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
@@ -71,19 +71,19 @@ STARTS = (                    # prefixes of names: open_clip's, CLIPModel's (whi
     ("visual.proj", "visual_projection.weight"), ("text_projection", "text_projection.weight"),
     ("token_embedding.", "text_model.embeddings.token_embedding."),
     ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
-    ("transformer.resblocks.", "text_model.encoder.layers."), ("ln_final.", "text_model.final_layer_norm."))
-INSIDE = ((".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."), (".mlp.c_fc.", ".mlp.fc1."),
-          (".mlp.c_proj.", ".mlp.fc2."), (".attn.out_proj.", ".self_attn.out_proj."))
+    ("transformer.resblocks.", "text_model.encoder.layers."), ("ln_final.", "text_model.final_layer_norm."),
+    (".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."), (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."), (".attn.out_proj.", ".self_attn.out_proj."))
+HEADS = {1280: 16}            # heads of an image tower, by width: ViT-H has heads of 80, its text tower of 64
 
 
 def from_open_clip(state):
     """Rename {name: tensor} from the layout of open_clip to that of CLIPModel. Unknown names stay."""
     out = {}
     for key, value in state.items():
-        start, name = next(((a, b) for a, b in STARTS if key.startswith(a)), ("", ""))
-        name += key[len(start):]
-        for a, b in INSIDE:
-            name = name.replace(a, b)
+        name = key
+        for theirs, ours in NAMES:
+            name = name.replace(theirs, ours)
         if ".attn.in_proj_" in name:                       # stacked rows of query, key and value
             for part, third in zip("qkv", value.chunk(3)):
                 out[name.replace(".attn.in_proj_", f".self_attn.{part}_proj.")] = third
@@ -113,47 +113,30 @@ def open_clip_config(state, heads=None):
     return CLIPConfig(vision_config=vision, text_config=text, projection_dim=state["visual.proj"].shape[1])
 
 
-@contextlib.contextmanager
-def _explain(what):
-    """Turn every exception inside into a UserError of one line, which begins with `what`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ModuleNotFoundError as error:
-        raise UserError(f"a package is missing: pip install -r requirements-full.txt ({error})") from None
-    except Exception as error:
-        raise UserError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
-
-
 def load_clip(path, heads=None):
     """Load the CLIPModel in a folder of the Hugging Face Hub, or in a file of open_clip, as HPS is. Raises
     UserError if it is missing or damaged, or if names or shapes of weights do not fit."""
-    with _explain(f"{path} is neither a folder of a CLIPModel nor a file in open_clip's layout"):
+    with files.explain(f"{path} is neither a folder of a CLIPModel nor a file in open_clip's layout"):
         import safetensors
         import transformers
         transformers.logging.set_verbosity_error()         # it would print a page where we raise one line
         source, options = path, {}
-        if os.path.isdir(path):
-            for file in (os.path.join(path, name) for name in os.listdir(path)):
-                if file.endswith(".bin"):
-                    files.verify(file)
-                if file.endswith(".safetensors"):          # transformers converts integers to floats silently
-                    with safetensors.safe_open(file, "pt") as opened:
-                        kinds = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}
-                    if wrong := [k for k in kinds if "F" not in kinds[k] and not k.endswith("position_ids")]:
-                        raise UserError(f"{file}: {wrong[0]!r:.99} must hold floats, got {kinds[wrong[0]]}")
-        else:
-            source, state = None, files.load(path)["state_dict"]
-            if wrong := [k for k, v in state.items() if not k.isprintable() or not v.is_floating_point()]:
-                raise UserError(f"{path}: {wrong[0]!r:.99} must hold floats, got {state[wrong[0]].dtype}")
+        if not os.path.isdir(path):
+            source, state = None, files.select(files.load(path)["state_dict"], path)
             options = {"config": open_clip_config(state, heads), "state_dict": from_open_clip(state)}
+        for file in glob.glob(f"{glob.escape(path)}/*.bin"):
+            files.verify(file)
+        for file in glob.glob(f"{glob.escape(path)}/*.safetensors"):
+            with safetensors.safe_open(file, "pt") as opened:
+                kinds = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}
+            # transformers converts integers to floats silently.
+            if wrong := [k for k in kinds if "F" not in kinds[k] and not k.endswith("position_ids")]:
+                raise UserError(f"{file}: {wrong[0]!r:.99} must hold floats, got {kinds[wrong[0]]}")
         model, info = transformers.CLIPModel.from_pretrained(
             source, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     # transformers only warns of weights that do not fit, and leaves them random. The reward would be noise.
-    wrong = [f"{kind} {key}" for kind in ("missing", "mismatched", "unexpected")
-             for key in sorted(map(str, info[f"{kind}_keys"])) if not key.endswith("position_ids")]
-    if wrong:
+    if wrong := [f"{kind} {key}" for kind in ("missing", "mismatched", "unexpected")
+                 for key in sorted(map(str, info[f"{kind}_keys"])) if not key.endswith("position_ids")]:
         raise UserError(f"{path}: {len(wrong)} weights do not fit, such as: {'; '.join(wrong[:3])}")
     files.examine(model.state_dict(), path)
     return model
@@ -162,22 +145,23 @@ def load_clip(path, heads=None):
 def load_head(path, width):
     """Load the aesthetic head as weight [1,width] and bias [1]. Raises UserError.
     Its five layers have no nonlinearity between them, so together they are one affine function."""
-    with _explain(f"{path} is no aesthetic head for image vectors of {width} numbers"):
-        state, weight, bias = files.load(path), torch.ones(1, 1), torch.zeros(1)
-        for i in (7, 6, 4, 2, 0):                          # 1, 3 and 5 were dropout
-            w, b = state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]
-            if not (w.is_floating_point() and b.is_floating_point()):
-                raise ValueError(f"layers.{i} must hold floats, got {w.dtype} and {b.dtype}")
-            weight, bias = weight @ w.float(), weight @ b.float() + bias     # weight (w x + b) + bias
+    with files.explain(f"{path} is no aesthetic head for image vectors of {width} numbers"):
+        state, weight, bias = files.select(files.load(path), path), torch.ones(1, 1), torch.zeros(1)
+        for i in (7, 6, 4, 2, 0):      # the last first, so `weight` stays one row; 1, 3 and 5 were dropout
+            w, b = state[f"layers.{i}.weight"].float(), state[f"layers.{i}.bias"].float()
+            weight, bias = weight @ w, weight @ b + bias   # weight (w x + b) + bias
         if weight.shape != (1, width) or bias.shape != (1,):
             raise ValueError(f"it maps {tuple(weight.shape)[1:]} numbers")
-        return weight, bias                                # last layer first, so that `weight` stays one row
+        return weight, bias
 
 
 class Reward:
-    """A reward: images [B,3,H,W] in about [-1,1] and B prompts -> rewards [B], in fp32 on `device`."""
+    """The frozen reward `name`: images [B,3,H,W] in about [-1,1] and B prompts -> rewards [B] in fp32.
+    paths: {part: path}, with the parts of FILES[name]. The tokenizer is a folder, the head a .pth file, and
+    `load_clip` describes the model. dtype: of the towers. antialias: see `pad_square`. batch: images or
+    prompts at once. Raises UserError for bad files."""
 
-    def __init__(self, name, paths, device, dtype, antialias, batch):
+    def __init__(self, name, paths, device="cpu", dtype=torch.float32, antialias=True, batch=64):
         model = load_clip(paths["model"])
         self.scale = model.logit_scale.float().exp().item()        # before the cast: bf16 would make 100 99
         self.model = model.to(device, dtype).eval().requires_grad_(False)
@@ -185,7 +169,7 @@ class Reward:
         if name == "aesthetic":
             self.head = [v.to(device) for v in load_head(paths["head"], model.config.projection_dim)]
             return
-        with _explain(f"{paths['tokenizer']} is no folder of a tokenizer"):
+        with files.explain(f"{paths['tokenizer']} is no folder of a tokenizer"):
             from transformers import AutoTokenizer
             self.tokenizer = AutoTokenizer.from_pretrained(paths["tokenizer"], local_files_only=True)
         # CLIPModel reads a text at its first end-of-text token. Old configs wrongly say that this is token 2.
@@ -205,22 +189,21 @@ class Reward:
     def _unit(self, features):                             # [B,d]; since transformers 5, inside an object
         return F.normalize(getattr(features, "pooler_output", features).float(), dim=1)
 
-    @torch.no_grad()
     def embed_images(self, images):
         """Return unit vectors [B,d], fp32, of images [B,3,H,W] in about [-1,1]. Diversity uses them too."""
-        square, out = pad_square if self.name == "hps" else crop_square, []
-        for part in images.split(self.batch):
-            x = (part.to(self.device).float().clamp(-1, 1) + 1) / 2
+        square = pad_square if self.name == "hps" else crop_square
+
+        def vectors(images):
+            x = (images.to(self.device).float().clamp(-1, 1) + 1) / 2
             x = square(x, self.model.config.vision_config.image_size, self.antialias)
             pixels = (x - MEAN.to(self.device)) / STD.to(self.device)  # last, so that the padding is black
-            out.append(self._unit(self.model.get_image_features(pixel_values=pixels.to(self.dtype))))
-        return torch.cat(out)
+            return self._unit(self.model.get_image_features(pixel_values=pixels.to(self.dtype)))
+        return batched(vectors, images, self.batch)
 
-    @torch.no_grad()
     def embed_prompts(self, prompts):
         """Return unit vectors [B,d], fp32, of B prompts."""
-        ids = [self._ids(prompts[i:i + self.batch]) for i in range(0, len(prompts), self.batch)]
-        return torch.cat([self._unit(self.model.get_text_features(input_ids=x.to(self.device))) for x in ids])
+        return batched(lambda some: self._unit(self.model.get_text_features(
+            input_ids=self._ids(some).to(self.device))), prompts, self.batch)
 
     @torch.no_grad()
     def __call__(self, images, prompts):
@@ -235,15 +218,3 @@ class Reward:
         if self.name == "pickscore":                       # Flow-GRPO divides this by 26, GCPO by 100
             return self.scale * cosine
         return 100 * cosine.clamp(min=0) if self.name == "clipscore" else cosine
-
-
-def build(name, paths, device="cpu", dtype=torch.float32, antialias=True, batch=64):
-    """Return the frozen reward `name`. paths: {part: path}, with the parts of FILES[name]; the tokenizer is a
-    folder, the head a .pth file, and `load_clip` describes the model. dtype: of the towers. antialias: see
-    `pad_square`. batch: images or prompts at once. Raises UserError for an unknown name or bad files."""
-    if name not in FILES:
-        raise UserError(f"unknown reward {name!r}; choose one of {', '.join(FILES)}")
-    for part in FILES[name]:
-        if not paths.get(part):
-            raise UserError(f"reward {name!r} needs the path of a {part}")
-    return Reward(name, paths, device, dtype, antialias, batch)

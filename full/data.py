@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common import files
 from common.config import UserError, locate
 from full import prompts
 
@@ -60,10 +61,10 @@ def _entry(record):
 
 def _list(path):
     """Return [(caption, path, label or None)] of a list. Raises UserError if an image does not exist."""
-    found = [entry for entry, _ in prompts.records(path, _entry, tables=(".csv",))]
-    found = [(c, os.path.join(os.path.dirname(locate(path)), file), label) for c, file, label in found]
-    missing = [file for _, file, _ in found if not os.path.isfile(file)]
-    if missing:
+    folder = os.path.dirname(locate(path))
+    found = [(caption, os.path.join(folder, file), label) for (caption, file, label), _ in
+             prompts.records(path, _entry, tables=(".csv",))]
+    if missing := [file for _, file, _ in found if not os.path.isfile(file)]:
         raise UserError(f"{path}: {len(missing)} of {len(found)} images do not exist, the first is "
                         f"{missing[0]!a:.300}")
     return found
@@ -71,19 +72,15 @@ def _list(path):
 
 def _folder(path):
     """Return [(caption, path, label)] of a folder of class folders, sorted by class and file name."""
-    try:
+    with files.explain(f"cannot read {path}"):
         names = sorted(e.name for e in os.scandir(path) if e.is_dir())
         found = [[(name, e.path, label) for e in os.scandir(os.path.join(path, name))
                   if e.name.lower().endswith(KINDS) and e.is_file()] for label, name in enumerate(names)]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror} ({error.filename!a:.300})") from None
     if not names:
         raise UserError(f"{path} has no class folders; for images with captions, give a list (full/data.py)")
     for name, images in zip(names, found):
-        try:
+        with files.explain(f"{path} has a class folder whose name is no caption"):
             prompts.caption_of({"name of a class": name, "caption": name})
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
         if not images:
             raise UserError(f"{os.path.join(path, name)} has no images ({' '.join(KINDS)}), but every folder "
                             f"in {path} is a class: fill it, or move it away")
@@ -144,11 +141,8 @@ def center_crop(image, side):
 
 def load(file, side):
     """Return the image in a file, [3,side,side] in [-1,1]. Raises UserError if it is damaged or no image."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                # of 90 million pixels; 180 million are an error
-            with Image.open(file, formats=FORMATS) as image:
-                return center_crop(to_rgb(image), side)
-    except Exception as error:                             # each decoder of Pillow raises its own kinds
-        raise UserError(f"{file!a:.300} cannot be read as an image ({type(error).__name__}: "
-                        f"{' '.join(str(error).split())[:120]}): replace or remove it") from None
+    with (files.explain(f"{file!a:.300} cannot be read as an image", ": replace or remove it"),
+          warnings.catch_warnings()):
+        warnings.simplefilter("ignore")                    # of 90 million pixels; 180 million are an error
+        with Image.open(file, formats=FORMATS) as image:
+            return center_crop(to_rgb(image), side)

@@ -10,9 +10,9 @@
     python sample.py --world=janus --gpt_ckpt=Janus-Pro-1B --prompt="a red fox in the snow"
 
 Janus and LlamaGen's GPT are ImageTransformers (model.py): teacher forcing, guidance, cache and sampler are
-written once. The two differ in `read`, that is, in what an image token gets of its prompt. LlamaGen reduces a
-prompt to one token per layer. Janus keeps the keys and values of all L prompt tokens. These are computed once
-per prompt, too, and all images of the prompt share them. Five rules are particular to Janus:
+written once. They differ in `read_prompts`, that is, in what an image token gets of its prompt. LlamaGen
+reduces a prompt to one token per layer. Janus keeps the keys and values of all L prompt tokens. These are
+computed once per prompt, too, and all images of the prompt share them. Five rules are particular to Janus:
  1. The prompt is a turn of a chat that ends with the token begin-of-image. The state *there* predicts image
     token 0. (A public trainer pairs token t with the state that has read token t. This is off by one, so the
     model sees the answer. tests/full/test_janus.py checks that ours does not.)
@@ -26,9 +26,8 @@ per prompt, too, and all images of the prompt share them. Five rules are particu
     attention score is a sum over all pairs, so the rows of the query and key matrices may be reordered.
     `load` makes the members of a pair neighbors.
  5. Janus's own sampler guides at 5, and so does the rollout. The paper's code then evaluates the samples by
-    the conditional branch alone, which is another distribution than the one that sampled. Here the loss is
-    about the guided distribution, unless --score_cfg=1 asks for the paper's. The logged max_ratio_error then
-    shows the difference.
+    the conditional branch alone, which is not the distribution that sampled. Here the loss is of the guided
+    distribution, unless --score_cfg=1 asks for the paper's. The logged max_ratio_error shows the difference.
 
 The understanding half of the model (SigLIP, its aligner, the logits of words) is not loaded. Sources:
 github.com/deepseek-ai/Janus (generation_inference.py, janus/models), and transformers' port, with which the
@@ -45,7 +44,6 @@ from common import files, llama, released
 from common.config import UserError
 from common.llama import Block, FeedForward, RMSNorm
 from full import llamagen, weights
-from full.prompts import need
 from model import ImageTransformer
 from vqgan import VQGAN, VQConfig
 
@@ -68,7 +66,7 @@ class JanusConfig:                       # the defaults are Janus-Pro-1B
 
 
 class PromptAttention(llama.Attention):
-    def read(self, x, rotation, bias):
+    def forward_prompt(self, x, rotation, bias):
         """Let prompt rows x [P,L,D] attend to each other. Return their output [P,L,D], and their keys and
         values for the image rows, two of [P,heads,L,hd]."""
         q, k, v = self.qkv(x, rotation)
@@ -96,11 +94,6 @@ class Janus(ImageTransformer):
         self.output = nn.Sequential(nn.Linear(c.dim, c.head_dim), nn.GELU(),
                                     nn.Linear(c.head_dim, c.vocab_size))
 
-    @classmethod
-    def from_pretrained(cls, path, **overrides):
-        """Return the policy in a folder of released files; arguments and errors as in `load`."""
-        return load(path, **overrides)[0]
-
     def check_prompt(self, cond):
         if cond.dim() != 2 or cond.is_floating_point():
             raise ValueError(f"cond must be prompt ids [P,L], got {cond.dtype} {tuple(cond.shape)}")
@@ -115,7 +108,7 @@ class Janus(ImageTransformer):
         dtype = torch.promote_types(x.dtype, torch.complex64)
         return torch.polar(torch.ones_like(angle), angle).to(x.device, dtype)
 
-    def read(self, cond, cond_mask, prompt, cfg_scale):
+    def read_prompts(self, cond, cond_mask, prompt, cfg_scale):
         """Run the prompt tokens, once per prompt. A cache holds all of them (p = L), and the bias is 0, or
         -inf in the padding. ImageTransformer describes what is returned."""
         P, L = cond.shape
@@ -131,11 +124,10 @@ class Janus(ImageTransformer):
         itself = torch.eye(L, dtype=torch.bool, device=x.device)           # no row may be empty
 
         def bias(seen):
-            zeros = torch.zeros(seen.shape, device=x.device, dtype=rotation.real.dtype)
-            return zeros.masked_fill(~seen, -torch.inf)
+            return torch.where(seen, 0., -torch.inf).to(rotation.real.dtype)
         causal, caches = bias((visible[:, None] | itself).tril())[:, None], []               # [..,1,L,L]
         for layer in self.layers:
-            x, keys_values = self.run(layer.read, x, rotation, causal)
+            x, keys_values = self.run_layer(layer.forward_prompt, x, rotation, causal)
             caches.append([y[row] for y in keys_values])
         return x[row, -1:], caches, bias(visible)[row][:, None, None]
 
@@ -161,49 +153,34 @@ NAMES = [  # (theirs, ours), applied in this order: first from the -HF layout to
 
 def _state(path, n_head):
     """Return the policy's tensors by our names and the tokenizer's by LlamaGen's, from either layout."""
-    (state, beside), ours = weights.gather(path), {}
-    state = files.select(state, UNUSED, path, beside)
-    for key in list(state):
-        name = key
-        for theirs, new in NAMES:
-            name = re.sub(theirs, new, name)
-        ours[name] = state.pop(key)
-    for key in [k for k in ours if k.endswith("self_attn.q_proj.weight")]:
-        qkv = [key.replace("q_proj", f"{part}_proj") for part in "qkv"]
-        if all(k in ours for k in qkv):                    # else files.build says which tensor is missing
-            q, k, v = (ours.pop(name) for name in qkv)
-            # Row (half, j) of a head becomes row (j, half): rule 4.
-            q, k = (w.view(n_head, 2, -1, w.shape[1]).transpose(1, 2).reshape(w.shape) for w in (q, k))
-            ours[key.replace("self_attn.q_proj", "attention.wqkv")] = torch.cat([q, k, v])
-    return ours, {key.removeprefix(VQ): ours.pop(key) for key in list(ours) if key.startswith(VQ)}
-
-
-def _shapes(state):
-    (V, code_dim), (words, D) = (state[k + ".weight"].shape for k in ("tok_embeddings.0", "words"))
-    return dict(vocab_size=V, code_dim=code_dim, words=words, head_dim=len(state["output.0.weight"]),
-                **released.layer_shapes(state, D))
+    state, beside = weights.gather(path)
+    state = files.select(state, path, UNUSED, beside)
+    for theirs, ours in NAMES:
+        state = {re.sub(theirs, ours, key): value for key, value in state.items()}
+    # Row (half, j) of a head becomes row (j, half): rule 4.
+    weights.join_qkv(state, lambda w: w.view(n_head, 2, -1, w.shape[1]).transpose(1, 2).reshape(w.shape))
+    return state, {key.removeprefix(VQ): state.pop(key) for key in list(state) if key.startswith(VQ)}
 
 
 def load(path, dtype=torch.float32, **overrides):
-    """Load a folder of released files. Return (Janus, VQGAN) on the CPU, in eval mode.
-
-    path: deepseek-ai/Janus-Pro-1B or -7B as downloaded, or a port to transformers' layout: safetensors or
-    pytorch_model.bin, in one or several files, config.json, tokenizer.json. dtype: of the policy's
-    parameters. overrides: fields of JanusConfig. Raises UserError for files that are missing, damaged or of
-    another model.
-    """
+    """Return the (Janus, VQGAN) of a folder of released files, on the CPU and in eval mode. path:
+    Janus-Pro-1B or -7B as downloaded, or a port to transformers' layout: config.json, tokenizer.json, and
+    safetensors or pytorch_model.bin in one or several files. dtype: of the policy. overrides: fields of
+    JanusConfig. Raises UserError for files that are missing, damaged or of another model."""
+    def shapes(state):
+        (V, code_dim), (words, D) = (state[k + ".weight"].shape for k in ("tok_embeddings.0", "words"))
+        return dict(vocab_size=V, code_dim=code_dim, words=words, head_dim=len(state["output.0.weight"]),
+                    **released.layer_shapes(state, D))
     # What config.json leaves out is a default of transformers' Llama. The official one tells no block_size.
-    _, config = weights.config_beside(path)
+    config = weights.config_beside(path)
     text = config.get("language_config") or config.get("text_config") or {}
     theta = (text.get("rope_parameters") or text).get("rope_theta", 10000.0)
     told = dict(block_size=(config.get("vq_config") or {}).get("num_patches", 24) ** 2,
                 n_head=text.get("num_attention_heads", 32), norm_eps=text.get("rms_norm_eps", 1e-6),
                 rope_base=theta, pad_id=Prompts(path).pad)
-    try:
+    with files.explain(f"{path}: query and key matrices do not fit to n_head", ". Is n_head right?"):
         state, vq_state = _state(path, overrides.get("n_head", told["n_head"]))
-    except RuntimeError as error:                          # raised by `view`
-        raise UserError(f"{path}: {error}. Is n_head right?") from None
-    fields = released.fields(JanusConfig, _shapes, state, told, overrides, path)
+    fields = released.fields(JanusConfig, shapes, state, told, overrides, path)
     vq_fields = released.fields(VQConfig, released.vq_shapes, vq_state, {}, {}, path)
     return (files.build(Janus, JanusConfig(**fields), state, dtype, path),
             files.build(VQGAN, VQConfig(**vq_fields), vq_state, torch.float32, path))
@@ -219,13 +196,9 @@ class Prompts:
 
     def __init__(self, folder):
         path = os.path.join(folder, "tokenizer.json")
-        tokenizers = need("tokenizers")
-        if not os.path.isfile(path):
-            raise UserError(f"there is no file {path}. It is released with the weights.")
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:                         # tokenizers raises no narrower class
-            raise UserError(f"{path} is no tokenizer ({str(error)[:80]}). Fetch it again.") from None
+        with files.explain(f"{path} is no tokenizer", ". It is released with the weights: fetch it again."):
+            from tokenizers import Tokenizer
+            self.tokenizer = Tokenizer.from_file(path)
         self.start, self.pad, self.image = map(self.tokenizer.token_to_id, (START, PAD, IMAGE))
         if None in (self.start, self.pad, self.image):
             raise UserError(f"{path} is not Janus-Pro's: it lacks one of {START}, {PAD}, {IMAGE}.")
@@ -251,17 +224,12 @@ class Prompts:
 class Pipeline(llamagen.Pipeline):
     """LlamaGen's pipeline with Janus for policy, tokenizer and prompts, which are all in one folder."""
 
-    @staticmethod
-    def model_files(o):
-        return [o.gpt_ckpt]
-
-    text_files = model_files
+    model_files = text_files = ("gpt_ckpt",)
 
     @staticmethod
     def text_encoder(o, found, device):
         return Prompts(found[o.gpt_ckpt])
 
     @staticmethod
-    def load_models(o, found):
-        known = {k: v for k, v in (("n_head", o.n_head), ("block_size", o.block_size)) if v}
+    def load_models(o, found, known):
         return load(found[o.gpt_ckpt], **known)

@@ -1,5 +1,4 @@
-"""LlamaGen's released models as a pipeline: policy, reference, image tokenizer, and T5 features of the
-prompts.
+"""LlamaGen's released models as a pipeline: policy, reference, image tokenizer, and features of the prompts.
 
 The policy is kept in fp32, because sums of many small steps need it. The reference is its frozen copy. With
 --lora_rank the policy shares the weights of the reference and trains adapters (common/lora.py). Prompts are
@@ -20,58 +19,39 @@ from vqgan import VQGAN
 
 
 class Classes:
-    """The encoder of a class-conditional policy: the name of a class -> its label. label_of: {name:
-    label}."""
+    """The encoder of a class-conditional policy: the name of a class -> its label. label_of: {name: label},
+    or None where the names are the labels as text, such as "207"."""
 
-    def __init__(self, label_of):
+    def __init__(self, label_of=None):
         self.label_of = label_of
 
     def prepare(self, names):
         pass                                               # nothing to compute in advance
 
-    def encode(self, names, device):
-        labels = torch.tensor([self.label_of[name] for name in names], device=device)            # [P]
-        return labels, torch.ones(len(names), 1, device=device)
-
-
-class Numbers(Classes):
-    """The same where class numbers are given as text: "207" -> 207."""
-
-    def __init__(self):
-        pass
-
     def check(self, texts, n):
-        """UserError unless all texts are class numbers below n."""
+        """Raise UserError unless all texts are class numbers below n."""
         if not all(text.isdecimal() and int(text) < n for text in texts):
             raise UserError(f"--prompt must be class numbers from 0 to {n - 1} with ; between them, got "
                             f"{'; '.join(texts):.99}: this model reads classes")
 
-    def encode(self, texts, device):
-        self.label_of = {text: int(text) for text in texts}
-        return super().encode(texts, device)
+    def encode(self, names, device):
+        labels = [self.label_of[name] if self.label_of else int(name) for name in names]
+        return torch.tensor(labels, device=device), torch.ones(len(names), 1, device=device)     # [P], [P,1]
 
 
 class Pipeline:
     """The models of LlamaGen. o: full.world.Options. found: {name: path} of its files. text: an encoder of
     prompts, an object with prepare(prompts) and encode(prompts, device). Raises UserError."""
 
-    @staticmethod
-    def model_files(o):
-        return [o.gpt_ckpt, o.vq_ckpt]
-
-    @staticmethod
-    def text_files(o):
-        return [o.t5]
+    model_files, text_files = ("gpt_ckpt", "vq_ckpt"), ("t5",)     # options that name files of weights
 
     @staticmethod
     def text_encoder(o, found, device):
         return t5.Captions(found[o.t5], os.path.join(o.weights, "cache"), device=device)
 
     @staticmethod
-    def load_models(o, found):
-        """(policy, tokenizer) on the CPU, in fp32."""
-        # What no tensor and no name of a file tells; 0 means that the name tells it.
-        known = {k: v for k, v in (("n_head", o.n_head), ("block_size", o.block_size)) if v}
+    def load_models(o, found, known):
+        """Return (policy, tokenizer) on the CPU, in fp32. known: what neither tensors nor file names tell."""
         policy = GPT.from_pretrained(found[o.gpt_ckpt], **known)
         vqgan = VQGAN.from_pretrained(found[o.vq_ckpt])
         if policy.config.vocab_size != vqgan.config.codebook_size:
@@ -81,7 +61,8 @@ class Pipeline:
 
     def __init__(self, o, found, text, device, dtype="float32", train=True):
         self.text, self.device = text, device
-        policy, vqgan = self.load_models(o, found)
+        known = {key: getattr(o, key) for key in ("n_head", "block_size") if getattr(o, key)}
+        policy, vqgan = self.load_models(o, found, known)
         policy.bf16 = dtype == "bfloat16"
         self.policy, self.vqgan = policy.to(device), freeze(vqgan.to(device))
         if o.lora_rank:

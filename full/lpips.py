@@ -6,7 +6,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import files
-from common.config import UserError
 
 VGG_FILE, HEADS_FILE = "vgg16-397923af.pth", "lpips_v0.1_vgg.pth"
 BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))       # (width, convolutions), arXiv 1409.1556
@@ -18,15 +17,12 @@ class LPIPS(nn.Module):
 
     Features of both images are taken at five layers of VGG16. At every position they become unit vectors. The
     squared differences get one weight per channel, which was learned from people's judgments. The distance is
-    their mean over positions, summed over channels and layers.
-
-    The package `lpips` computes the same, and tests/full/test_lpips.py compares the two. The package needs
-    torchvision, a build of which fits only one build of torch. A wrong build breaks transformers too.
+    their mean over positions, summed over channels and layers. The package `lpips` computes the same, which
+    tests/full/test_lpips.py checks. But it needs torchvision, a build of which fits only one build of torch.
     """
 
     def __init__(self, vgg, heads):
-        """vgg, heads: paths of torchvision's VGG16 and of the weights per channel. Raises UserError if a file
-        is missing, damaged or of another kind."""
+        """vgg, heads: paths of torchvision's VGG16 and of the weights per channel. Raises UserError."""
         super().__init__()
         layers, width, self.ends = [], 3, []
         for n, count in BLOCKS:
@@ -37,22 +33,14 @@ class LPIPS(nn.Module):
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers[:-1])        # numbered as in the file
         self.heads = nn.ModuleList(nn.Conv2d(n, 1, 1, bias=False) for n, _ in BLOCKS)
-        self._take(self.features, vgg, r"features\.(?=\d)", r"classifier\.")
-        self._take(self.heads, heads, r"lin(?=\d)|model\.1\.")
+        # Tensors whose names `unused` matches are skipped. From the other names, `drop` is removed.
+        for part, path, drop, unused in ((self.features, vgg, r"features\.(?=\d)", r"classifier\."),
+                                         (self.heads, heads, r"lin(?=\d)|model\.1\.", "(?!)")):
+            state = {re.sub(drop, "", str(k)): v for k, v in files.load(path).items()
+                     if not re.match(unused, str(k))}
+            files.load_weights(part, state, path, "not what LPIPS needs, see `python -m full.weights`")
         self.register_buffer("shift", torch.tensor(SHIFT)[:, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor(SCALE)[:, None, None], persistent=False)
-
-    def _take(self, part, path, drop, unused="^$"):
-        """Load the tensors of a file into the module `part`. Tensors whose names match `unused` are skipped.
-        What matches `drop` is removed from the other names, which must then be exactly those of `part`."""
-        state = {k: v for k, v in files.load(path).items() if not re.match(unused, str(k))}
-        try:
-            if wrong := [k for k, v in state.items() if not v.is_floating_point()]:
-                raise RuntimeError(f"{wrong[0]} holds no floating point numbers")
-            part.load_state_dict({re.sub(drop, "", k): v for k, v in state.items()})
-        except (AttributeError, TypeError, RuntimeError) as error:
-            raise UserError(f"{path} is not what LPIPS needs, see `python -m full.weights`: "
-                            f"{' '.join(str(error).split())[:200]}") from None
 
     @torch.no_grad()
     def forward(self, images, others):

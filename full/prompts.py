@@ -8,19 +8,10 @@ The prompt of a record is its first field of prompt, caption and text, in upper 
 with `#` and a space, so "#1 on the wall" is a prompt. Files are in UTF-8, and prompts are stripped.
 """
 import csv
-import importlib
 import json
 import os
 
 from common.config import UserError, locate
-
-
-def need(name):
-    """Import the optional package `name`. Raises UserError if it, or a package that it needs, is missing."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"no package {error.name or name}: pip install -r requirements-full.txt") from None
 
 
 def field(record, *names):

@@ -32,7 +32,6 @@ from tqdm import trange
 
 from common import files
 from common.config import UserError, run
-from full.prompts import need
 
 # The rules of cleaning, in order: (regular expression, replacement). The text is already in lower case.
 SITE = r"[a-z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
@@ -64,7 +63,9 @@ def _replace(rules, text):
 
 def clean_caption(text):
     """Clean a text once, as for LlamaGen's training. Raises UserError if package bs4 or ftfy is missing."""
-    bs4, ftfy = need("bs4"), need("ftfy")
+    with files.explain("prompts cannot be cleaned"):
+        import bs4
+        import ftfy
     text = _replace(LINKS, urllib.parse.unquote_plus(text).strip().lower())
     if "<" in text or "&" in text:                  # without these it is no HTML, and bs4 may warn
         with contextlib.suppress(bs4.ParserRejectedMarkup, UnicodeEncodeError):    # departure 1
@@ -82,20 +83,14 @@ def clean(prompt):
 
 
 class Captions:
-    """T5 features of prompts, kept in a file in the folder `cache`.
-
-    folder: a T5 in the layout of Hugging Face; length: L; device, dtype: of the encoder; batch: prompts that
-    are encoded at once. Raises UserError if there is no T5, or if the cache is damaged.
-    """
+    """T5 features of prompts, kept in a file in the folder `cache`. folder: a T5 in Hugging Face's layout.
+    length: L. device, dtype: of the encoder. batch: prompts at once. Raises UserError for damaged files."""
 
     def __init__(self, folder, cache, length=120, device="cpu", dtype=torch.bfloat16, batch=32):
         self.folder, self.length, self.device, self.dtype, self.batch = folder, length, device, dtype, batch
-        try:
-            with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-                config = json.load(file)
+        with files.explain(f"no T5 in {folder}", ": fetch *.json, *.safetensors of google/flan-t5-xl"):
+            config = json.load(open(os.path.join(folder, "config.json"), encoding="utf-8"))
             self.width = config["d_model"]                                                        # C
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"no T5 in {folder}: fetch *.json, *.safetensors of google/flan-t5-xl") from None
         # Each way to make features has its own file. Sizes identify an encoder without reading gigabytes.
         sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder)
                  if name.endswith((".safetensors", ".bin", "tokenizer.json", "spiece.model"))}
@@ -106,8 +101,8 @@ class Captions:
             try:                                    # lazy: a row is read from disk when it is used
                 stored = files.load(self.path, lazy=True)
                 rows = stored["features"].split(stored["lengths"])                                # [sum n,C]
-                if (rows[0].shape[1] != self.width or max(map(len, rows)) > length
-                        or not rows[0].is_floating_point()):
+                if not (rows[0].shape[1] == self.width and max(map(len, rows)) <= length
+                        and rows[0].is_floating_point()):
                     raise ValueError
                 self.rows.update(zip(stored["captions"], rows, strict=True))
             except Exception as error:              # each kind of damage raises another exception
@@ -115,15 +110,12 @@ class Captions:
 
     def _load(self):
         """Load the tokenizer and the encoder. The Hub's files have a decoder too, which is not loaded."""
-        transformers = need("transformers")
-        transformers.logging.set_verbosity_error()  # it would warn of missing weights, which we refuse below
-        try:
+        with files.explain(f"transformers cannot load the T5 in {self.folder}", ": fetch it again"):
+            import transformers
+            transformers.logging.set_verbosity_error()    # it would warn of missing weights, refused below
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
             encoder, info = transformers.T5EncoderModel.from_pretrained(
                 self.folder, dtype=self.dtype, local_files_only=True, output_loading_info=True)
-        except Exception as error:
-            raise UserError(f"transformers cannot load the T5 in {self.folder}, fetch it again: {error!r:.99}"
-                            ) from None
         if info["missing_keys"]:                    # transformers would leave these weights random
             raise UserError(f"the T5 in {self.folder} lacks {min(info['missing_keys'])}: fetch it again")
         files.examine(encoder.state_dict(), self.folder)
@@ -150,7 +142,6 @@ class Captions:
             torch.cuda.empty_cache()
             if rows:                                # on Linux and macOS, readers of the old file keep it open
                 self.rows.update(zip(missing, rows))
-                os.makedirs(os.path.dirname(self.path), exist_ok=True)
                 files.save({"made_with": self.made_with, "captions": list(self.rows),
                             "features": torch.cat(list(self.rows.values())),
                             "lengths": [len(row) for row in self.rows.values()]}, self.path)

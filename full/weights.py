@@ -14,8 +14,6 @@ The released layout of LlamaGen (arXiv 2406.06525, github.com/FoundationVision/L
 No tensor's shape tells n_head, norm_eps and block_size (the number of image tokens). So the conversion takes
 them from config.json and from the name of the source, where _256 means 256 pixels, and writes them into the
 new file under "config". LlamaGen's own sampler ignores that entry.
-
-Loading a file never runs code of it (common/files.py).
 """
 import dataclasses
 import glob
@@ -71,13 +69,12 @@ RELEASED = {  # name (.pt, .pth, or a folder): (our config or the bytes, reposit
     "lpips_v0.1_vgg.pth": (4 * 1472, "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/"
                            "weights/v0.1/vgg.pth", "BSD-2", "weights of these layers in LPIPS")}
 FILES, FOLDER_FILES = (".pt", ".pth"), ["*.json", "*.txt", "spiece.model", "*.safetensors"]
-MODELS = {GPTConfig: GPT, VQConfig: VQGAN}
 
 
 def size(cfg, dtype=torch.float32):
     """Return the bytes of all tensors of a GPTConfig or VQConfig in `dtype`."""
     with torch.device("meta"):                             # shapes without memory
-        module = MODELS[type(cfg)](cfg)
+        module = (GPT if isinstance(cfg, GPTConfig) else VQGAN)(cfg)
     return dtype.itemsize * sum(tensor.numel() for tensor in module.state_dict().values())
 
 
@@ -116,17 +113,14 @@ def _download(name, path):
 
 
 def find(names, folder="weights", download=True):
-    """Return {name: path} for names of files in `folder`.
-
-    A name is in RELEASED, or it is a file of your own in `folder` or at that path. download: fetch the files
-    of RELEASED that are missing. Raises UserError with one line for each file that is still missing. The line
-    has the name, size, license, source, and the path to put it at.
-    """
+    """Return {name: path} for names of RELEASED, and for files of your own, in `folder` or at that path.
+    download: fetch the files of RELEASED that are missing. Raises UserError with one line for each that is
+    still missing: its name, size, license, source, and the path to put it at."""
     paths, why = {name: os.path.join(config.locate(folder), name) for name in names}, ""
     for name in names:
-        if name not in RELEASED:
-            paths[name] = paths[name] if os.path.exists(paths[name]) else name
-            if not os.path.exists(paths[name]):
+        if name not in RELEASED and not os.path.exists(paths[name]):
+            paths[name] = name
+            if not os.path.exists(name):
                 raise UserError(f"there is no file {name} here or in {folder}, and no released file has "
                                 f"this name. The released files are: {', '.join(RELEASED)}")
     try:
@@ -143,7 +137,7 @@ def find(names, folder="weights", download=True):
     return paths
 
 
-# ---- reading any layout --------------------------------------------------------------------------------
+# ---- reading any layout, writing the released one ------------------------------------------------------
 WRAPPERS = ("model", "module", "state_dict")               # `model` and not `ema`, as in the official sampler
 PREFIX = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")    # of DDP and torch.compile, at the start or inside
 PORT_LAYERS = {"self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",   # to released names
@@ -155,29 +149,20 @@ PORT_CONFIG = {"num_attention_heads": "n_head", "rms_norm_eps": "norm_eps", "blo
 
 def _read(path):
     """Return the dict in a .json, .safetensors, .pt, .pth or .bin file. Raises UserError if it is damaged."""
-    try:
+    with files.explain(f"{path} is damaged, or holds more than plain tensors: fetch it again", text=False):
         if path.endswith(".json"):
             return dict(json.load(open(path, encoding="utf-8")))
-        if path.endswith(".safetensors"):
-            from safetensors import safe_open
-            # An open file keeps in memory what was read of it. So the file is opened anew for each tensor.
-            state = {key: safe_open(path, "pt").get_tensor(key).clone()
-                     for key in safe_open(path, "pt").keys()}
-            files.examine(state, path)                     # safetensors has no checksums
-            return state
-        return files.load(path)
-    except UserError:
-        raise
-    except ImportError:
-        raise UserError(f"{path} needs safetensors: pip install -r requirements-full.txt") from None
-    except Exception as error:                             # json and safetensors raise many kinds
-        raise UserError(f"{path} is damaged, or holds more than plain tensors ({type(error).__name__}). "
-                        f"Fetch it again.") from None
+        if not path.endswith(".safetensors"):
+            return files.load(path)
+        from safetensors import safe_open
+        # An open file keeps in memory what was read of it. So the file is opened anew for each tensor.
+        state = {key: safe_open(path, "pt").get_tensor(key).clone() for key in safe_open(path, "pt").keys()}
+        files.examine(state, path)                         # safetensors has no checksums
+        return state
 
 
 def gather(path):
-    """Return ({name: tensor}, names of the entries beside the tensors) of a file or a folder's weight files.
-    Wrappers are opened and prefixes removed."""
+    """Return ({name: tensor}, names of other entries) of a file or folder, without wrappers and prefixes."""
     names = glob.glob("*.safetensors", root_dir=path) or glob.glob("pytorch_model*.bin", root_dir=path)
     parts = [path] if os.path.isfile(path) else [os.path.join(path, name) for name in sorted(names)]
     if not parts:
@@ -190,47 +175,45 @@ def gather(path):
 
 
 def config_beside(path):
-    """Return (path, content) of config.json in the folder `path` or beside the file `path`. The content is {}
-    if there is no config.json."""
+    """Return the content of config.json in the folder `path` or beside the file `path`, or {} without one."""
     beside = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
-    return beside, _read(beside) if os.path.isfile(beside) else {}
+    return _read(beside) if os.path.isfile(beside) else {}
+
+
+def join_qkv(state, order=lambda matrix: matrix):
+    """Replace the matrices of query, key and value in each layer of {name: tensor} by one of all their rows.
+    order: reorders the rows of the query and key matrices."""
+    for key in [k for k in state if k.endswith("self_attn.q_proj.weight")]:
+        names = [key.replace("q_proj", f"{part}_proj") for part in "qkv"]
+        if all(name in state for name in names):           # else files.build says which tensor is missing
+            q, k, v = (state.pop(name) for name in names)
+            state[key.replace("self_attn.q_proj", "attention.wqkv")] = torch.cat([order(q), order(k), v])
 
 
 def convert(path, target):
     """Read a file or folder in any layout of this file's docstring and write it to `target` in the released
     layout, with its tensors as they are. Raises UserError if it is missing or damaged or of another kind."""
     state, beside = gather(path)
-    state, told = files.select(state, released.UNUSED, path, beside), {}
+    state, told = files.select(state, path, released.UNUSED, beside), {}
     if "model.embed_tokens.weight" in state:               # Hugging Face's Llama layout
-        for key in [k for k in state if k.endswith("self_attn.q_proj.weight")]:
-            qkv = [key.replace("q_proj", f"{part}_proj") for part in "qkv"]
-            if all(k in state for k in qkv):               # else from_pretrained says which tensor is missing
-                # RoPE is interleaved in these ports as in LlamaGen, so rows keep their order.
-                joined = torch.cat([state.pop(k) for k in qkv])
-                state[key.replace("self_attn.q_proj", "attention.wqkv")] = joined
+        join_qkv(state)     # RoPE is interleaved in these ports as in LlamaGen, so rows keep their order
         for theirs, ours in PORT.items():
             state = {key.replace(theirs, ours): value for key, value in state.items()}
-        where, options = config_beside(path)
+        options = config_beside(path)
         told = {ours: options[theirs] for theirs, ours in PORT_CONFIG.items() if theirs in options}
         if wrong := [key for key, value in told.items() if type(value) is not files.TOLD[key]]:
-            raise UserError(f"{where}: {wrong[0]} must be of type {files.TOLD[wrong[0]].__name__}, got "
-                            f"{told[wrong[0]]!r:.99}.")
+            raise UserError(f"config.json of {path}: {wrong[0]} must be of type "
+                            f"{files.TOLD[wrong[0]].__name__}, got {told[wrong[0]]!r:.99}.")
     if "tok_embeddings.weight" in state and (tokens := released.tokens_by_name(path)):
         told.setdefault("block_size", tokens)
-    _write({"model": state, **({"config": told} if told else {})}, target)
-
-
-# ---- writing -------------------------------------------------------------------------------------------
-def _write(content, path):
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    files.save(content, path)
+    files.save({"model": state, **({"config": told} if told else {})}, target)
 
 
 def export(model, path, dtype=torch.float32):
     """Write a GPT or VQGAN, or its state dict, atomically as {"model": state dict in `dtype`}. LlamaGen's own
     sampler reads such a file. A name with _256 or _512 tells from_pretrained the number of image tokens."""
     state = model if isinstance(model, dict) else model.state_dict()
-    _write({"model": {PREFIX.sub("", k): v.to("cpu", dtype) for k, v in state.items()}}, path)
+    files.save({"model": {PREFIX.sub("", k): v.to("cpu", dtype) for k, v in state.items()}}, path)
 
 
 # ---- the command ---------------------------------------------------------------------------------------
@@ -250,24 +233,23 @@ class Config:
 
 def main(argv):
     cfg, _ = config.load(Config, argv)
-    if (cfg.convert or cfg.export) and os.path.exists(cfg.to):
-        raise UserError(f"{cfg.to} exists already. Move it away first, or choose another --to.")
-    if cfg.convert:
-        convert(cfg.convert, cfg.to)
-        print(f"wrote {cfg.to}")
-    elif cfg.export:
-        run = files.load(cfg.export)
-        if not isinstance(run.get("model"), dict) or any(
-                not isinstance(v, torch.Tensor) for v in run["model"].values()):
-            raise UserError(f"{cfg.export} is no checkpoint of a run: it has no state dict under 'model'.")
-        export(run["model"], cfg.to)
-        print(f"wrote {cfg.to}")
-    else:
+    if not cfg.convert and not cfg.export:
         folder = config.locate(cfg.folder)
         print(f"files in {folder} (sizes of LlamaGen's files in fp32):")
         for name in RELEASED:
             there = "yes" if _is_there(os.path.join(folder, name)) else "no "
             print(f"{there} {_line(name)}  {RELEASED[name][3]}")
+        return
+    if os.path.exists(cfg.to):
+        raise UserError(f"{cfg.to} exists already. Move it away first, or choose another --to.")
+    if cfg.convert:
+        convert(cfg.convert, cfg.to)
+    else:
+        run = files.load(cfg.export)
+        if not isinstance(run.get("model"), dict):
+            raise UserError(f"{cfg.export} is no checkpoint of a run: it has no state dict under 'model'.")
+        export(files.select(run["model"], cfg.export), cfg.to)
+    print(f"wrote {cfg.to}")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ Files are looked for in the folder `weights`, and fetched from the Hugging Face 
 is never trained on and serves all evaluations. Rewards see the prompts as they were written.
 
 A run of vapi.py takes images, with captions or classes, from `data` (full/data.py) in place of the text file.
-A class-conditional policy, a file whose name begins with c2i_, reads a number and no text. Rewards then get
-the name of the class, which is the name of a folder. CLIPScore and HPS can rate "golden retriever", but not
-"n02099601".
+A class-conditional policy, a file whose name begins with c2i_, reads a number, not text. Rewards then get the
+name of the class, which is its folder's: CLIPScore can rate "golden retriever", but not "n02099601".
 
 Memory for LlamaGen-XL (P = 775 million parameters) on one 24 GB card, 32 images a step, `dtype = "bfloat16"`.
 These numbers are calculated. A run on a GPU prints the measured peak after its first step.
@@ -66,15 +65,13 @@ class ImageOptions:
 
 
 def measured_by(o):
-    """The learned rewards of a run. The features of the first one measure diversity: preferably a model that
-    is not trained on."""
+    """Return the learned rewards of a run, held-out ones first. Features of the first measure diversity."""
     return [name for spec in (o.heldout_reward, o.reward) for name in reward.parse(spec, clip.FILES)
             if name in clip.FILES]
 
 
 class World:
-    """Prompts and rewards. held_back, pool: prompts of evaluations, and prompts to train on. found: {name:
-    path}."""
+    """Prompts and rewards. held_back, pool: prompts of evaluations, and to train on. found: {name: path}."""
     columns = []
 
     def __init__(self, o, found, device, held_back, pool):
@@ -83,7 +80,7 @@ class World:
         # As in the code of HPS, rewards run in fp16 on a GPU.
         dtype = (torch.float16 if device.type == "cuda" else
                  torch.bfloat16 if o.dtype == "bfloat16" else torch.float32)
-        models = {n: clip.build(n, {k: found[f] for k, f in clip.FILES[n].items()}, device, dtype,
+        models = {n: clip.Reward(n, {k: found[f] for k, f in clip.FILES[n].items()}, device, dtype,
                                 o.antialias or n != "hps") for n in sorted(set(learned))}
         self.reward = reward.weighted(o.reward, models | reward.REWARDS)
         self.heldout = reward.weighted(o.heldout_reward, models | reward.REWARDS)
@@ -102,8 +99,7 @@ class World:
         return {}
 
     def picture(self, path, prompts, columns, shown=4):
-        """Write a grid: a row for each of the first eight prompts, and side by side the images of each column
-        (heading, images)."""
+        """Write a grid: a row for each of the first eight prompts, and in it the images of each column."""
         draws = len(columns[0][1]) // len(prompts)
         rows = [(prompt, [pixels[i * draws:i * draws + min(shown, draws)] for _, pixels in columns], None)
                 for i, prompt in enumerate(prompts[:8])]
@@ -111,8 +107,7 @@ class World:
 
 
 class Images:
-    """Images of a disk. listed: a data.Pictures. side: their height and width in pixels. measure: an
-    LPIPS."""
+    """Images of a disk. listed: a data.Pictures. side: their height and width in pixels. measure: LPIPS."""
 
     def __init__(self, listed, side, measure, device):
         self.listed, self.side, self.measure, self.device = listed, side, measure, device
@@ -138,13 +133,13 @@ def split_prompts(o, listed=None):
     if listed:
         seen = list(dict.fromkeys(caption for caption, *_ in listed.held_back))
         if len(seen) < o.eval_prompts:
-            raise UserError(f"{o.data}: the {len(listed.held_back)} images that are never trained on have "
-                            f"{len(seen)} captions: --eval_prompts must be no more")
+            raise UserError(f"--eval_prompts must be at most {len(seen)}, the number of captions of the "
+                            f"{len(listed.held_back)} held-back images of {o.data}, got {o.eval_prompts}")
         return seen, [caption for caption, *_ in listed.training]
     found = list(dict.fromkeys(prompts.read(locate(o.prompts))))
     if len(found) <= o.eval_prompts:
-        raise UserError(f"{o.prompts} has {len(found)} prompts, and --eval_prompts={o.eval_prompts} of them "
-                        f"are never trained on: none would be left")
+        raise UserError(f"--eval_prompts must be below {len(found)}, the number of prompts in {o.prompts}, "
+                        f"got {o.eval_prompts}: none would be left to train on")
     random.Random(1234).shuffle(found)
     return found[:o.eval_prompts], found[o.eval_prompts:]
 
@@ -156,7 +151,7 @@ def open_world(o, device, with_images=False):
         raise UserError(f"{o.gpt_ckpt} reads classes, not the prompts of {o.prompts}: it can be trained with "
                         f"--algorithm=vapi, where images have classes")
     listed = data.Pictures(o.data, o.prompts_per_step, classes) if with_images else None
-    names = kind.model_files(o) + ([] if classes else kind.text_files(o))
+    names = [getattr(o, key) for key in kind.model_files + (() if classes else kind.text_files)]
     names += [lpips.VGG_FILE, lpips.HEADS_FILE] if with_images else []
     names += [file for name in sorted(set(measured_by(o))) for file in clip.FILES[name].values()]
     with parallel.in_turn():                        # one process downloads and encodes, then the others read

@@ -16,6 +16,7 @@ lab/measure.py measures the ceilings in the same run. A sampling step has to rea
 values of earlier positions. The update has to do the arithmetic that any order of computation needs.
 """
 import functools
+import itertools
 import os
 import time
 from dataclasses import dataclass
@@ -30,12 +31,12 @@ import grpo
 import vapi
 from common import config
 from common.config import option
+from common.device import freeze, start
 from common.interfaces import Conditions, Rollout
 from divergences import Categorical
-from common.device import freeze, start
 from lab.measure import MIB, ceilings, describe, least_seconds_of_a_step, peak_bytes, seconds
 from lab.plain import Plain
-from lab.stats import pyplot, table
+from lab.stats import panels, table
 from model import GPT, GPTConfig, PRESETS
 
 # What we want to reach: (device, part, model, dtype, images, column, lowest value).
@@ -56,26 +57,7 @@ class Config:
     out: str = option("results", "folder of bench.md and .png; on a GPU bench_cuda.md and .png", ending="")
 
 
-# ---- what is timed: the only calls of grpo.py and vapi.py --------------------------------------------------
-def grpo_loss(policy, reference, tokens, logp_old, adv, chunk=0):
-    """Return GRPO's loss of a whole step. policy, reference: (hidden [B,T,D], function hidden -> logits).
-    chunk: positions whose logits exist at once, 0 for all."""
-    return grpo.loss(Categorical(*policy), Categorical(*reference), tokens, logp_old, adv, tokens.numel(),
-                     logit_chunk=chunk, beta=.04, divergence="js")[0]
-
-
-def vapi_loss(policy, reference, autocast, cond, mask, prompt, images, tokens, adv):
-    """Return VA-pi's loss of a whole step. images [P,T]: tokens of real images. prompt [B]: the row of cond,
-    mask and images that each of the samples tokens [B,T] belongs to."""
-    cfg = SimpleNamespace(temperature=1.0, divergence="none", estimator="sampled", clip_eps=.2,
-                          prior_dropout=False, prior_weight=.1)
-    context = Rollout(images, None, torch.arange(len(images), device=images.device))
-    with autocast:
-        return vapi.loss_of(cfg, policy, reference, context, Conditions(cond, mask), images, prompt, tokens,
-                            torch.zeros(tokens.shape, device=tokens.device), adv, tokens.numel())[0]
-
-
-# ---- models and prompts ------------------------------------------------------------------------------------
+# ---- what both sides share: models, prompts, and how an update is measured ---------------------------------
 def build(preset, device, dtype=torch.float32, **changes):
     """Return a GPT in eval mode. All its weights are random, so that nothing is trivially zero."""
     if preset in PRESETS:
@@ -90,8 +72,7 @@ def build(preset, device, dtype=torch.float32, **changes):
 def pair(name, device, dtype, changes):
     """Return (policy, reference, autocast context) as in train.py: weights in fp32, bf16 by autocast."""
     gpt, ref = build(name, device, **changes).requires_grad_(True), build(name, device, **changes)
-    if dtype == torch.bfloat16:
-        freeze(ref, "bfloat16")
+    freeze(ref, str(dtype)[6:])
     return gpt, ref, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -103,6 +84,15 @@ def prompts(gpt, n, device, dtype, samples):
     return cond, mask, torch.arange(n, device=device).repeat_interleave(samples)
 
 
+def compare(name, dtype, sides, device, repeats):
+    """Return the seconds and the peak MiB of each of `sides`. Each runs an update and returns its loss.
+    Raises Fault if the losses of the first two sides, the baseline and ours, differ."""
+    baseline, ours = sides[0](), sides[1]()
+    if abs(baseline - ours) > 1e-4 * (1 if dtype == torch.float32 else 100):
+        raise config.Fault(f"{name}: the loss is {ours}, but the baseline's is {baseline}")
+    return seconds(sides, device, repeats), [peak_bytes(side, device) / MIB for side in sides]
+
+
 # ---- the parts: each yields dicts, and each dict is a row of its table -------------------------------------
 TINY = dict(dim=128, n_layer=4, n_head=4, multiple_of=32, vocab_size=256, block_size=64, cls_token_num=32,
             caption_dim=320)                                               # as pretrain.py makes it
@@ -112,8 +102,8 @@ def sampling(device, repeats, limits):
     """All images belong to one prompt. Only tiny has 8 images for each prompt, as in training."""
     gpu, half, full = device.type == "cuda", torch.bfloat16, torch.float32
     # T must be a square, so XL takes 9 tokens. On a GPU, fp32 is only a check.
-    sizes = [(name, d, n, T) for name, n, T in (("GPT-B", 1, 64), ("GPT-B", 8, 64), ("GPT-XL", 1, 9))
-             for d in (full, half)]
+    sizes = [(name, dtype, n, T) for name, n, T in (("GPT-B", 1, 64), ("GPT-B", 8, 64), ("GPT-XL", 1, 9))
+             for dtype in (full, half)]
     if gpu:
         sizes = [("GPT-B", full, 8, 256)]
         sizes += [(name, half, n, 256) for name in ("GPT-B", "GPT-XL") for n in (1, 8, 64)]
@@ -122,23 +112,23 @@ def sampling(device, repeats, limits):
     for name, dtype, n, cfg_scale, changes in tqdm(grid, desc="sampling", ncols=110):
         gpt = build(name, device, dtype, **changes)
         c, per_prompt, plain = gpt.config, 8 if name == "tiny" else n, Plain(gpt)
-        cond = prompts(gpt, n // per_prompt, device, dtype, per_prompt)
+        cond, mask, prompt = prompts(gpt, n // per_prompt, device, dtype, per_prompt)
 
         def sample(side):
-            return side.generate(*cond, cfg_scale=cfg_scale, generator=torch.Generator(device).manual_seed(0))
+            generator = torch.Generator(device).manual_seed(0)
+            return side.generate(cond, mask, prompt, cfg_scale=cfg_scale, generator=generator)
         tokens = sample(gpt)
         same = (tokens == sample(plain)).float().mean().item()
-        if dtype == full and same < 1 and not gpu:
-            raise config.Fault(f"{name}: only {same:.0%} of the tokens agree with the plain path's")
         if dtype == full:
-            some = tokens[:8], *cond[:2], cond[2][:8]
-            a, b = (f(*some, cfg_scale=cfg_scale) for f in (gpt, plain.forward))
+            if same < 1 and not gpu:
+                raise config.Fault(f"{name}: only {same:.0%} of the tokens agree with the plain path's")
+            a, b = (f(tokens[:8], cond, mask, prompt[:8], cfg_scale=cfg_scale) for f in (gpt, plain.forward))
             if (off := (a - b).abs().max().item()) > 1e-4 * max(1, b.abs().max().item()):
                 raise config.Fault(f"{name}: logits differ by up to {off:.1e} from the plain path's")
         usual, ours = seconds([lambda: sample(plain), lambda: sample(gpt)], device, repeats)
         R = n * (2 if cfg_scale > 1 else 1)
         # Step t reads the keys and values of 1 + t positions, on average T/2.
-        cache = 2 * R * c.n_layer * c.dim * cond[0].element_size() * c.block_size / 2
+        cache = 2 * R * c.n_layer * c.dim * cond.element_size() * c.block_size / 2
         least = least_seconds_of_a_step(gpt, R, cache, limits, device, repeats)
         yield {"model": name, "dtype": str(dtype)[6:], "images": n, "CFG": f"{cfg_scale:g}",
                "tokens": c.block_size, "plain, tokens/s": n * c.block_size / usual,
@@ -157,40 +147,30 @@ def update(device, repeats, limits):
         c, cond = gpt.config, prompts(gpt, n, device, torch.float32, G)
         tokens = torch.randint(c.vocab_size, (n * G, c.block_size), device=device)
         adv = torch.randn(n * G, device=device)
-        with torch.no_grad(), autocast:
-            logp_old = Plain(gpt).forward(tokens, *cond).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-        columns = tokens, logp_old, adv
+        plain = lambda model: (Plain(model).forward(tokens, *cond), None)                    # logits [B,T,V]
+        ours = lambda model: (model.hidden(tokens, *cond), model.logits)                     # hidden [B,T,D]
 
-        def plain():
-            gpt.zero_grad()
-            with autocast:
-                logits = Plain(gpt).forward(tokens, *cond)
-                with torch.no_grad():
-                    ref_logits = Plain(ref).forward(tokens, *cond)
-                loss = grpo_loss((logits, lambda h: h), (ref_logits, lambda h: h), *columns)
-            loss.backward()
-            return loss
-
-        def ours(chunk=chunk, recompute=False):
+        def step(form, chunk=0, recompute=False):
+            """Return GRPO's loss. form: a model -> the arguments of Categorical."""
             gpt.zero_grad()
             gpt.recompute = recompute
             with autocast:
-                hidden = gpt.hidden(tokens, *cond)
+                policy = Categorical(*form(gpt))
                 with torch.no_grad():
-                    ref_hidden = ref.hidden(tokens, *cond)
-                loss = grpo_loss((hidden, gpt.logits), (ref_hidden, ref.logits), *columns, chunk)
+                    reference = Categorical(*form(ref))
+                loss, _ = grpo.loss(policy, reference, tokens, logp_old, adv, tokens.numel(), beta=.04,
+                                    divergence="js", logit_chunk=chunk)
             loss.backward()
-            return loss
-        a, b = plain().item(), ours().item()
-        if abs(a - b) > 1e-4 * (1 if dtype == torch.float32 else 100):
-            raise config.Fault(f"{name}: the loss is {b}, but the plain path's is {a}")
-        sides = [plain, ours, lambda: ours(0), lambda: ours(chunk or 16, True)]
-        times, peaks = seconds(sides, device, repeats), [peak_bytes(side, device) / MIB for side in sides]
+            return loss.item()
+        with torch.no_grad(), autocast:
+            logp_old = Categorical(*plain(gpt)).log_prob(tokens)
+        sides = [lambda: step(plain), lambda: step(ours, chunk), lambda: step(ours),
+                 lambda: step(ours, chunk or 16, recompute=True)]
+        times, peaks = compare(name, dtype, sides, device, repeats)
         # 2 FLOP for each weight and row in a forward pass, 4 in a backward pass, 2 for the reference. Counted
         # are the rows that any order of computation needs, and the logits once. Attention is left out.
-        inner = sum(p.numel() for p in gpt.layers.parameters())
-        flop = 8 * (inner * (n * G * (c.block_size - 1) + n * c.cls_token_num)
-                    + gpt.output.weight.numel() * n * G * c.block_size)
+        inner, output = sum(p.numel() for p in gpt.layers.parameters()), gpt.output.weight.numel()
+        flop = 8 * n * (inner * (G * (c.block_size - 1) + c.cls_token_num) + output * G * c.block_size)
         yield {"model": name, "dtype": str(dtype)[6:], "images": f"{n} x {G}", "tokens": c.block_size,
                "plain, s": times[0], "ours, s": times[1], "ratio": times[0] / times[1],
                "share of ceiling": flop / times[1] / limits[dtype], "all logits at once, s": times[2],
@@ -208,20 +188,22 @@ def shared_images(device, repeats, limits):
         gpt, ref, autocast = pair(name, device, dtype, changes)
         (cond, mask, prompt), c = prompts(gpt, n, device, torch.float32, G), gpt.config
         images, tokens = (torch.randint(c.vocab_size, (b, c.block_size), device=device) for b in (n, n * G))
-        adv = torch.randn(n * G, device=device)
-        per_image = cond, mask, prompt, images
-        per_sample = cond[prompt], mask[prompt], torch.arange(n * G, device=device), images[prompt]
+        adv, logp_old = torch.randn(n * G, device=device), torch.zeros(tokens.shape, device=device)
+        cfg = SimpleNamespace(temperature=1.0, divergence="none", estimator="sampled", clip_eps=.2,
+                              prior_dropout=False, prior_weight=.1)
 
-        def step(given):
+        def step(cond, mask, images, image_of):
+            """Return VA-pi's loss. images [P,T]: tokens of real images. image_of [B]: that of each sample."""
             gpt.zero_grad()
-            loss = vapi_loss(gpt, ref, autocast, *given, tokens, adv)
+            context = Rollout(images, None, torch.arange(len(images), device=device))
+            with autocast:
+                loss, _ = vapi.loss_of(cfg, gpt, ref, context, Conditions(cond, mask), images, image_of,
+                                       tokens, logp_old, adv, tokens.numel())
             loss.backward()
             return loss.item()
-        a, b = step(per_sample), step(per_image)
-        if abs(a - b) > 1e-4 * abs(a) * (1 if dtype == torch.float32 else 100):
-            raise config.Fault(f"{name}: the loss is {b}, but with one pass for each sample it is {a}")
-        sides = [lambda: step(per_sample), lambda: step(per_image)]
-        times, peaks = seconds(sides, device, repeats), [peak_bytes(side, device) / MIB for side in sides]
+        per_sample = cond[prompt], mask[prompt], images[prompt], torch.arange(n * G, device=device)
+        sides = [lambda: step(*per_sample), lambda: step(cond, mask, images, prompt)]
+        times, peaks = compare(name, dtype, sides, device, repeats)
         yield {"model": name, "dtype": str(dtype)[6:], "images": f"{n} x {G}", "tokens": c.block_size,
                "a forward for each sample, s": times[0], "for each image, s": times[1],
                "ratio": times[0] / times[1], "peak MiB: for each sample": peaks[0],
@@ -233,16 +215,15 @@ def growth(device, repeats):
     """Return how the cost of sampling grows with T tokens, a prompt of length L, and G images of it: {title:
     (letter, xs, {side: seconds}, peak MiB, counted MiB of keys and values)}. All points of a panel alternate.
     The fastest run of each point counts, because other work of the machine only adds time."""
-    size = dict(dim=256, n_layer=4, n_head=4, vocab_size=1024, caption_dim=256)
+    size, out = dict(dim=256, n_layer=4, n_head=4, vocab_size=1024, caption_dim=256), {}
     if device.type == "cuda":
         size = dict(dim=768, n_layer=12, n_head=12, vocab_size=16384)
-    base, out = dict(T=100, L=120, G=8), {}
-    panels = {"tokens": ("T", [25, 64, 100, 144, 196, 256]),
-              "prompt length": ("L", [8, 60, 120, 240]), "images of a prompt": ("G", [1, 2, 4, 8, 16, 32])}
-    for title, (letter, xs) in tqdm(panels.items(), desc="growth", ncols=110):
+    axes = {"tokens": ("T", [25, 64, 100, 144, 196, 256]), "prompt length": ("L", [8, 60, 120, 240]),
+            "images of a prompt": ("G", [1, 2, 4, 8, 16, 32])}
+    for title, (letter, xs) in tqdm(axes.items(), desc="growth", ncols=110):
         plain, ours, memory, counted = [], [], [], []
         for x in xs:
-            at = base | {letter: x}
+            at = dict(T=100, L=120, G=8) | {letter: x}
             gpt = build("", device, **size, block_size=at["T"], cls_token_num=at["L"])
             cond = prompts(gpt, 1, device, torch.float32, at["G"])
             plain.append(functools.partial(Plain(gpt).generate, *cond))
@@ -266,42 +247,32 @@ def show(key, value):
 
 def goals(device, part, rows):
     """Yield a line (goal, asked, measured, reached) for each goal that these rows decide."""
-    for kind, where, model, dtype, images, what, least in GOALS:
-        for row in rows if (kind, where) == (device.type, part) else []:
-            if (row["model"], row["dtype"], str(row["images"]), row.get("CFG", "7.5")) == (
-                    model, dtype, images, "7.5"):
-                yield (f"{model}, {part}, {dtype}, {images} images: {what}", f"at least {show(what, least)}",
-                       show(what, row[what]), "no" if row[what] < least else "yes")
+    for (kind, where, *of, what, least), row in itertools.product(GOALS, rows):
+        here = (kind, where) == (device.type, part) and row.get("CFG", "7.5") == "7.5"
+        if here and of == [row["model"], row["dtype"], str(row["images"])]:
+            yield (f"{of[0]}, {part}, {of[1]}, {of[2]} images: {what}", f"at least {show(what, least)}",
+                   show(what, row[what]), "no" if row[what] < least else "yes")
 
 
-def slopes(panels):
-    """Return what the growth figure shows, in words."""
-    def exponent(xs, ys):                                                  # k of the best fit y = a x^k
-        return np.polyfit(np.log(xs), np.log(ys), 1)[0]
-    (_, T, t, *_), (_, L, p, *_), (_, G, g, memory, counted) = panels.values()
+def show_growth(costs, path):
+    """Write the figure of what `growth` found to `path`, and return in words what it shows."""
+    (_, T, t, *_), (_, L, p, *_), (_, G, g, memory, counted) = costs.values()
+    with panels(path, 1, 4, (16, 3.4)) as axes:
+        for axis, (title, (letter, xs, times, *_)) in zip(axes, costs.items()):
+            for name, ys in times.items():
+                axis.plot(xs, ys, "o-", label=name)
+            axis.set(title=f"sampling time, {title}", xlabel=letter, ylabel="seconds", ylim=0)
+        axes[3].plot(G, memory, "o-", label="peak, measured")
+        axes[3].plot(G, counted, "--", color="grey", label="keys and values, counted")
+        axes[3].set(title="memory, images of a prompt", xlabel="G", ylabel="MiB", ylim=0)
+        for axis in axes:
+            axis.legend(frameon=False)
+    exponent = lambda xs, ys: np.polyfit(np.log(xs), np.log(ys), 1)[0]     # k of the best fit y = a x^k
     return (f"Our time grows as T^{exponent(T, t['ours']):.2f} with the tokens and as "
             f"G^{exponent(G, g['ours']):.2f} with the images per prompt. From L = {L[0]} to {L[-1]} it grows "
             f"{p['ours'][-1] / p['ours'][0]:.2f} times (plain: {p['plain'][-1] / p['plain'][0]:.2f} times). "
             f"One more image holds {(memory[-1] - memory[-2]) / (G[-1] - G[-2]):.2f} MiB, of which keys and "
             f"values are {counted[-1] / G[-1]:.2f}.")
-
-
-def draw(panels, path):
-    """Write the growth figure to `path`."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.4), layout="constrained")
-    for axis, (title, (letter, xs, times, _, _)) in zip(axes, panels.items()):
-        for name, ys in times.items():
-            axis.plot(xs, ys, "o-", label=name)
-        axis.set(title=f"sampling time, {title}", xlabel=letter, ylabel="seconds", ylim=0)
-        axis.legend(frameon=False)
-    _, xs, _, memory, counted = panels["images of a prompt"]
-    axes[3].plot(xs, memory, "o-", label="peak, measured")
-    axes[3].plot(xs, counted, "--", color="grey", label="keys and values, counted")
-    axes[3].set(title="memory, images of a prompt", xlabel="G", ylabel="MiB", ylim=0)
-    axes[3].legend(frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main(argv):
@@ -329,9 +300,8 @@ def main(argv):
             reached += goals(device, part, rows)
             tell(f"## {title}\n\n" + table(rows[0], [[show(*item) for item in row.items()] for row in rows]))
     if cfg.only in ("all", "growth"):
-        panels = growth(device, cfg.repeats)
-        draw(panels, os.path.join(cfg.out, f"{name}.png"))
-        tell(f"## Growth of sampling\n\n{slopes(panels)}\n\n![growth]({name}.png)")
+        words = show_growth(growth(device, cfg.repeats), os.path.join(cfg.out, f"{name}.png"))
+        tell(f"## Growth of sampling\n\n{words}\n\n![growth]({name}.png)")
     if reached:
         tell("## Goals\n\n" + table(["goal", "asked", "measured", "reached"], reached)
              + "\n\nGoals on a GPU: `python -m lab.bench --device=cuda`." * (device.type != "cuda"))

@@ -21,34 +21,30 @@ from common import config
 from common.config import UserError, option
 from common.images import LINE, PAD, pyplot
 from divergences import DIVERGENCES, STRENGTH, check_gradients
+from lab.stats import panels
 
 WIDEST = 1624                              # pixels: a wider film is shrunk to this width
 
 
 def plot(path):
-    """Save a PNG with three panels against x = log w: c(w), g(w), and the force U'(x) of the sampled forms.
-
-    divergences.py defines c, g and U'. Each curve is multiplied by STRENGTH, so all have one slope at x = 0.
-    """
-    plt = pyplot()
+    """Save a PNG with three panels against x = log w: c(w), g(w), and the force U'(x) of the sampled forms
+    (divergences.py). Each curve is multiplied by STRENGTH, so all have one slope at x = 0."""
     x = torch.linspace(-6, 2.5, 400, dtype=torch.float64)
-    figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
-    for name, d in DIVERGENCES.items():
-        strength = STRENGTH[name]
-        label = name + (f" x {strength}" if strength > 1 else "")
-        axes[0].plot(x, strength * d.weight(x), label=label)
-        axes[1].plot(x, strength * (d.f(x) + d.c(x)), label=label)
-        axes[2].plot(x, -strength * d.weight(x) / x.exp(), label=label)
-    axes[0].set(title="subtracted from the advantage: c(w), sampled", ylabel="c(w)", ylim=(-8, 6))
-    axes[1].set(title="g(w), unbiased and exact", ylabel="g(w)", ylim=(-8, 6))
-    axes[2].set(title="force on a token of the reference, $U'(x)$, sampled", ylabel="U'(x)", ylim=(-6.5, 3))
-    for axis in axes:
-        axis.set_xlabel("x = log(reference / policy); x > 0: a suppressed token")
-        axis.axhline(0, color="grey", lw=.6)
-        axis.axvline(0, color="grey", lw=.6)
-        axis.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with panels(path, 1, 3, (14, 3.8), dpi=120) as axes:
+        for name, d in DIVERGENCES.items():
+            strength = STRENGTH[name]
+            label = name + (f" x {strength}" if strength > 1 else "")
+            for axis, y in zip(axes, (d.weight(x), d.f(x) + d.c(x), -d.weight(x) / x.exp())):
+                axis.plot(x, strength * y, label=label)
+        axes[0].set(title="subtracted from the advantage: c(w), sampled", ylabel="c(w)", ylim=(-8, 6))
+        axes[1].set(title="g(w), unbiased and exact", ylabel="g(w)", ylim=(-8, 6))
+        axes[2].set(title="force on a token of the reference, $U'(x)$, sampled", ylabel="U'(x)",
+                    ylim=(-6.5, 3))
+        for axis in axes:
+            axis.set_xlabel("x = log(reference / policy); x > 0: a suppressed token")
+            axis.axhline(0, color="grey", lw=.6)
+            axis.axvline(0, color="grey", lw=.6)
+            axis.legend(frameon=False)
 
 
 # ---- The demo: one softmax over ten tokens, a reward of 1 for token 4, the objective E_pi[r] - beta D ------
@@ -58,22 +54,18 @@ FORMS = [(name, estimator) for estimator in ("sampled", "unbiased", "exact") for
 
 
 def shaping(name, estimator, logp, logq):
-    """Return what beta multiplies before it is subtracted from the reward of each token, [10].
-
-    This is c for `sampled` and g for the other estimators. With h = r - beta c or r - beta g, the mean
-    gradient of the objective in the logits is pi (h - E_pi[h]).
-    """
+    """Return what beta multiplies before it is subtracted from the reward of each token, [10]: c if sampled,
+    else g. With h = r - beta c or r - beta g, the mean gradient in the logits is pi (h - E_pi[h])."""
     d, x = DIVERGENCES[name], logq - logp
     return d.c(x) if estimator == "sampled" else d.f(x) + d.c(x)
 
 
 def fixed_point(name, estimator, beta, steps=5000, rate=.1):
-    """Return the policy pi [10] at which the mean update is zero.
+    """Return the policy pi [10] at which the mean update is zero: all r - beta g (or r - beta c) are equal.
 
-    There every token has the same r - beta g (or r - beta c). Two cases have a closed form. For exact or
-    unbiased reverse KL, pi = rho exp(r/beta) / Z. Sampled reverse KL descends the forward KL, so its fixed
-    point is pi = beta rho / (l - r), where l makes pi sum to 1. This function finds all cases by adding
-    r - beta g to the logits repeatedly. This is natural gradient ascent, which is fast even for small pi.
+    Two cases have a closed form. For exact or unbiased reverse KL, pi = rho exp(r/beta) / Z. Sampled reverse
+    KL descends the forward KL, so its fixed point is pi = beta rho / (l - r), where l makes pi sum to 1. We
+    find all cases by natural gradient ascent, which is fast even for small pi: add r - beta g to the logits.
     """
     logq, z = RHO.log(), RHO.log()
     for _ in range(steps):
@@ -85,10 +77,8 @@ def fixed_point(name, estimator, beta, steps=5000, rate=.1):
 
 
 def update(z, name, estimator, beta, batch, generator):
-    """Return the gradient of the objective in the logits z [10], estimated from `batch` sampled tokens.
-
-    The baseline is the mean over the samples. For `exact` only the reward is estimated.
-    """
+    """Return the gradient of the objective in the logits z [10], estimated from `batch` sampled tokens. The
+    baseline is the mean over the samples. For `exact` only the reward is estimated."""
     logp = z.log_softmax(0)
     pi, penalty = logp.exp(), beta * shaping(name, estimator, logp, RHO.log())
     a = torch.multinomial(pi, batch, replacement=True, generator=generator)
@@ -99,47 +89,40 @@ def update(z, name, estimator, beta, batch, generator):
 
 
 def demo(path, steps=1500, frames=60, batch=16, rate=.5, strength=.25, seed=0):
-    """Save a GIF of nine policies that learn, each from `batch` sampled tokens per step.
-
-    All use the same random numbers. beta is strength * STRENGTH. Blue bars show the policy, black outlines
-    the reference, and red marks the fixed points.
-    """
+    """Save a GIF of nine policies that learn, each from `batch` tokens per step and the same random numbers.
+    beta is strength * STRENGTH. Bars: policy (blue), reference (black outline). Red marks: fixed points."""
     plt = pyplot()
     beta = {name: strength * STRENGTH[name] for name in DIVERGENCES}
+    z = {form: RHO.log() for form in FORMS}
+    generators = {form: torch.Generator().manual_seed(seed) for form in FORMS}
     figure, axes = plt.subplots(3, 3, figsize=(9, 6.5), dpi=70, sharex=True, sharey=True)
     figure.subplots_adjust(left=.06, right=.99, top=.96, bottom=.09, wspace=.04, hspace=.2)
-    bars, moving = {}, []              # draw() omits animated artists, so that everything else is drawn once
+    # draw() omits animated artists, so everything else is drawn only once.
+    style, bars = dict(animated=True), {}
+    label, moving = figure.supxlabel("step 0", fontsize=10, **style), []
     for axis, (name, estimator) in zip(axes.flat, FORMS):
-        bars[name, estimator] = axis.bar(range(10), RHO.tolist(), color="tab:blue", animated=True)
-        outlines = axis.bar(range(10), RHO.tolist(), fill=False, edgecolor="black", lw=.8, animated=True)
-        marks = axis.plot(range(10), fixed_point(name, estimator, beta[name]).tolist(), "_", color="tab:red",
-                          ms=11, mew=2, animated=True)
-        moving += [*bars[name, estimator], *outlines, *marks]
+        bars[name, estimator] = axis.bar(range(10), RHO.tolist(), color="tab:blue", **style)
+        fixed = fixed_point(name, estimator, beta[name]).tolist()
+        moving += [*bars[name, estimator],
+                   *axis.bar(range(10), RHO.tolist(), fill=False, edgecolor="black", lw=.8, **style),
+                   *axis.plot(range(10), fixed, "_", color="tab:red", ms=11, mew=2, **style)]
         axis.set_title(f"{name} (beta {beta[name]:g}), {estimator}", fontsize=9)
         axis.set(yscale="log", ylim=(5e-4, 1.2))                           # rare tokens stay visible
         axis.minorticks_off()
-    label = figure.supxlabel("step 0", fontsize=10, animated=True)
     figure.canvas.draw()
-    background = figure.canvas.copy_from_bbox(figure.bbox)
-
-    def frame(step):
-        for form, bars_of_form in bars.items():
-            for bar, height in zip(bars_of_form, z[form].softmax(0).tolist()):
-                bar.set_height(height)
-        label.set_text(f"token (token 4 is rewarded), step {step}")
-        figure.canvas.restore_region(background)
-        for artist in (*moving, label):
-            figure.draw_artist(artist)
-        return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-
-    z = {form: RHO.log() for form in FORMS}
-    generators = {form: torch.Generator().manual_seed(seed) for form in FORMS}
-    images = [frame(0)]
-    for i in range(1, frames + 1):
-        for _ in range(steps // frames):
+    background, images = figure.canvas.copy_from_bbox(figure.bbox), []
+    for step in range(steps // frames * frames + 1):
+        if step % (steps // frames) == 0:
             for form in FORMS:
-                z[form] = z[form] + rate * update(z[form], *form, beta[form[0]], batch, generators[form])
-        images.append(frame(i * (steps // frames)))
+                for bar, height in zip(bars[form], z[form].softmax(0).tolist()):
+                    bar.set_height(height)
+            label.set_text(f"token (token 4 is rewarded), step {step}")
+            figure.canvas.restore_region(background)
+            for artist in (*moving, label):
+                figure.draw_artist(artist)
+            images.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))
+        for form in FORMS:
+            z[form] = z[form] + rate * update(z[form], *form, beta[form[0]], batch, generators[form])
     plt.close(figure)
     save_gif(images, path, 100)
 
@@ -154,10 +137,8 @@ def save_gif(frames, path, milliseconds):
 
 
 def film(runs, path, milliseconds=700):
-    """Save a GIF with the samples of run folders side by side, at the steps that all runs have evaluated.
-
-    The samples are the files samples_STEP.png. Raises UserError where the runs share fewer than two steps.
-    """
+    """Save a GIF with the files samples_STEP.png of run folders side by side, at the steps that all have.
+    Raises UserError where the runs share fewer than two steps."""
     steps = [{int(found[1]): name for name in glob.glob(os.path.join(glob.escape(run), "samples_*.png"))
               if (found := re.search(r"_(\d+)\.png$", name))} for run in runs]
     common = sorted(set.intersection(*map(set, steps)))
@@ -166,12 +147,12 @@ def film(runs, path, milliseconds=700):
                         f"{len(common)}. Train the runs with the same --eval_interval.")
     frames = []
     for step in common:
-        grids = [Image.open(found[step]) for found in steps]
+        grids, x = [Image.open(found[step]) for found in steps], 0
         canvas = Image.new("RGB", (sum(g.width for g in grids), LINE + max(g.height for g in grids)), "white")
-        for i, (run, g) in enumerate(zip(runs, grids)):
-            x = sum(other.width for other in grids[:i])
+        for run, g in zip(runs, grids):
             ImageDraw.Draw(canvas).text((x + PAD, 1), run, "black", ImageFont.load_default())
             canvas.paste(g, (x, LINE))
+            x += g.width
         canvas.thumbnail((WIDEST, canvas.height), Image.LANCZOS)
         frames.append(canvas)
     save_gif(frames, path, milliseconds)

@@ -26,15 +26,14 @@ constant betas, one falling run would win wherever it lies between two of them, 
 a straight line there. The position of the single runs along the curve still matters a little.
 
 One control was not planned. Unbiased forward KL and sampled reverse KL are the same method (divergences.py),
-so the grid contains this method twice. Its two runs differ only by rounding. `afterwards` uses the pair to
+so the grid contains it twice, and its two runs differ only by rounding. `afterwards` uses the pair to
 separate what (iii) and (iv) mix: the noise of a gradient, and the function whose gradient it is.
 """
-import itertools
 import json
 import os
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from itertools import groupby, product
 
 import numpy as np
 
@@ -42,7 +41,6 @@ from common import config
 from common.config import UserError, option, locate
 from divergences import STRENGTH
 from lab import stats, sweep
-
 
 DIVERGENCES, ESTIMATORS = ("reverse_kl", "forward_kl", "js"), ("sampled", "unbiased", "exact")
 BETAS = (.125, .03125, .5, .0625, .25)         # of a KL, in the order of the runs; JS: times STRENGTH
@@ -58,13 +56,8 @@ COLORS = {"none": "black", "reverse_kl": "tab:blue", "forward_kl": "tab:orange",
 
 
 @dataclass(frozen=True)
-class Config:
-    only: Literal["all", "runs", "figures"] = option("all", "all: the runs, then the figures and the report")
-    seeds: int = option(5, "seeds of each cell", low=1, high=1000)
+class Config(sweep.Config):
     first_seed: int = option(0, "the lowest seed; with another csv, a test on new seeds", low=0)
-    minutes: float = option(0.0, "start no run after this time; 0: no limit", low=0)
-    jobs: int = option(2, "runs at a time, with one thread each", low=1)
-    device: Literal["cuda", "mps", "cpu"] = option("cpu", "a tiny run is as fast on one core as on a GPU")
     csv: str = option("results/frontier.csv", "the file of results, one line for each run", ending=".csv")
     out: str = option("out/frontier", "folder of the run folders; each is removed after its run", ending="")
 
@@ -72,7 +65,7 @@ class Config:
 # ---- the runs ----------------------------------------------------------------------------------------------
 def cells(betas):
     """Yield (divergence, estimator, beta, schedule) of every cell with one of these betas of a KL."""
-    for b, estimator, d in itertools.product(betas, ESTIMATORS, DIVERGENCES):
+    for b, estimator, d in product(betas, ESTIMATORS, DIVERGENCES):
         yield d, estimator, b * STRENGTH[d], "constant"
     if SCHEDULED in betas:
         for d in DIVERGENCES:
@@ -95,7 +88,7 @@ def load(path):
 
 def key(row):
     """Return (cell, seed) of a line."""
-    return (row["divergence"], row["estimator"], float(row["beta"]), row["schedule"]), row["seed"]
+    return tuple(row[name] for name in FIELDS[:4]), row["seed"]
 
 
 def command(run, folder, device):
@@ -109,22 +102,18 @@ def command(run, folder, device):
 
 def row_of(run, folder):
     """Return the values of a finished run's line in the csv file, up to its curve."""
-    before, after = (sweep.evaluations(folder)[i] for i in (0, -1))
     with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
         rewards = np.array([json.loads(text)["reward"] for text in file]).reshape(-1, 10).mean(1)
-    return [*run, *(round(after[m], 5) for m in MEASURES), round(before["reward"], 5),
-            round(before["heldout_reward"], 5), " ".join(f"{r:.4f}" for r in rewards)]
+    return [*run, *sweep.measured(folder, MEASURES, REACHED), " ".join(f"{r:.4f}" for r in rewards)]
 
 
 # ---- the statistics ----------------------------------------------------------------------------------------
+entropy_kept = lambda row: row["entropy_kept"]             # the diversity of a run, as a share of its base's
+
+
 def gain(row, measure="reward"):
     """Return the reward that a run gained over its base."""
     return row[measure] - row["base_" + measure]
-
-
-def entropy_kept(row):
-    """Return the diversity of a run, as a share of its base's."""
-    return row["entropy_kept"]
 
 
 def complete(rows):
@@ -135,13 +124,11 @@ def complete(rows):
     return max(blocks, key=lambda block: (len(block[0]) >= 3, len(block[0]) * len(block[1])))
 
 
-def frontier(rows, seed, divergence, estimator, betas, measure="reward", schedule="constant"):
+def frontier(rows, seed, betas, measure, divergence, estimator, schedule="constant"):
     """Return points (diversity kept, gain) of a seed: base, `none`, and the runs with these betas of a KL."""
-    strengths = [b * STRENGTH[divergence] for b in betas]
-    return [(1.0, 0.0)] + [
-        (entropy_kept(r), gain(r, measure)) for r in rows if r["seed"] == seed and (
-            r["divergence"] == "none" or (r["divergence"], r["estimator"], r["schedule"]) ==
-            (divergence, estimator, schedule) and r["beta"] in strengths)]
+    wanted = {(divergence, estimator, b * STRENGTH[divergence], schedule) for b in betas}
+    return [(1.0, 0.0)] + [(entropy_kept(r), gain(r, measure)) for r in rows if r["seed"] == seed
+                           and (r["divergence"] == "none" or key(r)[0] in wanted)]
 
 
 def reachable(points, level):
@@ -157,43 +144,42 @@ def area(points, levels=LEVELS):
     return float(np.mean([reachable(points, level) for level in np.linspace(*levels, 51)]))
 
 
-def reach(rows, seed, forms, betas, measure, levels=LEVELS, schedule="constant"):
-    """Return the mean `area` of one seed over some forms (divergence, estimator)."""
-    return np.mean([area(frontier(rows, seed, *form, betas, measure, schedule), levels) for form in forms])
+def reach(rows, seed, forms, betas, measure, levels=LEVELS):
+    """Return the mean `area` of one seed over forms (divergence, estimator), or (.., schedule)."""
+    return np.mean([area(frontier(rows, seed, betas, measure, *form), levels) for form in forms])
+
+
+def compared(rows, pairs, levels=LEVELS):
+    """Yield a line (*words, measure, difference, verdict) for each measure of REACHED and each of the pairs
+    (*words, forms, other forms, betas of a KL). The difference is between what the two `reach`."""
+    seeds = complete(rows)[1]
+    for measure, name in REACHED.items():
+        for *words, one, other, betas in pairs:
+            a, b = ([reach(rows, s, forms, betas, measure, levels) for s in seeds] for forms in (one, other))
+            yield *words, name, *stats.say(np.subtract(a, b))
 
 
 def verdicts(rows, levels=LEVELS):
     """Return what the runs say about the claims: lines (claim, comparison, measure, difference, verdict)."""
     (betas, seeds), at, out = complete(rows), {key(r): r for r in rows}, []
-
-    def compare(claim, what, measure, difference):
-        out.append((claim, what, measure, *stats.say([difference(s) for s in seeds])))
     # (i): all three get the same beta. To beat a KL means more reward and no less diversity.
-    for b in sorted(set(betas) & {STRENGTH["js"] * b for b in betas}):
-        for kl in DIVERGENCES[:2]:
-            for name, value in (("reward gained", gain), ("diversity kept", entropy_kept)):
-                compare("(i)", f"js - {kl}, sampled, both beta {b:g}", name, lambda s: value(
-                    at[("js", "sampled", b, "constant"), s]) - value(at[(kl, "sampled", b, "constant"), s]))
-    for measure, name in REACHED.items():
-        def at_best(s, d, e, betas=betas, schedule="constant"):
-            return reach(rows, s, [(d, e)], betas, measure, levels, schedule)
-        for estimator in ESTIMATORS:
-            for kl in DIVERGENCES[:2]:
-                compare("(ii)", f"js - {kl}, {estimator}", name,
-                        lambda s: at_best(s, "js", estimator) - at_best(s, kl, estimator))
-        for claim, estimator in (("(iii)", "exact"), ("(iv)", "unbiased")):
-            for d in DIVERGENCES:
-                compare(claim, f"{estimator} - sampled, {d}", name,
-                        lambda s: at_best(s, d, estimator) - at_best(s, d, "sampled"))
-        for d in DIVERGENCES:
-            compare("(v)", f"falling - constant, {d}", name, lambda s: at_best(
-                s, d, "sampled", [SCHEDULED], "linear") - at_best(s, d, "sampled", [SCHEDULED]))
-    return out
+    for b, kl in product(sorted(set(betas) & {STRENGTH["js"] * b for b in betas}), DIVERGENCES[:2]):
+        for name, value in (("reward gained", gain), ("diversity kept", entropy_kept)):
+            js, other = ([value(at[(d, "sampled", b, "constant"), s]) for s in seeds] for d in ("js", kl))
+            words = "(i)", f"js - {kl}, sampled, both beta {b:g}", name
+            out.append((*words, *stats.say(np.subtract(js, other))))
+    pairs = [("(ii)", f"js - {kl}, {e}", [("js", e)], [(kl, e)], betas)
+             for e in ESTIMATORS for kl in DIVERGENCES[:2]]
+    pairs += [(claim, f"{e} - sampled, {d}", [(d, e)], [(d, "sampled")], betas)
+              for claim, e in (("(iii)", "exact"), ("(iv)", "unbiased")) for d in DIVERGENCES]
+    pairs += [("(v)", f"falling - constant, {d}", [(d, "sampled", "linear")], [(d, "sampled")], [SCHEDULED])
+              for d in DIVERGENCES]
+    return out + list(compared(rows, pairs, levels))
 
 
 def afterwards(rows):
     """Return comparisons that were chosen after the runs were seen: lines of `verdicts` without a claim."""
-    (betas, seeds), at, out = complete(rows), {key(r): r for r in rows}, []
+    (betas, seeds), at = complete(rows), {key(r): r for r in rows}
     twice = [("forward_kl", "unbiased"), ("reverse_kl", "sampled")]            # one method
     pairs = [("one method run twice: unbiased forward_kl - sampled reverse_kl", twice[:1], twice[1:]),
              ("the same function, less noise: exact forward_kl - the method run twice",
@@ -201,15 +187,10 @@ def afterwards(rows):
              ("another function, also of single samples: unbiased reverse_kl - the method run twice",
               [("reverse_kl", "unbiased")], twice)]
     for a, b in (("exact", "sampled"), ("unbiased", "sampled"), ("exact", "unbiased")):
-        pairs.append((f"{a} - {b}, mean over divergences",
-                      [(d, a) for d in DIVERGENCES], [(d, b) for d in DIVERGENCES]))
+        pairs.append((f"{a} - {b}, mean over divergences", *([(d, e) for d in DIVERGENCES] for e in (a, b))))
     for a, b in (("reverse_kl", "js"), ("reverse_kl", "forward_kl"), ("js", "forward_kl")):
-        pairs.append((f"{a} - {b}, mean over estimators",
-                      [(a, e) for e in ESTIMATORS], [(b, e) for e in ESTIMATORS]))
-    for measure, name in REACHED.items():
-        for what, one, other in pairs:
-            out.append((what, name, *stats.say([
-                reach(rows, s, one, betas, measure) - reach(rows, s, other, betas, measure) for s in seeds])))
+        pairs.append((f"{a} - {b}, mean over estimators", *([(d, e) for e in ESTIMATORS] for d in (a, b))))
+    out = list(compared(rows, [(*pair, betas) for pair in pairs]))
     weak = [(d, "exact", b * STRENGTH[d], "constant") for d in DIVERGENCES for b in sorted(betas)[:2]]
     for name, value in (("reward gained", gain), ("held-out reward gained",
                         lambda r: gain(r, "heldout_reward")), ("diversity kept", entropy_kept)):
@@ -222,11 +203,9 @@ def afterwards(rows):
 # ---- the report --------------------------------------------------------------------------------------------
 def groups(rows):
     """Return {cell: its lines}, sorted by name and by beta, with the cell without a divergence last."""
-    out = {}
-    for r in sorted(rows, key=lambda r: (r["divergence"] == "none", r["divergence"], r["estimator"],
-                                         r["schedule"], r["beta"])):
-        out.setdefault(key(r)[0], []).append(r)
-    return out
+    in_order = sorted(rows, key=lambda r: (r["divergence"] == "none", r["divergence"], r["estimator"],
+                                           r["schedule"], r["beta"]))
+    return {cell: list(lines) for cell, lines in groupby(in_order, lambda r: key(r)[0])}
 
 
 def steps_to(row):
@@ -242,101 +221,93 @@ def trace(axis, found, x, y, style="o-", legend=True):
     def deviation(values):
         return np.nanstd(values, ddof=1) if np.isfinite(values).sum() > 1 else 0
     for d, color in COLORS.items():
-        cell = [(np.array([x(r) for r in rs]), np.array([y(r) for r in rs]))
-                for (name, *_), rs in found if name == d]
-        if cell:
-            (xs, ys), (dx, dy) = ([[f(v[i]) for v in cell] for i in (0, 1)] for f in (np.nanmean, deviation))
+        if cells_of := [rs for (name, *_), rs in found if name == d]:
+            xs, ys, dx, dy = ([f([value(r) for r in rs]) for rs in cells_of]
+                              for f in (np.nanmean, deviation) for value in (x, y))
             axis.errorbar(xs, ys, dy, dx, fmt=style, ms=3, lw=1, elinewidth=.6, color=color,
                           label=d if legend else None)
 
 
 def figures(rows, folder):
     """Write frontier.png, the main result, and frontier_more.png, further views, into `folder`."""
-    plt, kept, judged = stats.pyplot(), "open-attribute entropy kept", "judge reward gained"
+    kept, judged, strong = "open-attribute entropy kept", "judge reward gained", STRENGTH["js"]
+    main_figure, more_views = (os.path.join(folder, name) for name in ("frontier.png", "frontier_more.png"))
     betas, seeds = complete(rows)
-    known = {(cell, seed) for cell in cells(betas) for seed in seeds}
-    found = list(groups([r for r in rows if key(r) in known]).items())
+    known = set(product(cells(betas), seeds))
+    found = [*groups([r for r in rows if key(r) in known]).items()]
 
-    def pick(estimator=None, betas=None, js=STRENGTH["js"]):
+    def pick(estimator=None, betas=None, js=strong):
         return [(cell, rs) for cell, rs in found if cell[0] == "none" or cell[3] == "constant"
                 and estimator in (None, cell[1])
                 and (betas is None or cell[2] / (js if cell[0] == "js" else 1) in betas)]
-    title = f"beta grid (js x {STRENGTH['js']})"
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), sharey=True, sharex=True, layout="constrained")
-    for axis, estimator in zip(axes, ESTIMATORS):
-        trace(axis, pick(estimator), entropy_kept, gain)
-        axis.plot(1, 0, "s", color="grey", label="base")
-        axis.axvspan(*LEVELS, color=".94", zorder=0, label="compared here")
-        axis.set(title=f"{estimator}, {title}", xlabel=kept)
-    axes[0].set_ylabel(judged)
-    axes[0].legend(frameon=False)
-    figure.savefig(os.path.join(folder, "frontier.png"), dpi=110)
-    plt.close(figure)
+    with stats.panels(main_figure, 1, 3, (14, 4.4), sharey=True, sharex=True) as axes:
+        for axis, estimator in zip(axes, ESTIMATORS):
+            trace(axis, pick(estimator), entropy_kept, gain)
+            axis.plot(1, 0, "s", color="grey", label="base")
+            axis.axvspan(*LEVELS, color=".94", zorder=0, label="compared here")
+            axis.set(title=f"{estimator}, beta grid (js x {strong})", xlabel=kept)
+        axes[0].set_ylabel(judged)
+        axes[0].legend(frameon=False)
 
-    same = set(BETAS) & {STRENGTH["js"] * b for b in BETAS}
-    figure, axes = plt.subplots(2, 3, figsize=(14, 8.4), layout="constrained")
-    for axis, js, title in ((axes[0, 0], 1, "one beta for all"),
-                            (axes[0, 1], STRENGTH["js"], f"matched strength (js x {STRENGTH['js']})")):
-        trace(axis, pick("sampled", same, js), entropy_kept, gain)
-        axis.set(title=f"sampled, {title}", xlabel=kept, ylabel=judged)
-    trace(axes[0, 2], pick("sampled"), lambda r: r["kl_reverse"], gain)
-    trace(axes[0, 2], pick("exact")[:-1], lambda r: r["kl_reverse"], gain, "o--", legend=False)
-    axes[0, 2].set(title="reward and KL(policy || base); dashed: exact", xlabel="nat per image",
-                   ylabel=judged, xscale="log")
-    trace(axes[1, 0], pick(), gain, lambda r: gain(r, "heldout_reward"), "o")
-    axes[1, 0].set(title="trained and held-out reward", xlabel=judged, ylabel="reader reward gained")
-    trace(axes[1, 1], pick("sampled"), lambda r: r["beta"] / STRENGTH.get(r["divergence"], 1), steps_to)
-    axes[1, 1].set(title=f"steps to a training reward of {TARGET}; 120: never",
-                   xlabel=f"beta (js / {STRENGTH['js']})", ylabel="steps")
-    trace(axes[1, 2], [c for c in found if c[0][3] == "linear"], entropy_kept, gain, "o")
-    trace(axes[1, 2], pick("sampled"), entropy_kept, gain, ":", legend=False)
-    axes[1, 2].set(title="falling beta (dots), constant betas (dotted)", xlabel=kept, ylabel=judged)
-    for axis in axes.flat:
-        axis.legend(frameon=False, fontsize=8)
-    figure.savefig(os.path.join(folder, "frontier_more.png"), dpi=110)
-    plt.close(figure)
+    same = set(BETAS) & {strong * b for b in BETAS}
+    with stats.panels(more_views, 2, 3, (14, 8.4)) as axes:
+        for axis, js, title in ((axes[0, 0], 1, "one beta for all"),
+                                (axes[0, 1], strong, f"matched strength (js x {strong})")):
+            trace(axis, pick("sampled", same, js), entropy_kept, gain)
+            axis.set(title=f"sampled, {title}", xlabel=kept, ylabel=judged)
+        trace(axes[0, 2], pick("sampled"), lambda r: r["kl_reverse"], gain)
+        trace(axes[0, 2], pick("exact")[:-1], lambda r: r["kl_reverse"], gain, "o--", legend=False)
+        axes[0, 2].set(title="reward and KL(policy || base); dashed: exact", xlabel="nat per image",
+                       ylabel=judged, xscale="log")
+        trace(axes[1, 0], pick(), gain, lambda r: gain(r, "heldout_reward"), "o")
+        axes[1, 0].set(title="trained and held-out reward", xlabel=judged, ylabel="reader reward gained")
+        trace(axes[1, 1], pick("sampled"), lambda r: r["beta"] / STRENGTH.get(r["divergence"], 1), steps_to)
+        axes[1, 1].set(title=f"steps to a training reward of {TARGET}; 120: never",
+                       xlabel=f"beta (js / {strong})", ylabel="steps")
+        trace(axes[1, 2], [c for c in found if c[0][3] == "linear"], entropy_kept, gain, "o")
+        trace(axes[1, 2], pick("sampled"), entropy_kept, gain, ":", legend=False)
+        axes[1, 2].set(title="falling beta (dots), constant betas (dotted)", xlabel=kept, ylabel=judged)
+        for axis in axes.flat:
+            axis.legend(frameon=False, fontsize=8)
 
 
-def report(rows, path):
-    """Write the report frontier.md to `path`: the verdicts, the figures, then every cell."""
+def report(rows):
+    """Return the report: the verdicts, the figures, then every cell."""
     betas, seeds = complete(rows)
     lines, others = verdicts(rows), verdicts(rows, OTHER_LEVELS)
     means = [[e] + [" / ".join(f"{np.mean([reach(rows, s, [(d, e)], betas, m) for s in seeds]):.3f}"
                                for m in REACHED) for d in DIVERGENCES] for e in ESTIMATORS]
     changed = [f"{a[0]} {a[1]}, {a[2]}: {a[4]} -> {b[4]}" for a, b in zip(lines, others) if a[4] != b[4]]
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(
-            f"# Performance against diversity\n\nMade by `python -m lab.frontier --only=figures` from "
+    every = [[d, e, f"{b:g}", how, len(rs)] + [stats.spread([r[m] for r in rs]) for m in (
+             "reward", "heldout_reward", "entropy_kept", "vendi", "kl_reverse")]
+             for (d, e, b, how), rs in groups(rows).items()]
+    return (f"# Performance against diversity\n\nMade by `python -m lab.frontier --only=figures` from "
             f"frontier.csv: {len(rows)} runs, device {rows[0]['device']}, base {rows[0]['base']}. Verdicts "
             f"use the betas of a KL {sorted(betas)} (js x {STRENGTH['js']}) and the seeds {seeds}. The "
             f"claims are stated in lab/frontier.py.\n\n![reward against diversity](frontier.png)\n\n"
-            f"{stats.judged(lines, len(seeds))}\n\n"
-            f"**Another range.** Frontiers are compared where {LEVELS[0]} to {LEVELS[1]} of the diversity is "
-            f"kept. From {OTHER_LEVELS[0]} to {OTHER_LEVELS[1]} the verdicts are the same"
-            f"{' except for: ' * bool(changed)}{'; '.join(changed)}.\n\n"
+            f"{stats.judged(lines, len(seeds))}\n\n**Another range.** Frontiers are compared where "
+            f"{LEVELS[0]} to {LEVELS[1]} of the diversity is kept. From {OTHER_LEVELS[0]} to "
+            f"{OTHER_LEVELS[1]} the verdicts are the same{' except for: ' * bool(changed)}"
+            f"{'; '.join(changed)}.\n\n"
             f"The frontiers themselves, as mean reachable reward / mean reachable held-out reward:\n\n"
             f"{stats.table(['', *DIVERGENCES], means)}\n\n**Chosen after the runs were seen.** These "
             f"comparisons are questions for new runs:\n\n{stats.table(stats.HEAD[1:], afterwards(rows))}\n\n"
-            f"![more views](frontier_more.png)\n\n" +
-            stats.table(["divergence", "estimator", "beta", "schedule", "seeds", "judge", "reader",
-                         "entropy kept", "Vendi score", "KL to the base, nat per image"],
-                  [[d, e, f"{b:g}", how, str(len(rs))] + [stats.spread([r[m] for r in rs]) for m in (
-                      "reward", "heldout_reward", "entropy_kept", "vendi", "kl_reverse")]
-                   for (d, e, b, how), rs in groups(rows).items()]) + "\n")
+            f"![more views](frontier_more.png)\n\n" + stats.table(
+                ["divergence", "estimator", "beta", "schedule", "seeds", "judge", "reader", "entropy kept",
+                 "Vendi score", "KL to the base, nat per image"], every) + "\n")
 
 
 def main(argv):
     cfg, _ = config.load(Config, argv)
     if cfg.only != "figures":
         sweep.make(cfg, load(cfg.csv), [(*cell, seed) for cell, seed in plan(cfg.seeds, cfg.first_seed)],
-                   FIELDS, lambda run, folder: command(run, folder, cfg.device), row_of)
+                   FIELDS, command, row_of)
     if cfg.only != "runs":
         rows, folder = load(cfg.csv), os.path.dirname(cfg.csv) or "."
         if not rows or not complete(rows)[1]:
             raise UserError(f"{cfg.csv} has no seed with all cells yet. Continue with python -m lab.frontier")
         figures(rows, folder)
-        report(rows, os.path.join(folder, "frontier.md"))
-        print(open(os.path.join(folder, "frontier.md"), encoding="utf-8").read())
+        stats.publish(report(rows), os.path.join(folder, "frontier.md"))
 
 
 if __name__ == "__main__":

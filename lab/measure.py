@@ -3,16 +3,14 @@
  1. Both sides of a comparison alternate in one process, so a machine that slows down slows both. The first
     round is discarded, because it allocates, loads and compiles.
  2. GPU kernels run asynchronously, so we synchronize before we read the clock.
- 3. A speed says little without the speed that the machine can reach. `ceilings` measures this speed in the
-    same run, instead of taking it from a data sheet.
+ 3. A speed says little without the speed that the machine can reach. `ceilings` measures it in the same run.
 """
 import contextlib
-import json
+import itertools
 import os
 import platform
 import statistics
 import subprocess
-import tempfile
 import time
 
 import torch
@@ -58,27 +56,21 @@ def peak_bytes(f, device):
     # The CPU allocator keeps no peak, but the profiler records every allocation and every release.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
         f()
-    with tempfile.TemporaryDirectory() as folder:
-        p.export_chrome_trace(os.path.join(folder, "trace.json"))
-        with open(os.path.join(folder, "trace.json"), encoding="utf-8") as file:
-            events = [e for e in json.load(file)["traceEvents"] if e.get("name") == "[memory]"]
-    events.sort(key=lambda e: e["ts"])
-    level = peak = 0
-    for e in events:
-        level += e["args"]["Bytes"]
-        peak = max(peak, level)
-    return peak
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(itertools.accumulate((e.nbytes() for e in events), initial=0))
 
 
 def ceilings(device, repeats):
     """Return {"copy": bytes/s read and written by a large copy, dtype: FLOP/s of a large product in it}."""
-    gpu, times = device.type == "cuda", 20 if device.type == "cuda" else 1
+    gpu = device.type == "cuda"
+    times = 20 if gpu else 1               # a GPU must work for longer than a call takes to start
 
     def fastest(f):
-        def many():                        # a GPU must work for longer than a call takes to start
+        def many():
             for _ in range(times):
                 f()
-        end = time.time() + (1 if gpu else 0)
+        end = time.time() + gpu
         while time.time() < end:           # a GPU leaves its idle clock within a second
             many()
             sync(device)
@@ -95,11 +87,9 @@ def ceilings(device, repeats):
 
 def least_seconds_of_a_step(gpt, rows, cache, limits, device, repeats):
     """Return the least seconds of a sampling step of `rows` rows that reads `cache` bytes of keys and values.
-
     On a GPU: the time to read all weights and the cache once, at the speed of a copy. On a CPU neither memory
     nor arithmetic alone limits a product with so few rows. So we time the products with the model's own
-    matrices, with nothing between them, and add the time to read the cache.
-    """
+    matrices, with nothing between them, and add the time to read the cache."""
     matrices = [m.weight for m in [*gpt.layers.modules(), gpt.output] if isinstance(m, torch.nn.Linear)]
     if device.type == "cuda":
         return (sum(w.nbytes for w in matrices) + cache) / limits["copy"]
@@ -114,8 +104,11 @@ def least_seconds_of_a_step(gpt, rows, cache, limits, device, repeats):
 
 def describe(limits, device, repeats):
     """Return a paragraph of text: machine, versions, commit, settings and ceilings."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
-    commit = "unknown"
+    name, commit = platform.processor() or platform.machine(), "unknown"
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as file:
+        name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
     with contextlib.suppress(OSError):
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
                                 cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip() or commit
@@ -124,12 +117,3 @@ def describe(limits, device, repeats):
             f"discarded. Both sides share process, allocator and threads. TF32 is off.\n\nCeilings, measured "
             f"in the same run: copy {limits['copy'] / 1e9:.1f} GB/s (read + written), large product in fp32 "
             f"{limits[torch.float32] / 1e12:.2f} TFLOP/s, in bf16 {limits[torch.bfloat16] / 1e12:.2f}.")
-
-
-def processor():
-    """Return the name of the CPU."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

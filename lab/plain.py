@@ -12,14 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.llama import rotate, truncated_logp
-
 
 @contextlib.contextmanager
 def math_kernel():
-    """Use the math kernel for attention, as the released sampler does.
-
-    The sampler is older than torch 2.5, which computes half precision in fp32 there. This is switched off."""
+    """Use the math kernel for attention, as the released sampler does. The sampler is older than torch 2.5,
+    which computes half precision in fp32 there. This is switched off."""
     allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)               # on a CPU as well
     try:
@@ -50,14 +47,12 @@ class Plain:
 
     def layers(self, x, mask, rotations, start=0, caches=None):
         """Run rows x [R,S,D] at positions start .. start+S-1. mask [R,1,S,all positions]."""
+        end = start + x.shape[1]
         for i, layer in enumerate(self.gpt.layers):
-            qkv = layer.attention.wqkv(layer.attention_norm(x)).unflatten(-1, (3, self.c.n_head, -1))
-            q, k, v = qkv.unbind(2)
-            q, k = (rotate(t, rotations[start:start + x.shape[1]]) for t in (q, k))
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            q, k, v = layer.attention.qkv(layer.attention_norm(x), rotations[start:end])
             if caches:
                 for store, new in zip(caches[i], (k, v)):
-                    store[:, :, start:start + x.shape[1]] = new
+                    store[:, :, start:end] = new
                 k, v = caches[i]
             y = F.scaled_dot_product_attention(q, k, v, mask)
             x = x + layer.attention.wo(y.transpose(1, 2).flatten(2))
@@ -81,7 +76,7 @@ class Plain:
         for t in range(self.c.block_size):
             end = start + x.shape[1]
             hidden = self.layers(x, mask[:, :, start:end], rotations, start, caches)[:, -1]
-            logp = truncated_logp(self.gpt.logits(hidden, cfg_scale))
+            logp = self.gpt.logits(hidden, cfg_scale).log_softmax(1)
             race = -torch.rand(logp.shape, generator=generator, device=x.device).log()
             tokens[:, t] = (logp.exp() / race).argmax(1)
             x, start = self.gpt.tok_embeddings(tokens[:, t:t + 1]).repeat(len(x) // len(tokens), 1, 1), end

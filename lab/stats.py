@@ -1,13 +1,16 @@
-"""Intervals, verdicts and tables for experiments with a few paired seeds.
+"""Intervals, verdicts, tables and figures for experiments with a few paired seeds.
 
 The methods of an experiment share their seeds, so the statistics are about differences d [n], one per seed.
 A difference is shown if two 95 % intervals of its mean exclude 0: the bootstrap's and Student's. The
 bootstrap's interval alone is too narrow for a few seeds (`false_alarms`).
 """
+import contextlib
 import functools
 import math
 
 import numpy as np
+
+from common.images import pyplot
 
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom.
 STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
@@ -23,11 +26,6 @@ def resamples(n):
     return np.ascontiguousarray(np.random.RandomState(0).randint(0, n, (10000, n)).T)
 
 
-def interval(d):
-    """Return (low, high), the 95 % percentile bootstrap interval of the mean of d [n]."""
-    return np.percentile(d[resamples(len(d))].mean(0), [2.5, 97.5])
-
-
 def student(n):
     """Return half the width of Student's 95 % interval of the mean of n >= 2 values, in standard errors.
     Above 30 degrees of freedom k, the quantile is expanded in 1/k, with an error below 1e-4."""
@@ -36,10 +34,10 @@ def student(n):
 
 
 def shows(d):
-    """Return the bootstrap's (low, high), Student's (low, high), and the verdict on differences d [n]: "more"
-    or "less" if both intervals exclude 0, else "not shown"."""
+    """Return the bootstrap's percentile interval of the mean of d [n], (low, high), Student's, and the
+    verdict: "more" or "less" if both exclude 0, else "not shown"."""
     error = student(len(d)) * d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else np.inf
-    both = interval(d), (d.mean() - error, d.mean() + error)
+    both = np.percentile(d[resamples(len(d))].mean(0), [2.5, 97.5]), (d.mean() - error, d.mean() + error)
     side = np.sign(d.mean()) * all(low > 0 or high < 0 for low, high in both)
     return *both, {0: "not shown", 1: "more", -1: "less"}[int(side)]
 
@@ -87,9 +85,18 @@ def table(head, lines):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *lines])
 
 
-def pyplot():
-    """Return matplotlib.pyplot, set to draw into files. Its import is slow, so it is not at the top."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
+def publish(text, path):
+    """Write a report to `path`, and print it."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+    print(text)
+
+
+@contextlib.contextmanager
+def panels(path, rows, columns, size, dpi=110, **shared):
+    """Yield the axes of a new figure of rows x columns panels, then save it to `path`. size is in inches."""
+    plt = pyplot()
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **shared)
+    yield axes
+    figure.savefig(path, dpi=dpi)
+    plt.close(figure)

@@ -16,15 +16,25 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-
-from common.config import Fault, UserError, locate
+from common.config import Fault, UserError, locate, option
 from common.run import claim
 
 STAMP = ("minutes", "device", "torch", "base", "date")         # the last columns of every csv file
+
+
+@dataclass(frozen=True)
+class Config:
+    only: Literal["all", "runs", "figures"] = option("all", "all: the runs, then the figures and the report")
+    seeds: int = option(5, "seeds of each method", low=1, high=1000)
+    minutes: float = option(0.0, "start no run after this time; 0: no limit", low=0)
+    jobs: int = option(2, "runs at a time, with one thread each", low=1)
+    device: Literal["cuda", "mps", "cpu"] = option("cpu", "a tiny run is as fast on one core as on a GPU")
 
 
 def load(path, fields, numbers, key):
@@ -58,52 +68,53 @@ def load(path, fields, numbers, key):
     return rows
 
 
-def fingerprint():
-    """Return the first 8 hexadecimal digits of the SHA-256 hash of the base."""
-    with open(locate("assets/tiny_base.pt"), "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()[:8]
+def rounded(results, names):
+    """Return these measures of an evaluation, rounded. JSON has no NaN, so an evaluation stores None."""
+    return [round(float("nan") if results[name] is None else results[name], 5) for name in names]
 
 
-def evaluations(folder):
-    """Return all evaluations of the run in `folder` as dicts, oldest first."""
+def measured(folder, after, before):
+    """Return the measures `after` of the last evaluation of a run, then `before` of its first, rounded."""
     with open(os.path.join(folder, "evaluations.jsonl"), encoding="utf-8") as file:
-        return [json.loads(text) for text in file]
+        first, *_, last = map(json.loads, file)
+    return rounded(last, after) + rounded(first, before)
 
 
 def make(cfg, rows, plan, fields, command, row_of, keep=lambda key: False):
     """Make the missing runs, `cfg.jobs` at a time. A finished run is on disk before the next one starts.
 
     rows: the result of `load`. plan: all runs in order. A run is the tuple of its first fields, its key.
-    command(key, folder): the command line of a run. row_of(key, folder): the values of `fields` up to STAMP.
-    keep(key): whether the folder of this run stays.
+    command(key, folder, device): the command line of a run. row_of(key, folder): the values of `fields` up to
+    STAMP. keep(key): whether the folder of this run stays.
     Raises UserError for a csv file of another device or base, and Fault for a run that fails.
     """
-    base, done = fingerprint(), {tuple(str(r[f]) for f in fields[:len(next(iter(plan)))]) for r in rows}
+    with open(locate("assets/tiny_base.pt"), "rb") as file:
+        base = hashlib.file_digest(file, "sha256").hexdigest()[:8]
     if any((r["device"], r["base"]) != (cfg.device, base) for r in rows):
         raise UserError(f"{cfg.csv} has runs of another device or another base than {cfg.device}, {base}, "
                         f"which cannot be compared. Move the file away, or choose another --csv")
     signal.signal(signal.SIGTERM, signal.default_int_handler)              # like Ctrl-C: `finally` is reached
+    done = {tuple(str(r[f]) for f in fields[:len(plan[0])]) for r in rows}
     todo, begin, running = [k for k in plan if tuple(map(str, k)) not in done], time.time(), {}
     os.makedirs(cfg.out, exist_ok=True)
-    lock = claim(os.path.dirname(cfg.csv) or ".", os.path.basename(cfg.csv), "--csv")
+    home, name = os.path.split(cfg.csv)
+    lock = claim(home or ".", name, "--csv")
     if not rows:
         with open(cfg.csv, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(fields)
-    bar = tqdm(total=len(plan), initial=len(plan) - len(todo), unit="run", ncols=110,
-               desc=os.path.basename(cfg.csv))
+    bar = tqdm(total=len(plan), initial=len(plan) - len(todo), unit="run", ncols=110, desc=name)
     try:
         while todo or running:
-            late = cfg.minutes and time.time() - begin > 60 * cfg.minutes
-            while todo and len(running) < cfg.jobs and not late:
+            if cfg.minutes and time.time() - begin > 60 * cfg.minutes:
+                todo = []
+            while todo and len(running) < cfg.jobs:
                 key = todo.pop(0)
                 folder = os.path.join(cfg.out, "_".join(map(str, key)))
                 shutil.rmtree(folder, ignore_errors=True)                  # of a run that was killed earlier
                 log = open(folder + ".log", "w", encoding="utf-8")
-                process = subprocess.Popen(command(key, folder), stdout=log, stderr=log,
+                process = subprocess.Popen(command(key, folder, cfg.device), stdout=log, stderr=log,
                                            env=os.environ | {"OMP_NUM_THREADS": "1"})
                 running[process] = key, folder, time.time()
-            if late and not running:
-                break
             time.sleep(1)
             for process in [p for p in running if p.poll() is not None]:
                 key, folder, started = running.pop(process)
@@ -113,7 +124,7 @@ def make(cfg, rows, plan, fields, command, row_of, keep=lambda key: False):
                          time.strftime("%Y-%m-%d"))
                 row = dict(zip(fields, (*row_of(key, folder), *stamp), strict=True))
                 with open(cfg.csv, "a", newline="", encoding="utf-8") as file:
-                    csv.DictWriter(file, fields).writerow(row)
+                    csv.writer(file).writerow(row.values())
                 if not keep(key):
                     shutil.rmtree(folder)
                 os.remove(folder + ".log")

@@ -1,21 +1,19 @@
 """The two rewards of the tiny world: a judge that is learned and can be hacked, and a reader that is exact.
 
-  judge    The cosine of an image and its prompt, under a small model like CLIP. pretrain.py trains it. It is
-           a learned reward, as HPS and CLIPScore are. Such a reward is good on images like those of its
-           training. On other images it has errors, and a policy that maximizes the reward can exploit them.
-           This is reward hacking.
+  judge    The cosine between the vectors that a small model like CLIP gives to an image and to its prompt.
+           pretrain.py trains it. It is a learned reward, as HPS and CLIPScore are, which rate photographs.
+           Such a reward is good on images like those of its training. On other images it has errors, and a
+           policy that maximizes the reward can exploit them. This is reward hacking.
   reader   1 if the image shows exactly what the prompt says, otherwise 0. It is a verifiable reward. It reads
            the image by geometry (shapes.py), and nothing in it is learned.
 
 By default a run trains on the judge, and the reader is the held-out reward. If the judge's reward rises while
-the reader's falls, the policy hacks the judge. In exercise 5 a student hacks the judge on purpose.
+the reader's falls, the policy hacks the judge. In exercises/e05_hack_the_judge.py you do so on purpose.
 
-The judge has two encoders into one space of unit vectors, as CLIP has (arXiv 2103.00020). It is trained with
-the sigmoid loss of SigLIP (arXiv 2303.15343 eq. 1).
-  images [B,3,32,32] -> 3 convolutions of stride 2 -> 2 linear layers -> [B,D]
+The judge has two encoders into one space of unit vectors of D = 64 numbers, as CLIP has (arXiv 2103.00020).
+It is trained with the sigmoid loss of SigLIP (arXiv 2303.15343 eq. 1).
+  B images [B,3,32,32] -> 3 convolutions of stride 2 -> 2 linear layers -> [B,D]
   N texts -> features of words (text.py) -> 2 linear layers -> sum over words -> 2 linear layers -> [N,D]
-
-Symbols: B images, N texts, D = 64 numbers of a unit vector.
 """
 import torch
 import torch.nn as nn
@@ -33,14 +31,15 @@ class Judge(nn.Module):
             nn.Linear(64 * 16, 128), nn.GELU(), nn.Linear(128, width))
         self.word = nn.Sequential(nn.Linear(caption_dim, 128), nn.GELU(), nn.Linear(128, 128))
         self.caption = nn.Sequential(nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, width))
-        self.scale, self.bias = nn.Parameter(torch.tensor(2.3)), nn.Parameter(torch.tensor(-4.))
+        self.scale = nn.Parameter(torch.tensor(2.3))                       # the log of the factor in `loss`
+        self.bias = nn.Parameter(torch.tensor(-4.))
 
     def embed_images(self, images):
         """Map images [B,3,32,32] in [-1,1] to unit vectors [B,D], on which evaluation measures diversity."""
         return F.normalize(self.image(images.clamp(-1, 1)), dim=1)
 
     def activations(self, images):
-        """Return the outputs of the three convolutions, a list of [B,C,h,w]. VA-pi compares them."""
+        """Return the outputs of the three convolutions, a list of [B,C,h,w]. vapi.py compares them."""
         x, outputs = images.clamp(-1, 1), []
         for layer in self.image[:6]:
             x = layer(x)
@@ -48,7 +47,8 @@ class Judge(nn.Module):
         return outputs
 
     def embed_captions(self, texts):
-        """Map N texts to unit vectors [N,D]. In the sum over words only their features know their order."""
+        """Map N texts to unit vectors [N,D]. The sum over words ignores their order. Order enters only
+        because the feature of each word contains its position."""
         features, mask = text.encode(texts, self.scale.device, times=1)
         words = self.word(features.to(self.scale.dtype)) * mask[..., None]
         return F.normalize(self.caption(words.sum(1)), dim=1)
@@ -58,7 +58,7 @@ class Judge(nn.Module):
 
         truth [B,N]: 1 where a caption is true of an image, else 0. The loss is the mean over all pairs of
         -log sigmoid(z (exp(scale) cosine + bias)), where z is 1 for a true pair and -1 for a false pair.
-        SigLIP divides the sum over pairs by B instead of B N.
+        SigLIP divides the sum over pairs by B, not by B N.
         """
         logits = self.scale.exp() * self.embed_images(images) @ self.embed_captions(captions).T + self.bias
         return F.binary_cross_entropy_with_logits(logits, truth)

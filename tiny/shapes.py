@@ -5,21 +5,19 @@ leaves the other attributes open. The reader finds every attribute by geometry, 
 Therefore we can measure exactly the two quantities that post-training trades against each other:
   performance: does the image show what the text says?                       -> `matches`
   diversity:   how much do the attributes vary that the text leaves open?    -> `open_attributes`
-The five categories of captions are a miniature of GenEval (arXiv 2310.11513):
+The five categories of captions are a miniature of GenEval, a benchmark of text-to-image models (arXiv
+2310.11513):
   single    a red circle                           counting  three red circles
   two       a circle and a square (open colors)    position  a red circle left of a blue square
   binding   a red circle and a blue square
 
-    python -m tiny.shapes        tests the reader on 2,000 rendered scenes
-
 Images are [B,3,H,W] in [-1,1] with H = W = 32. Sizes and places are in pixels. Places x and y start at the
-top left corner, and y points down. The reader uses these symbols:
-  B images   N regions in all B images   K = 4 colors of objects
-  p, g, c    RGB values in 0..255 of a pixel, of the background, of an object;  d = c - g
+top left corner, and y points down. Symbols of the reader:
+  B images   N connected regions of object pixels in all images   K = 4 colors of objects
+  p, g, c    RGB values in 0..255: p of a pixel, g of the background, c of an object. d = c - g
   a          coverage: the fraction of a pixel that an object covers, so that p = g + a d
 """
 import itertools
-import random
 from typing import NamedTuple
 
 import numpy as np
@@ -35,11 +33,13 @@ BACKGROUNDS = dict(white=(240, 240, 240), grey=(135, 135, 135), black=(25, 25, 2
 SHAPES = ("circle", "square", "triangle", "cross")
 RADII = dict(small=5, large=7)                       # half the width of a shape
 NUMBERS = dict(two=2, three=3)
-GAP, MARGIN, LATTICE = 2, 1, 8                       # least gap to shapes, to the border; grid of centers
+GAP = 2                                              # least gap between two shapes
+MARGIN = 1                                           # least gap between a shape and the border
+GRID = 8                                             # distance between neighboring places of a center
 RELATION_MARGIN = 4                                  # "left of" means left by at least this many pixels
-# Policy and judge see these pairs of color and shape in no text and no image of their training. The pairs
-# test generalization.
-HELD_OUT = {("red", "cross"), ("green", "circle"), ("blue", "triangle")}
+# Unseen pairs: no caption and no image in the training of policy and judge contains these pairs of color and
+# shape. So they test generalization.
+UNSEEN = {("red", "cross"), ("green", "circle"), ("blue", "triangle")}
 CATEGORIES = ("single", "two", "counting", "position", "binding")
 
 
@@ -92,27 +92,26 @@ CAPTIONS = {caption.text: caption for caption in _grammar()}
 def parse(text):
     """Return the Caption of a text. Raise UserError if the grammar does not contain the text."""
     if text not in CAPTIONS:
-        raise UserError(f"{text!r} is not of the tiny world's grammar; "
-                        "try 'a red circle left of a blue square'")
+        raise UserError(f"{text!r} is not of the tiny world's grammar; try 'a red circle and a blue square'")
     return CAPTIONS[text]
 
 
-def held_out(caption):
-    """Return whether a Caption names a pair of HELD_OUT."""
-    return any((color, shape) in HELD_OUT for shape, color in caption.slots)
+def names_unseen(caption):
+    """Return whether a Caption names a pair of UNSEEN."""
+    return any((color, shape) in UNSEEN for shape, color in caption.slots)
 
 
-def captions(category, heldout=False):
-    """Return all texts of a category: those without held-out pairs, or those with at least one."""
-    return [c.text for c in CAPTIONS.values() if c.category == category and held_out(c) == heldout]
+def captions(category, unseen=False):
+    """Return all texts of a category: those without unseen pairs, or those with at least one."""
+    return [c.text for c in CAPTIONS.values() if c.category == category and names_unseen(c) == unseen]
 
 
 # ---- the renderer ------------------------------------------------------------------------------------------
-def _place(shape, color, objects, rng, allow_heldout):
+def _place(shape, color, objects, rng, allow_unseen):
     """Return a random Obj that keeps its distance from `objects`, or None after 20 attempts."""
-    colors = [c for c in COLORS if allow_heldout or (c, shape) not in HELD_OUT]
+    colors = [c for c in COLORS if allow_unseen or (c, shape) not in UNSEEN]
     size = rng.choice(list(RADII))
-    places = range(RADII[size] + MARGIN, SIDE - RADII[size] - MARGIN + 1, LATTICE)
+    places = range(RADII[size] + MARGIN, SIDE - RADII[size] - MARGIN + 1, GRID)
     for _ in range(20):
         x, y = rng.choice(places), rng.choice(places)
         new = Obj(shape, color or rng.choice(colors), size, x, y)
@@ -121,12 +120,12 @@ def _place(shape, color, objects, rng, allow_heldout):
     return None
 
 
-def sample_scene(caption, rng, allow_heldout=False):
+def sample_scene(caption, rng, allow_unseen=False):
     """Sample a Scene that a Caption describes; open attributes are uniform. rng: random.Random."""
     while True:
         background, objects = rng.choice(list(BACKGROUNDS)), []
         for shape, color in caption.slots:
-            if (new := _place(shape, color, objects, rng, allow_heldout)) is None:
+            if (new := _place(shape, color, objects, rng, allow_unseen)) is None:
                 break                                           # no room: start again
             objects.append(new)
         else:
@@ -142,7 +141,7 @@ def _draw(canvas, shape, x, y, r, fill):
         canvas.rectangle((x - r, y - r, x + r - 1, y + r - 1), fill=fill)
     elif shape == "triangle":
         canvas.polygon(((x, y - r), (x - r, y + r - 1), (x + r - 1, y + r - 1)), fill=fill)
-    else:                                                       # a cross; its arms have 3/8 of its width
+    else:                                               # a cross; an arm is 3/8 as thick as the cross is wide
         arm = 3 * r // 8
         canvas.rectangle((x - r, y - arm, x + r - 1, y + arm - 1), fill=fill)
         canvas.rectangle((x - arm, y - r, x + arm - 1, y + r - 1), fill=fill)
@@ -162,8 +161,9 @@ def render(scenes, over=4):
 
 
 # ---- the reader --------------------------------------------------------------------------------------------
-WINDOW, SLACK = 16, 2                           # side of a template; largest shift of it in each direction
-ERROR_LIMIT = .35                               # largest squared error of a region, relative to its template
+WINDOW = 16                                     # side of a template
+SLACK = 2                                       # largest shift of a template in each direction
+ERROR_LIMIT = .35            # a region is readable up to this squared error / sum of squares of its template
 TEMPLATES = list(itertools.product(SHAPES, RADII))
 
 
@@ -178,14 +178,6 @@ _TEMPLATES = torch.stack([_template(*t) for t in TEMPLATES])[:, None]           
 _COLORS, _BACKGROUNDS = (torch.tensor(list(p.values())) / 1. for p in (COLORS, BACKGROUNDS))   # [4,3]
 
 
-def _find_background(pixels):
-    """pixels [B,3,H,W] in 0..255 -> the number [B] of the background that has the most votes.
-    Every pixel votes for the nearest entry of the whole palette. Votes for colors of objects do not count."""
-    palette = torch.cat([_BACKGROUNDS, _COLORS])
-    nearest = torch.cdist(pixels.flatten(2).transpose(1, 2), palette).argmin(2)                   # [B,H*W]
-    return torch.stack([(nearest == i).sum(1) for i in range(len(BACKGROUNDS))], 1).argmax(1)
-
-
 def _find_coverage(offset, g):
     """offset [B,3,H,W] is p - g, g [B,3] -> coverage [B,1,H,W] in [0,1], squared residual [B,K,H,W].
     For each color the least-squares solution of p - g = a d is a = <p - g, d> / <d, d>.
@@ -197,17 +189,17 @@ def _find_coverage(offset, g):
 
 
 def _find_regions(mask):
-    """mask [B,1,H,W] -> its connected regions: the image of each region [N], the mask of each [N,1,H,W]."""
+    """mask [B,1,H,W] -> its N connected regions: the index of their image [N], and their masks [N,1,H,W]."""
     # Every pixel starts with its own label, from 1 to H*W. Then it takes the largest label around it until
     # nothing changes. Afterwards all pixels of a connected region have the same label.
     labels = mask * torch.arange(1., SIDE * SIDE + 1).view(1, 1, SIDE, SIDE)
     while not torch.equal(labels, new := F.max_pool2d(labels, 3, 1, 1) * mask):
         labels = new
-    # A multiple of the image's number makes the labels unique in the batch, so one call finds all regions.
+    # A multiple of the image's index makes the labels unique in the batch, so one call finds all regions.
     stride = SIDE * SIDE + 1
     ids = labels[:, 0].long() + stride * torch.arange(len(mask)).view(-1, 1, 1)
     ids, pixels = ids.unique(return_counts=True)
-    ids = ids[(pixels >= 6) & (ids % stride > 0)]                  # fewer pixels are dirt; label 0 is outside
+    ids = ids[(pixels >= 6) & (ids % stride > 0)]                  # no tiny regions; label 0 is outside
     image, label = ids // stride, ids % stride
     return image, (labels[image] == label.view(-1, 1, 1, 1)).float()
 
@@ -236,19 +228,17 @@ def _fit_templates(coverage, regions):
 def read(images):
     """Read images [B,3,32,32] in [-1,1] -> a list of B Scenes, by geometry alone.
 
-    1. Background: the palette entry for which the most pixels vote.
-    2. Coverage: solve p = g + a d for the coverage a, at each pixel and for each color.
-    3. Objects: the connected regions of pixels with a > 1/2.
-    4. Color, shape, size and place of a region: those with the least squared error.
     A Scene is not readable if a region fits no template, if there are no regions or more than three, or if a
     tenth of the pixels is far from the background but outside of all regions.
     """
     pixels = (images.float().cpu().clamp(-1, 1) + 1) * 127.5                                      # [B,3,H,W]
-    background = _find_background(pixels)
-    g = _BACKGROUNDS[background]
+    # Every pixel votes for the nearest color. The background with the most votes wins.
+    nearest = torch.cdist(pixels.flatten(2).transpose(1, 2), torch.cat([_BACKGROUNDS, _COLORS])).argmin(2)
+    background = torch.stack([(nearest == i).sum(1) for i in range(len(BACKGROUNDS))], 1).argmax(1)      # [B]
+    g = _BACKGROUNDS[background]                                                                  # [B,3]
     offset = pixels - g[:, :, None, None]
     coverage, residual = _find_coverage(offset, g)
-    mask = (coverage > .5).float()
+    mask = (coverage > .5).float()                                 # pixels of objects, [B,1,H,W]
     stray = (offset.square().sum(1) > 60 ** 2) & (F.max_pool2d(mask, 3, 1, 1)[:, 0] == 0)
     readable = (stray.float().mean((1, 2)) < .1).tolist()
     objects = [[] for _ in images]
@@ -266,13 +256,13 @@ def read(images):
 
 # ---- performance and diversity of a scene ------------------------------------------------------------------
 def assign(scene, caption):
-    """Return for each slot of a Caption the best object that is left, or None if objects are missing."""
-    left, chosen = list(scene.objects), []
-    if len(left) < len(caption.slots):
+    """Return for each slot of a Caption the best object not chosen before, or None if objects are missing."""
+    remaining, chosen = list(scene.objects), []
+    if len(remaining) < len(caption.slots):
         return None
     for shape, color in caption.slots:
-        chosen.append(max(left, key=lambda o: (o.shape == shape) + (o.color == color)))
-        left.remove(chosen[-1])
+        chosen.append(max(remaining, key=lambda o: (o.shape == shape) + (o.color == color)))
+        remaining.remove(chosen[-1])
     return chosen
 
 
@@ -281,9 +271,8 @@ def matches(scene, caption):
     if not scene.readable or len(scene.objects) != len(caption.slots):
         return False
     chosen = assign(scene, caption)
-    if not all(o.shape == s and c in (None, o.color) for o, (s, c) in zip(chosen, caption.slots)):
-        return False
-    return not caption.relation or RELATIONS[caption.relation](*chosen) >= RELATION_MARGIN
+    return (all(o.shape == s and c in (None, o.color) for o, (s, c) in zip(chosen, caption.slots))
+            and (not caption.relation or RELATIONS[caption.relation](*chosen) >= RELATION_MARGIN))
 
 
 def open_attributes(scene, caption):
@@ -320,16 +309,10 @@ def reader_accuracy(scenes, images):
     return {name: sum(correct) / len(correct) for name, correct in results.items()}
 
 
-def random_scenes(n, rng, allow_heldout=False):
+def random_scenes(n, rng, allow_unseen=False):
     """Sample n pairs (Caption, Scene): a random category, a random caption of it, a scene that it describes.
-    rng: random.Random. allow_heldout: whether pairs of HELD_OUT may occur."""
-    pools = {k: [CAPTIONS[t] for t in captions(k) + (captions(k, True) if allow_heldout else [])]
+    rng: random.Random. allow_unseen: whether pairs of UNSEEN may occur."""
+    pools = {k: [CAPTIONS[t] for t in captions(k) + (captions(k, True) if allow_unseen else [])]
              for k in CATEGORIES}
     drawn = [rng.choice(pools[rng.choice(CATEGORIES)]) for _ in range(n)]
-    return [(c, sample_scene(c, rng, allow_heldout)) for c in drawn]
-
-
-if __name__ == "__main__":
-    scenes = [s for _, s in random_scenes(2000, random.Random(0), allow_heldout=True)]
-    for name, fraction in reader_accuracy(scenes, render(scenes)).items():
-        print(f"{name:10s} {fraction:7.2%} correct, 2,000 rendered scenes")
+    return [(c, sample_scene(c, rng, allow_unseen)) for c in drawn]

@@ -1,23 +1,24 @@
 """The tiny world: its prompts, its rewards, what can be measured in it, and its models.
 
     World       prompts and rewards; common/interfaces.py says what a world offers
-    Pipeline    policy, reference and tokenizer, from a base that pretrain.py made or from a run
+    Pipeline    policy, reference and tokenizer, from a run or from a base: the file of pretrained
+                models that pretrain.py writes
     Images      rendered images with their captions, for algorithms that learn from images (vapi.py)
 
 Every attribute of a tiny image can be read exactly. So this world adds to an evaluation:
   reward/single ...   rewards by category
   unseen              held-out reward of prompts with a color and shape that were never seen together
-                      (shapes.HELD_OUT)
-  open_entropy        nat; sum over the attributes that the prompt leaves open (shapes.open_attributes) of the
-                      entropy of their values. It always uses 64 images, because the entropy of few samples is
-                      too low: only values from equally many images can be compared. Images that are
-                      unreadable or show too few objects do not count. A prompt with fewer than 64 usable
-                      images has none
+                      (shapes.UNSEEN)
+  open_entropy        nat; the entropy of the values of each attribute that the prompt leaves open
+                      (shapes.open_attributes), summed over these attributes. It always uses 64 images,
+                      because the entropy of few samples is too low: only values from equally many images can
+                      be compared. Images that are unreadable or show too few objects do not count. A prompt
+                      with fewer than 64 usable images has no open_entropy
   unreadable          the share of images that do not count
   entropy_kept        open_entropy as a share of the base's, on the prompts where both have one
 and in a run that learns from images:
-  frechet, precision, recall   of the sampled images against as many rendered images of the same prompts, in
-                      the judge's features (metrics.py)
+  frechet, precision, recall   the sampled images compared with as many rendered images of the same prompts,
+                      in the judge's features (metrics.py)
 """
 import copy
 import math
@@ -40,7 +41,7 @@ from vqgan import VQGAN, VQConfig
 REWARDS = ("judge", "reader")
 COUNTED = 64                    # readable images of a prompt that enter open_entropy
 HELD_BACK = 128                 # images for `reconstruction` in vapi.py
-UNSEEN_DRAWS = 8                # images of each prompt with a held-out pair
+UNSEEN_DRAWS = 8                # images of each prompt with an unseen pair
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,15 @@ class ImageOptions:
                                    low=0, high=1)
 
 
-def fixed_prompts(per_category, heldout=False):
-    """The same prompts for every caller: `per_category` of each category, with a generator of their own."""
+def fixed_prompts(per_category, unseen=False):
+    """The same prompts for every caller: `per_category` of each category, from a local random generator."""
     rng = random.Random(1234)
-    pools = [shapes.captions(category, heldout) for category in shapes.CATEGORIES]
+    pools = [shapes.captions(category, unseen) for category in shapes.CATEGORIES]
     return [c for pool in pools for c in rng.sample(pool, min(per_category, len(pool)))]
 
 
 def entropy(values):
-    """Plug-in entropy, in nat, of a list of hashable values."""
+    """Return the entropy, in nat, of the observed frequencies in a list of hashable values."""
     return -sum(n / len(values) * math.log(n / len(values)) for n in Counter(values).values())
 
 
@@ -134,7 +135,7 @@ class World:
         for category in shapes.CATEGORIES:
             rows = [i for i, p in enumerate(prompts) if shapes.parse(p).category == category]
             out |= {f"{name}/{category}": r[rows].mean().item() for name, r in rewards.items()}
-        unseen = fixed_prompts(len(prompts) // len(shapes.CATEGORIES), heldout=True)
+        unseen = fixed_prompts(len(prompts) // len(shapes.CATEGORIES), unseen=True)
         out["unseen"] = self.heldout(sample(unseen, UNSEEN_DRAWS),
                                      [p for p in unseen for _ in range(UNSEEN_DRAWS)]).mean().item()
         scenes = shapes.read(pixels)
@@ -187,8 +188,9 @@ class Images:
         return [c.text for c in captions], self.load(scenes)
 
     def perceptual(self, images, originals):
-        """LPIPS on the judge's three convolutions. They were trained to tell captions apart, so they see
-        shape, color and number. They hardly see noise in a plain area, but the squared error does."""
+        """A perceptual distance like LPIPS (metrics.py) on the judge's three convolutions. They were trained
+        to tell captions apart, so they see shape, color and number. They hardly see noise in a plain area,
+        but the squared error does."""
         return metrics.lpips(self.world.judge.activations, images, originals)
 
 
@@ -213,7 +215,7 @@ class Pipeline:
 
 
 def open_world(options, device, with_images=False):
-    """(World, Pipeline) of the options above. Raises UserError for a base that cannot be loaded."""
+    """Return (World, Pipeline) of the options of a run. Raises UserError for a base that cannot be loaded."""
     policy, vqgan, judge, _ = load_models(locate(options.init_from), device)
     return (World(options, freeze(judge), device, with_images),
             Pipeline(policy, vqgan, device, options.dtype))

@@ -45,7 +45,7 @@ def numbers(line):
 
 
 def test_an_old_run_resumes_to_the_end_that_the_old_code_reached(old, capsys):
-    cfg = evaluate.open_saved(files.load("run/ckpt.pt"), "run/ckpt.pt")
+    cfg = evaluate.options_of("run")[0]
     assert (cfg.logit_chunk, cfg.init_from, cfg.max_steps) == (5, "base.pt", 4)
     world, pipeline = evaluate.open_world(cfg, torch.device("cpu"))
     base = evaluate.evaluate(world, pipeline, pipeline.reference, prompts=1, draws=64).results

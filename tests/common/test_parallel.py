@@ -55,7 +55,7 @@ def assert_same_run(a, b):
     assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-4
     for x, y in zip(metrics(a), metrics(b), strict=True):
         for key in ("step", "reward", "heldout_reward", "zero_spread", "beta", "learning_rate"):
-            assert x[key] == pytest.approx(y[key], rel=1e-6, abs=1e-9)      # one other token would change more
+            assert x[key] == pytest.approx(y[key], rel=1e-6, abs=1e-9)     # one other token would change more
         assert x == pytest.approx(y, rel=1e-4, abs=1e-5)
 
 
@@ -69,7 +69,7 @@ def test_two_processes_make_the_run_of_one(one, mini_base, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_learn_from_the_images_of_one(mini_base, tmp_path):
-    """vapi.py: each process holds the images that its own samples need. One of the three images is on both."""
+    """vapi.py: each process holds the images that its own samples need. One of three images is on both."""
     quick = [o for o in QUICK if "cfg_scale" not in o] + ["--algorithm=vapi", "--prior_weight=0.3"]
     folders = [str(tmp_path / name) for name in ("one", "two")]
     for size, folder in enumerate(folders, 1):

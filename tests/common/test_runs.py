@@ -34,7 +34,7 @@ def go(folder, base, *more):
 def start(folder, base, *more):
     """Start a run in a process of its own."""
     options = [f"--out_dir={folder}", f"--init_from={base}", *QUICK] if base else [f"--out_dir={folder}"]
-    said = tempfile.TemporaryFile("w+")             # a pipe would fill up with progress bars and block the run
+    said = tempfile.TemporaryFile("w+")            # a pipe would fill up with progress bars and block the run
     process = subprocess.Popen([sys.executable, locate("train.py"), *options, *more], stdout=said,
                                stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
     process.said = said
@@ -105,7 +105,7 @@ def test_asked_to_stop_it_finishes_the_step_and_saves(name, whole, mini_base, tm
     assert files.load(os.path.join(folder, "ckpt.pt"))["step"] == 1 == len(metrics(folder))
     monkeypatch.setattr(grpo, "advantages", real)
     cfg, _ = runs.open_run(evaluate.options, [f"--out_dir={folder}", "--resume"])
-    assert cfg.device == "cpu"                                  # that of the run, not the best of this machine
+    assert cfg.device == "cpu"                                 # that of the run, not the best of this machine
     train.main([f"--out_dir={folder}", "--resume"])
     same_runs(whole, folder)
 

@@ -57,7 +57,7 @@ def test_weight_equals_autograd_of_sampled(name):
     assert (weight[logp.abs() > CLAMP] == 0).all() and (weight[(logp.abs() < CLAMP) & (logp != 0)] != 0).all()
 
 
-def test_weight_in_the_table_of_the_facts():
+def test_limits_and_peaks_of_c():
     """Limits and peaks of c(w), computed independently of this code."""
     x = torch.linspace(-12, 6, 200001, dtype=torch.float64)
     w = x.exp()

@@ -64,12 +64,12 @@ def test_evaluation_is_fixed_by_its_seed_and_best_of_n_is_better(opened):
     assert {f"reward/{c}" for c in shapes.CATEGORIES} | set(world.columns) <= set(first)
 
 
-def test_compare_runs_and_sample_from_one(mini_base, tmp_path, capsys):
+def test_compare_runs_and_sample_from_one(mini_base, tmp_path, capsys, small_evaluations):
     for seed in (0, 1):
         train.main([f"--out_dir={tmp_path / str(seed)}", f"--init_from={mini_base}", f"--seed={seed}",
-                    "--max_steps=1", "--eval_prompts=1", "--eval_draws=64", "--prompts_per_step=1"])
+                    "--max_steps=1", "--eval_prompts=1", "--eval_draws=8", "--prompts_per_step=1"])
     capsys.readouterr()
-    evaluate.main([str(tmp_path / "0"), str(tmp_path / "1"), "--eval_prompts=1", "--draws=64",
+    evaluate.main([str(tmp_path / "0"), str(tmp_path / "1"), "--eval_prompts=1", "--draws=8",
                    f"--picture={tmp_path / 'compare.png'}"])
     printed = capsys.readouterr().out
     assert "best of 8" in printed and "2 seeds" in printed and "±" in printed
@@ -80,9 +80,9 @@ def test_compare_runs_and_sample_from_one(mini_base, tmp_path, capsys):
     assert "a red circle: " in printed and "not of the grammar" in printed and (tmp_path / "s.png").exists()
 
 
-def test_images_in_the_folders_of_geneval(mini_base, tmp_path, capsys):
+def test_images_in_the_folders_of_geneval(mini_base, tmp_path, capsys, small_evaluations):
     train.main([f"--out_dir={tmp_path / 'run'}", f"--init_from={mini_base}", "--max_steps=1",
-                "--eval_prompts=1", "--eval_draws=64", "--prompts_per_step=1", "--learning_rate=0.1"])
+                "--eval_prompts=1", "--eval_draws=8", "--prompts_per_step=1", "--learning_rate=0.1"])
     metadata = [{"tag": "counting", "include": [{"class": "circle", "count": 2}],
                  "prompt": "two red circles"}, {"tag": "single", "prompt": "a blue square"}]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, metadata)))

@@ -18,7 +18,7 @@ def evaluations(folder):
 
 
 def test_a_few_steps_raise_the_reward_that_is_trained(tmp_path):
-    """Without warm-up 12 steps raise the judge score by more than chance does."""
+    """Without warm-up, 12 steps raise the reward of the judge by more than chance does."""
     train.main([f"--out_dir={tmp_path / 'run'}", "--max_steps=12", "--warmup=0",
                 "--eval_prompts=1", "--divergence=none", "--device=cpu", "--eval_interval=12"])
     before, after = evaluations(tmp_path / "run")
@@ -28,14 +28,14 @@ def test_a_few_steps_raise_the_reward_that_is_trained(tmp_path):
 
 @pytest.fixture(scope="module")
 def five_seeds():
-    """{"js"|"none": [(first, last evaluation) of seeds 0-4]}; runs already in out/claims are taken as they
-    are."""
+    """Return {"js" or "none": [(first, last evaluation) of seeds 0-4]}. Finished runs in out/claims are used
+    as they are."""
     jobs = [(name, seed, locate(".") + f"/out/claims/{name}_{seed}")
             for seed in range(5) for name in ("js", "none")]
     missing = [[sys.executable, "train.py", f"configs/tiny_{name}.py", f"--seed={seed}",
                 f"--out_dir={folder}"]
                for name, seed, folder in jobs if not os.path.exists(os.path.join(folder, "table.md"))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}                    # two at a time, a core each
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}                    # two at a time, one core each
     while missing:
         running = [subprocess.Popen(c, cwd=locate("."), env=environment, stderr=subprocess.DEVNULL)
                    for c in missing[:2]]
@@ -49,9 +49,9 @@ def five_seeds():
 
 
 @pytest.mark.slow
-def test_reader_score_rises_in_every_seed(five_seeds):
+def test_reader_reward_rises_in_every_seed(five_seeds):
     gains = [after["heldout_reward"] - before["heldout_reward"] for before, after in five_seeds["js"]]
-    print("reader gained by js, seeds 0-4:", [round(g, 3) for g in gains])
+    print("gain of js in the reader's reward, seeds 0-4:", [round(g, 3) for g in gains])
     assert min(gains) >= .15
 
 

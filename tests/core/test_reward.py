@@ -51,12 +51,12 @@ def test_a_broken_reward_is_named(broken, message, shown):
         reward.weighted("reader,mine:2", {"reader": reader, "mine": broken})(images, prompts)
 
 
-def test_your_own_reward(mini_base, tmp_path, monkeypatch):
+def test_your_own_reward(mini_base, tmp_path, monkeypatch, small_evaluations):
     """README's section of this name: a function in REWARDS is known to --reward and is trained on."""
     def colorful(images, prompts):
         return (images - images.mean(1, keepdim=True)).abs().mean((1, 2, 3))
     run = [f"--out_dir={tmp_path / 'run'}", f"--init_from={mini_base}", "--max_steps=1", "--eval_prompts=1",
-           "--eval_draws=64", "--reward=judge:1,colorful:0.5", "--device=cpu"]
+           "--eval_draws=8", "--reward=judge:1,colorful:0.5", "--device=cpu"]
     with pytest.raises(UserError, match="no reward 'colorful'; it has: judge, reader"):
         train.main(run)
     monkeypatch.setattr(reward, "REWARDS", {"colorful": colorful})

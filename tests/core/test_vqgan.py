@@ -69,7 +69,7 @@ def test_keys_and_shapes_as_released(mult):
 def test_round_trip_of_the_shipped_tokenizer():
     """Images survive 64 codes: the reader finds every attribute in at least 95 % of them (see LOG.md)."""
     _, vqgan, _, _ = load_models(locate("assets/tiny_base.pt"), "cpu")
-    scenes = [s for _, s in shapes.random_scenes(400, random.Random(11), allow_heldout=True)]
+    scenes = [s for _, s in shapes.random_scenes(400, random.Random(11), allow_unseen=True)]
     images = shapes.render(scenes)
     tokens = vqgan.encode(images)
     assert tokens.shape == (400, 64) and tokens.dtype == torch.long

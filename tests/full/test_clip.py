@@ -140,7 +140,7 @@ def make(files, monkeypatch):
     def build(name, model=None, **options):
         model = files[model or ("hps.pt" if name == "hps" else "folder")]
         other = {"head": files["head.pth"]} if name == "aesthetic" else {"tokenizer": files["tokenizer"]}
-        return clip.build(name, {"model": model, **other}, **options)
+        return clip.Reward(name, {"model": model, **other}, **options)
     return build
 
 
@@ -352,15 +352,8 @@ def test_half_precision_weights_keep_rewards_in_fp32(make):
 
 def refused(message, name, files):
     with pytest.raises(UserError) as error:
-        clip.build(name, files)
+        clip.Reward(name, files)
     assert "\n" not in str(error.value) and message in str(error.value), str(error.value)
-
-
-def test_names_and_parts_are_asked_for():
-    refused("unknown reward 'hpsv2'; choose one of hps, pickscore, clipscore, aesthetic", "hpsv2", {})
-    refused("needs the path of a model", "hps", {"tokenizer": "y"})
-    refused("needs the path of a tokenizer", "pickscore", {"model": "x", "head": "z"})
-    refused("needs the path of a head", "aesthetic", {"model": "x", "tokenizer": "y"})
 
 
 @pytest.mark.parametrize("edit, message", [
@@ -369,7 +362,7 @@ def test_names_and_parts_are_asked_for():
     (lambda s: s.update(extra=torch.zeros(2)), "1 weights do not fit, such as: unexpected extra"),
     (lambda s: s.update({"visual.ln_post.bias": torch.zeros(7)}), "vision_model.post_layernorm.bias"),
     (lambda s: s.pop("visual.conv1.weight"), "(KeyError: 'visual.conv1.weight')"),
-    (lambda s: s.update({"visual.conv1.weight": 5}), "AttributeError"),
+    (lambda s: s.update({"visual.conv1.weight": 5}), "'visual.conv1.weight' is int, not a tensor"),
 ])
 def test_weights_that_do_not_fit_are_named(make, files, tmp_path, edit, message):
     state, path = torch.load(files["hps.pt"], weights_only=True)["state_dict"], str(tmp_path / "changed.pt")

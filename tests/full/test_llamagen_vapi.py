@@ -187,7 +187,7 @@ def test_targets_and_labels_are_those_of_the_images_that_a_step_names(opened, mo
     (C2I, ["--data=DATA/pictures", "--algorithm=grpo"], "no option 'context_noise'"),
     (["configs/llamagen_js.py", "--gpt_ckpt=c2i_B_256.pt"], ["--group_size=8"], "reads classes"),
     (C2I, ["--data=DATA/pictures", "--prompts_per_step=37"], "too few for a step of 37"),
-    (C2I, ["--data=DATA/pictures", "--eval_prompts=5"], "eval_prompts must be no more"),
+    (C2I, ["--data=DATA/pictures", "--eval_prompts=5"], "eval_prompts must be at most 3"),
     (C2I, ["--data=DATA/eleven.jsonl"], "has a class 10, and c2i_B_256.pt knows classes from 0 to 9"),
     (C2I, ["--data=DATA/pictures", "--gpt_ckpt=mine_256.pt"], "must begin with c2i_"),
     (C2I, ["--data=DATA/pictures", "--weights=DATA/pictures"], "vgg16-397923af.pth"),

@@ -102,7 +102,7 @@ def make_rewards(folder, hps=small(1280, 16), clip=small(32, 2)):
     HPS's image tower."""
     from test_clip import to_open_clip
     files.save({"state_dict": to_open_clip(make_clip(*hps))},
-                    os.path.join(folder, "HPS_v2.1_compressed.pt"))
+               os.path.join(folder, "HPS_v2.1_compressed.pt"))
     width, model = clip[-1], make_clip(*clip)
     clip = os.path.join(folder, "clip-vit-large-patch14")
     model.save_pretrained(clip)

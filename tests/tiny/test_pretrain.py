@@ -46,6 +46,6 @@ def test_near_misses_are_captions_of_the_same_form():
         other = pretrain.near_miss(caption, rng)
         assert other in shapes.CAPTIONS and len(other.split()) == len(caption.split())
         # A held-out caption would always be false, so the judge would learn to reject its pair.
-        assert other == caption or not any((c, s) in shapes.HELD_OUT for s, c in shapes.CAPTIONS[other].slots)
+        assert other == caption or not any((c, s) in shapes.UNSEEN for s, c in shapes.CAPTIONS[other].slots)
         changed.append(sum(a != b for a, b in zip(caption.split(), other.split())))
     assert max(changed) == 1 and changed.count(1) > .95 * len(changed)

@@ -11,14 +11,14 @@ from tiny.shapes import Obj, Scene, matches, open_attributes, parse, read, rende
 
 def test_reader_is_exact_on_rendered_images():
     """At least 99 % of each attribute must be read correctly. In fact all are."""
-    scenes = [s for _, s in shapes.random_scenes(600, random.Random(7), allow_heldout=True)]
+    scenes = [s for _, s in shapes.random_scenes(600, random.Random(7), allow_unseen=True)]
     accuracy = shapes.reader_accuracy(scenes, render(scenes))
     assert set(accuracy) == {"readable", "background", "count", "shape", "color", "size", "place"}
     assert min(accuracy.values()) >= .99
 
 
 def test_reader_finds_what_the_captions_say():
-    drawn = shapes.random_scenes(300, random.Random(8), allow_heldout=True)
+    drawn = shapes.random_scenes(300, random.Random(8), allow_unseen=True)
     seen = read(render([s for _, s in drawn]))
     assert all(matches(s, c) for s, (c, _) in zip(seen, drawn))
     wrong = sum(matches(s, d[0]) for s, d in zip(seen, drawn[1:] + drawn[:1]))
@@ -67,11 +67,11 @@ def test_open_attributes_are_those_that_the_caption_leaves_open():
 
 def test_held_out_pairs_stay_out_of_training():
     named = {c for k in shapes.CATEGORIES for c in shapes.captions(k)}
-    unseen = {c for k in shapes.CATEGORIES for c in shapes.captions(k, heldout=True)}
+    unseen = {c for k in shapes.CATEGORIES for c in shapes.captions(k, unseen=True)}
     assert not named & unseen and named | unseen == set(shapes.CAPTIONS)
-    assert not any(f"{c} {s}" in t for t in named for c, s in shapes.HELD_OUT)
+    assert not any(f"{c} {s}" in t for t in named for c, s in shapes.UNSEEN)
     objects = [o for _, scene in shapes.random_scenes(500, random.Random(0)) for o in scene.objects]
-    assert not any((o.color, o.shape) in shapes.HELD_OUT for o in objects)
+    assert not any((o.color, o.shape) in shapes.UNSEEN for o in objects)
 
 
 def test_objects_never_overlap_and_scenes_are_deterministic():

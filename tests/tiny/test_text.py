@@ -17,7 +17,7 @@ def test_bpe_learns_the_most_frequent_pair_first():
 def test_every_word_of_the_world_is_one_token_and_decodes_back():
     for caption in shapes.CAPTIONS:
         ids = text.tokenize(caption)
-        assert len(ids) == len(caption.split()) <= text.WORDS
+        assert len(ids) == len(caption.split()) <= text.MAX_WORDS
         assert text.encoding().decode(ids) == " " + caption
 
 
@@ -30,7 +30,7 @@ def test_padding_is_on_the_left_and_zero():
 
 def test_a_text_is_repeated_four_times():
     often, once = text.encode(["a red circle"]), text.encode(["a red circle"], times=1)
-    assert once[0].shape == (1, text.WORDS, text.DIM)
+    assert once[0].shape == (1, text.MAX_WORDS, text.DIM)
     for a, b in zip(often, once):
         assert torch.equal(a[0, 20:], b[0, 5:].repeat(4, *[1] * (a.dim() - 2)))
 
