@@ -59,6 +59,13 @@ KINDS = {int: "a whole number (of at most 64 bits)", float: "a finite number", b
          tuple: "a tuple", str: "a text of printable characters"}
 
 
+def _shown(value):
+    try:
+        return " ".join(repr(value).split())[:200]
+    except ValueError:                            # Python refuses to print integers of thousands of digits
+        return "a number with too many digits"
+
+
 def _checked(cls, key, value, where):
     """Return the value in the type of the option. UserError names the option, the value, what is allowed."""
     known = fields(cls)
@@ -73,12 +80,8 @@ def _checked(cls, key, value, where):
                and (kind is not float or math.isfinite(value)) and (kind is not int or abs(value) < 2 ** 63)
                and (kind is not str or value.isprintable()))
     if not allowed:
-        try:
-            got = " ".join(repr(value).split())[:200]
-        except ValueError:                        # Python refuses to print integers of thousands of digits
-            got = "a number with too many digits"
         allowed = KINDS.get(kind) or "one of " + ", ".join(map(str, get_args(kind)))
-        raise UserError(f"{where}: {key} must be {allowed}, got {got}")
+        raise UserError(f"{where}: {key} must be {allowed}, got {_shown(value)}")
     return value
 
 
@@ -203,9 +206,9 @@ def restore(choose, stored, where):
     stored = {RENAMED.get(str(key), str(key)): value for key, value in stored.items()}
     cls = choose if isinstance(choose, type) else choose(stored)
     for key in [k for k in stored if "top_k" in stored and k not in fields(cls)]:
-        if hasattr(cls, key) and stored[key] != getattr(cls, key):
+        if hasattr(cls, key) and _shown(stored[key]) != _shown(getattr(cls, key)):
             raise UserError(f"{where}: this version has no option {key!r} for such a run, "
-                            f"and it was {stored[key]}")
+                            f"and it was {_shown(stored[key])}")
     known = {k: v for k, v in stored.items() if k in fields(cls) or "top_k" not in stored}
     cfg = cls(**{key: _checked(cls, key, value, where) for key, value in known.items()})
     try:

@@ -61,7 +61,7 @@ class Pipeline:
 
     def __init__(self, o, found, text, device, dtype="float32", train=True):
         self.text, self.device = text, device
-        known = {key: getattr(o, key) for key in ("n_head", "block_size") if getattr(o, key)}
+        known = {key: n for key, n in (("n_head", o.n_head), ("block_size", o.block_size)) if n}
         policy, vqgan = self.load_models(o, found, known)
         policy.bf16 = dtype == "bfloat16"
         self.policy, self.vqgan = policy.to(device), freeze(vqgan.to(device))

@@ -366,6 +366,8 @@ OPTIONS = {                                     # of a run
     "a world of dots": dict(world="os.path"), "no such option": dict(alpha=1),
     "a text for a number": dict(beta="1"), "a tensor": dict(seed=torch.zeros(3, 3)),
     "out of range": dict(temperature=-1.0), "NaN": dict(beta=float("nan")),
+    "an old tensor": dict(top_k=0, score_cfg=torch.zeros(3, 3)),
+    "an old bomb of digits": dict(top_k=0, score_cfg=10 ** 5000),
     "a bomb of digits": dict(max_steps=10 ** 5000), "a name with a zero byte": dict(init_from="a\0b")}
 
 
