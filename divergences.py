@@ -16,9 +16,9 @@ Symbols
     token of the reference
                   a token sampled from rho. Training samples none of them. But a mean over pi can be rewritten
                   as a mean over rho, and is then easier to read
-    U, force      U is a function of x whose derivative U'(x) = f'(w) we call the force; f defines D below.
-                  Descent on f(w) acts like a policy gradient on tokens of the reference with advantage U':
-                  Divergence.sampled derives this
+    U, force      f defines D, see below. U is a function of x with dU/dx = df/dw at w = e^x. This derivative,
+                  U', is the force. Descent on f(w) acts like a policy gradient on tokens of the reference
+                  with advantage U', as Divergence.sampled derives
 
 Definition. Let f be a convex function with f(1) = 0. The f-divergence of pi and rho is
     D = sum_v pi_v f(rho_v / pi_v) = E_pi[f(w)].
@@ -39,7 +39,8 @@ With Lpi = log(pi/m) = log(2 / (1 + w)) and Lrho = log(rho/m) = log(2w / (1 + w)
 [test_mean_of_sampled_is_the_divergence, test_exact_equals_torch_distributions, test_g_in_closed_form,
 test_js_is_bounded_and_finite_far_out]
 
-Three estimators. All have the mean value D. Only their gradients differ.
+Three estimators. All have the mean D. `unbiased` and `exact` also have the gradient of D in the mean, and
+`sampled` has another gradient:
     sampled     f(w) at the sampled tokens, as in the paper (arXiv 2606.21498), its code, and most GRPO code
     unbiased    ours: the same value, with a gradient whose mean is the gradient of D
     exact       ours: the sum over all V codes, so that the choice of the token adds no noise
@@ -59,11 +60,12 @@ CLAMP = 20.0                 # x is clamped to +-CLAMP, as in the paper's code: 
 # Strength. Near pi = rho, D is about f''(1)/2 E_pi[(w - 1)^2]. Both KLs have f''(1) = 1. JS has f''(1) = 1/4,
 # so JS is as strong as a KL if its beta is 4 times larger. STRENGTH holds these factors. Training does not
 # apply them: choose --beta yourself.                                         [test_strength_at_the_reference]
-# Further out the factor 4 is only a rule of thumb. The force of `sampled` is x for forward_kl and
-# x - x^2/2 + .. for reverse_kl. Four times the force of js is x - x^2/4 + .., between the forces of the KLs.
-# Four times the force of js differs from x by 10 % at |x| = .4 and by 24 % at |x| = 1. The force of
-# reverse_kl
-# differs from x by 18 % at .4, 23 % at -.4, 37 % at 1, and 72 % at -1.            [test_strength_further_out]
+# Further out the factor 4 is only a rule of thumb. The force of `sampled` is x for forward_kl. Four times the
+# force of js is x - x^2/4 + .., and the force of reverse_kl is x - x^2/2 + .. . As a share of
+# |x|, they differ from x by                                                       [test_strength_further_out]
+#                   x = -1     -.4      .4       1
+#     4 times js      24 %    10 %    10 %    24 %
+#     reverse_kl      72 %    23 %    18 %    37 %
 STRENGTH = {"reverse_kl": 1, "forward_kl": 1, "js": 4}
 
 
@@ -109,21 +111,24 @@ class Divergence(NamedTuple):
 
         The force. Descent moves the parameters along E_rho[U' s]. This is the policy gradient of tokens of
         the reference with advantage U'. We call U' the force. For js, the force on suppressed tokens stays
-        below (log 2)/2. The force on boosted tokens is negative, and about x/2 for large -x. As
-        c = -w U' and pi w = rho, pi c = -rho U' at every code.  [test_force_on_a_token_of_the_reference]
+        below (log 2)/2. The force on boosted tokens is negative, and about x/2 for large -x. Since
+        c = -w U' and pi w = rho, every code has pi c = -rho U', which the next paragraph uses.
+        [test_force_on_a_token_of_the_reference]
 
         In a logit. The mean gradient with respect to logit v of pi is
             pi_v (c_v - E_pi[c]) = -(rho_v U'_v - pi_v E_rho[U']).       [test_the_gradient_in_a_logit]
-        Descent moves logit v along the bracket. Its second term makes the sum over v zero. Its first term:
+        Descent moves logit v by rho_v U'_v - pi_v E_rho[U']. The second term makes all moves add up to 0. The
+        first:
             suppressed   The token is sampled rarely, but with a large -c. The product -pi c = rho U' does not
                          vanish when pi goes to 0.
             boosted      For js, rho U' is about rho x/2, which is tiny when rho is tiny. For reverse_kl,
                          rho U' = rho - pi is about -pi. It pushes the token down, however small rho is.
 
-        Constants. As E_pi[s] = 0, adding a constant to c changes no mean gradient. For reverse_kl we may add
-        -1. Then c = -w, U' = 1 and U = x: all tokens of the reference are pulled up with the same force. The
-        mean of c is -1, so the gradient in logit v is pi_v - rho_v. At pi = rho these pulls cancel in the
-        mean, but not in single samples. The paper speaks of a "uniform bias". We think it means this pull.
+        Constants. As E_pi[s] = 0, adding a constant to c changes no mean gradient. For reverse_kl we may
+        write c = -w in place of 1 - w. Then U' = 1: every sampled token is pulled up, with the same force on
+        all tokens of the reference. The mean of c is -1, so the gradient in logit v is pi_v - rho_v. At pi =
+        rho the pulls cancel in the mean only. The loss itself has c = 1 - w, which is 0 there. The paper
+        speaks of a "uniform bias". We think it means this form with U' = 1.
 
         k1, k2, k3 (joschu.net/blog/kl-approx.html) are estimates of KL(pi || rho) from samples: k1 = -x,
         k2 = x^2/2, and k3 = w - log w - 1, which is f of reverse_kl. As losses they differ:
@@ -132,8 +137,7 @@ class Divergence(NamedTuple):
             k3           the mean gradient is that of KL(rho || pi)
                          [test_k1_as_a_loss_has_no_gradient_and_k2_is_exact_reverse_kl]
         k1 and k3 differ by w - 1 only. In `sampled`, a term k (w - 1) in f adds k KL(rho || pi) to E_rho[U],
-        so the choice f'(1) = 0 matters. In `unbiased` and `exact` the term adds a constant to g, which is no
-        force.
+        so the choice f'(1) = 0 matters. In `unbiased` and `exact` it only adds a constant to g.
         """
         return self.f((logp_ref - logp).clamp(-CLAMP, CLAMP))
 
@@ -172,8 +176,8 @@ class Divergence(NamedTuple):
             E_pi[sum_t s_t (D_{t+1} + .. + D_T)],     s_t = grad log pi(a_t | a_1 .. a_{t-1}).
         We omit this term, as GRPO implementations do.    [test_what_per_token_leaves_out]
         For reverse_kl, E_pi[D_1 + .. + D_T] is the divergence of whole sequences, because log w of a sequence
-        is the sum of its tokens' x. For forward_kl this holds only if prefixes are sampled from rho. For js,
-        log(1 + w_1 w_2 ... w_T), with the product of all w, is not a sum over tokens.
+        is the sum of its tokens' x. For forward_kl this holds only if prefixes are sampled from rho. For js
+        it never holds: f contains log(1 + w), and for the product w_1 w_2 ... w_T this is no sum over tokens.
         """
         return self.total(log_pi, log_rho)
 

@@ -25,9 +25,10 @@ Departures from the paper:
  1. N counts the tokens of the whole step, not of a micro-batch or of a sample. So the losses of
     micro-batches add up to the same loss however the step is cut. All images have the same number of tokens,
     so per-token and per-sample averages are equal.
- 2. A group whose rewards are all equal gets advantages of exactly zero. Without this rule, the rounding error
-    of the mean, divided by eps = 1e-4, gives false advantages: 7e-5 for rewards of .1, and .019 for rewards
-    of 21.3. Such groups are counted, because they teach nothing.
+ 2. A group whose rewards are all equal gets advantages of exactly zero. Without this rule, the mean has a
+    rounding error, and the standard deviation is about 0. Their quotient is a false advantage: 7e-5 if all
+    rewards of a group of 8 are .1, and .019 if all are 21.3. Such groups are counted, because they teach
+    nothing.
 The paper's released script averages the loss over "critical tokens" only (`weights` below). It also
 multiplies the policy term by a factor (`dynamic` below). Both are off by default, and critical.py explains
 them.
@@ -62,7 +63,7 @@ class LossOptions:
         "js", "which divergence to the reference is added to the loss (divergences.py)")
     estimator: Literal["sampled", "unbiased", "exact"] = option(
         "sampled", "how the divergence is estimated; sampled is the paper's form")
-    beta: float = option(0.4, "weight of the divergence; nothing rescales it: give JS 4 times a KL's", low=0)
+    beta: float = option(0.4, "weight of the divergence; as strong as a KL, JS needs 4 times the beta", low=0)
     beta_schedule: Literal["constant", "linear", "cosine"] = option("constant", "from beta to beta_end")
     beta_end: float = option(0.0, "beta at the end of a linear or cosine schedule", low=0)
     clip_eps: float = option(0.2, "the ratio is clipped to 1 +- this; matters from inner epoch 2 on", low=0)
@@ -98,9 +99,9 @@ def loss(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, logit_chun
     one.
 
     logit_chunk: compute the logits of this many positions at a time (0: of all). With 16,384 codes and a
-    width of 1,280 there are 13 times as many logits as hidden numbers. They are in fp32, for two models, and
-    log-probabilities need the same memory again. With logit_chunk, the logits of a chunk are made, used and
-    dropped, and made once more when the backward pass comes to the chunk. So memory grows with the chunk
+    width of 1,280, the logits are 13 times as large as the hidden states. They are in fp32, for two models,
+    and log-probabilities need the same memory again. With logit_chunk, the logits of a chunk are made, used
+    and dropped, and made once more when the backward pass comes to the chunk. So memory grows with the chunk
     only, and the output matrix is applied twice. The result is the same:
     test_chunks_do_not_change_loss_gradient_or_statistics.
     """

@@ -81,7 +81,8 @@ class PrefixAttention(llama.Attention):
         v = F.linear(x, self.wqkv.weight[-x.shape[2]:])               # queries and keys are zero: only values
         # Sum first, then divide: bf16 would round a mask that is already divided by n.
         mean = ((visible @ v) / visible.sum(2, keepdim=True).clamp_min(1)).type_as(v)             # [P,L+1,D]
-        # contiguous, because otherwise policy and reference may run different kernels and differ at step 0
+        # contiguous: torch may choose another kernel with gradients than without, and then policy and
+        # reference would differ by rounding at step 0
         y = F.dropout(self.wo(mean[:, :-1].contiguous()), self.dropout, self.training)
         value = mean[:, -1:].unflatten(2, (self.n_head, -1)).transpose(1, 2)
         return y, (torch.zeros_like(value), value)
@@ -126,7 +127,7 @@ class ImageTransformer(nn.Module):
     A subclass has the modules tok_embeddings, layers, norm, output, a `config`, and three methods:
         check_prompt(cond)          raises ValueError if `cond` has a wrong shape or type
         rotations(x)                the rotations of all image positions, [T,hd/2]
-        read_prompts(cond, cond_mask, prompt, cfg_scale)    what rows of image tokens need of their prompts:
+        read_prompts(cond, cond_mask, prompt, cfg_scale)    returns what image tokens need from their prompts:
             first [R,1,D]           the row that predicts token 0
             caches                  for each layer the prompt's keys and values, two of [R,heads,p,hd]
             bias [R or 1,1,1,p]     what is added to the attention scores of these keys
@@ -183,7 +184,8 @@ class ImageTransformer(nn.Module):
         tokens [B,T] in 0..V-1, T <= block_size. cond: features [P,L,C], class labels [P], or for Janus text
         ids [P,L]. cond_mask [P,L]: 1 at visible rows; None: all are visible. prompt [B]: which row of cond
         belongs to each sequence; None: P = B, and row i belongs to sequence i. cfg_scale >= 1, where 1 is no
-        guidance. temperature >= 0, where 0 does not divide the logits. Raises ValueError if these do not fit.
+        guidance. temperature >= 0, where 0 leaves the logits unchanged. Raises ValueError if these do not
+        fit.
         """
         self.check(cond, cond_mask, prompt, cfg_scale, temperature)
         with self.autocast():

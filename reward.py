@@ -23,7 +23,7 @@ REWARDS = {}                    # name: function (images, prompts) -> rewards [b
 class Options:
     """---- reward"""
     reward: str = option("judge", "what GRPO trains on; a weighted sum is judge:1,reader:0.5")
-    heldout_reward: str = option("reader", "what is reported but not trained on; vapi.py trains on neither")
+    heldout_reward: str = option("reader", "what is reported, but not trained on; vapi.py only reports both")
 
 
 def parse(spec, known):

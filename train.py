@@ -108,7 +108,7 @@ def grpo_loop(cfg, run, world, pipeline):
             run.optimizer_step(step)
         run.phase("update")
 
-        # 5. log: statistics of the first pass, whose policy is the sampler, and clip_share of the last pass
+        # 5. log: statistics of the first pass, when the policy is still the one that sampled
         stats = epochs[0] | {"clip_share": epochs[-1]["clip_share"],
                              "max_ratio_error": epochs[0]["max_ratio_error"].clamp_min(mismatch)}
         run.log(step, {"reward": rewards.mean().item(), "heldout_reward": heldout.mean().item(),
@@ -125,8 +125,8 @@ def distributions(cfg, policy, rollout, conditions, scoring):
 
 @torch.no_grad()
 def rescored(cfg, policy, rollout, conditions, scoring):
-    """--score_cfg: return the samples' log-probabilities [b,T] under the guidance of the loss, which is not
-    that of the sampler, and the largest abs(ratio - 1) between the two distributions."""
+    """--score_cfg: the loss has another guidance than the sampler. Return the samples' log-probabilities
+    [b,T] under the guidance of the loss, and the largest abs(pi_loss / pi_sampler - 1)."""
     logp = torch.cat([pi.log_prob(tokens) for tokens, pi in
                       distributions(cfg, policy, rollout, conditions, scoring)])
     return logp, ((logp - rollout.logp).exp() - 1).abs().max().item()

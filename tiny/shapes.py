@@ -166,7 +166,7 @@ def render(scenes, over=4):
 # ---- the reader --------------------------------------------------------------------------------------------
 WINDOW = 16                                     # side of a template
 SLACK = 2                                       # largest shift of a template in each direction
-ERROR_LIMIT = .35            # a region is readable up to this squared error / sum of squares of its template
+ERROR_LIMIT = .35            # of a readable region: squared error divided by its template's sum of squares
 TEMPLATES = list(itertools.product(SHAPES, RADII))
 
 
@@ -198,7 +198,7 @@ def _find_regions(mask):
     labels = mask * torch.arange(1., SIDE * SIDE + 1).view(1, 1, SIDE, SIDE)
     while not torch.equal(labels, new := F.max_pool2d(labels, 3, 1, 1) * mask):
         labels = new
-    # A multiple of the image's index makes the labels unique in the batch, so one call finds all regions.
+    # Adding a multiple of the image's index makes labels unique. So one call of unique finds all regions.
     stride = SIDE * SIDE + 1
     ids = labels[:, 0].long() + stride * torch.arange(len(mask)).view(-1, 1, 1)
     ids, pixels = ids.unique(return_counts=True)
@@ -259,7 +259,7 @@ def read(images):
 
 # ---- performance and diversity of a scene ------------------------------------------------------------------
 def assign(scene, caption):
-    """Return for each slot of a Caption the best object not chosen before, or None if objects are missing."""
+    """Return a list with the best object for each slot of a Caption. None if there are too few objects."""
     remaining, chosen = list(scene.objects), []
     if len(remaining) < len(caption.slots):
         return None

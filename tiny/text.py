@@ -12,9 +12,9 @@ The transformer reads its prefix as a bag of tokens of equal weight (model.py ex
   - A feature contains its position and the token before. Otherwise "a red circle and a blue square" and
     "a blue circle and a red square" would be the same bag. T5's features know their context by attention.
   - A text is repeated four times. Otherwise its few words would have little weight among 64 image tokens, and
-    the policy would learn to draw long before it learned to read. After 1,500 steps of pretraining the reader
-    accepts .13 of the images without repetition and .48 with it, with all else equal (LOG.md). At full size
-    the prompt has more weight anyway: up to 120 tokens of T5 beside 256 image tokens.
+    the policy would learn to draw long before it learned to read. After 1,500 steps of pretraining, .13 of
+    the images were correct without repetition, and .48 with it, with all else equal (tiny/judge.reader;
+    LOG.md). At full size the prompt has more weight anyway: up to 120 tokens of T5 beside 256 image tokens.
 
     python -m tiny.text          encodes two texts
 

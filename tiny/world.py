@@ -87,8 +87,8 @@ def open_entropy(scenes, caption):
 def load_models(path, device, depth=0):
     """(policy, tokenizer, judge, options of the run), in fp32 and eval mode. The options of a base are {}.
 
-    path: a base made by pretrain.py, a run folder, or a checkpoint. depth: a run may start from another run.
-    It counts how many runs were followed so far. Raises UserError.
+    path: a base made by pretrain.py, a run folder, or a checkpoint. depth: how many runs were
+    followed so far, because a run may start from another run. Raises UserError.
     """
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     if depth > 9:
