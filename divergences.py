@@ -17,8 +17,8 @@ Symbols
                   a token sampled from rho. Training samples none of them. But a mean over pi can be rewritten
                   as a mean over rho, and is then easier to read
     U, force      f defines D, see below. U is a function of x with dU/dx = df/dw at w = e^x. This derivative,
-                  U', is the force. Descent on f(w) acts like a policy gradient on tokens of the reference
-                  with advantage U', as Divergence.sampled derives
+                  U', is the force. In the mean, descent on f(w) at sampled tokens equals a policy gradient
+                  on tokens of the reference with advantage U': see Divergence.sampled
 
 Definition. Let f be a convex function with f(1) = 0. The f-divergence of pi and rho is
     D = sum_v pi_v f(rho_v / pi_v) = E_pi[f(w)].
@@ -60,9 +60,10 @@ CLAMP = 20.0                 # x is clamped to +-CLAMP, as in the paper's code: 
 # Strength. Near pi = rho, D is about f''(1)/2 E_pi[(w - 1)^2]. Both KLs have f''(1) = 1. JS has f''(1) = 1/4,
 # so JS is as strong as a KL if its beta is 4 times larger. STRENGTH holds these factors. Training does not
 # apply them: choose --beta yourself.                                         [test_strength_at_the_reference]
-# Further out the factor 4 is only a rule of thumb. The force of `sampled` is x for forward_kl. Four times the
-# force of js is x - x^2/4 + .., and the force of reverse_kl is x - x^2/2 + .. . As a share of
-# |x|, they differ from x by                                                       [test_strength_further_out]
+# Further out the factor 4 is only a rule of thumb. Compare with forward_kl, whose force in `sampled` is x.
+# Four times the force of js is x - x^2/4 + .., and the force of reverse_kl is x - x^2/2 + .. . The table
+# shows
+# abs(force - x) / abs(x):                                                         [test_strength_further_out]
 #                   x = -1     -.4      .4       1
 #     4 times js      24 %    10 %    10 %    24 %
 #     reverse_kl      72 %    23 %    18 %    37 %
@@ -125,10 +126,11 @@ class Divergence(NamedTuple):
                          rho U' = rho - pi is about -pi. It pushes the token down, however small rho is.
 
         Constants. As E_pi[s] = 0, adding a constant to c changes no mean gradient. For reverse_kl we may
-        write c = -w in place of 1 - w. Then U' = 1: every sampled token is pulled up, with the same force on
-        all tokens of the reference. The mean of c is -1, so the gradient in logit v is pi_v - rho_v. At pi =
-        rho the pulls cancel in the mean only. The loss itself has c = 1 - w, which is 0 there. The paper
-        speaks of a "uniform bias". We think it means this form with U' = 1.
+        write c = -w in place of 1 - w. Then U' = 1: all tokens of the reference have the same force, and a
+        sampled token is pulled up in proportion to w. The mean of c is -1, so the gradient in logit v is
+        pi_v - rho_v. In this form, the pulls at pi = rho cancel only in the mean. In the real loss c = 1 - w,
+        and every pull is 0 there. The paper speaks of a "uniform bias". We think it means the form with U' =
+        1.
 
         k1, k2, k3 (joschu.net/blog/kl-approx.html) are estimates of KL(pi || rho) from samples: k1 = -x,
         k2 = x^2/2, and k3 = w - log w - 1, which is f of reverse_kl. As losses they differ:
@@ -136,8 +138,9 @@ class Divergence(NamedTuple):
             k2           c = -x, which is g of reverse_kl, so the mean gradient is that of KL(pi || rho)
             k3           the mean gradient is that of KL(rho || pi)
                          [test_k1_as_a_loss_has_no_gradient_and_k2_is_exact_reverse_kl]
-        k1 and k3 differ by w - 1 only. In `sampled`, a term k (w - 1) in f adds k KL(rho || pi) to E_rho[U],
-        so the choice f'(1) = 0 matters. In `unbiased` and `exact` it only adds a constant to g.
+        k1 and k3 differ by w - 1 only. In `sampled`, adding a multiple of w - 1 to f adds the same
+        multiple of KL(rho || pi) to E_rho[U], so the choice f'(1) = 0 matters. In `unbiased` and `exact` it
+        only adds a constant to g.
         """
         return self.f((logp_ref - logp).clamp(-CLAMP, CLAMP))
 

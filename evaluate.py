@@ -111,7 +111,7 @@ def open_world(options, device):
 
 
 def check_shares(cfg, size):
-    """Raise UserError unless a step's samples divide evenly among `size` processes and their sample_batch."""
+    """Raise UserError unless a step's samples divide evenly among `size` processes, and into sample_batch."""
     B, at_once = cfg.prompts_per_step * cfg.group_size, getattr(cfg, "sample_batch", 0)
     if B % size or (B // size) % min(at_once or B // size, B // size):
         raise UserError(f"{cfg.prompts_per_step} prompts x {cfg.group_size} images do not divide evenly "

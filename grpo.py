@@ -25,10 +25,9 @@ Departures from the paper:
  1. N counts the tokens of the whole step, not of a micro-batch or of a sample. So the losses of
     micro-batches add up to the same loss however the step is cut. All images have the same number of tokens,
     so per-token and per-sample averages are equal.
- 2. A group whose rewards are all equal gets advantages of exactly zero. Without this rule, the mean has a
-    rounding error, and the standard deviation is about 0. Their quotient is a false advantage: 7e-5 if all
-    rewards of a group of 8 are .1, and .019 if all are 21.3. Such groups are counted, because they teach
-    nothing.
+ 2. A group whose rewards are all equal gets advantages of exactly zero. The computed mean has a rounding
+    error. Without this rule, the error divided by eps = 1e-4 would be a false advantage: 7e-5 if all rewards
+    of a group of 8 are .1, and .019 if all are 21.3. Such groups are counted, because they teach nothing.
 The paper's released script averages the loss over "critical tokens" only (`weights` below). It also
 multiplies the policy term by a factor (`dynamic` below). Both are off by default, and critical.py explains
 them.
@@ -63,7 +62,7 @@ class LossOptions:
         "js", "which divergence to the reference is added to the loss (divergences.py)")
     estimator: Literal["sampled", "unbiased", "exact"] = option(
         "sampled", "how the divergence is estimated; sampled is the paper's form")
-    beta: float = option(0.4, "weight of the divergence; as strong as a KL, JS needs 4 times the beta", low=0)
+    beta: float = option(0.4, "weight of the divergence; JS needs 4 times a KL's to be as strong", low=0)
     beta_schedule: Literal["constant", "linear", "cosine"] = option("constant", "from beta to beta_end")
     beta_end: float = option(0.0, "beta at the end of a linear or cosine schedule", low=0)
     clip_eps: float = option(0.2, "the ratio is clipped to 1 +- this; matters from inner epoch 2 on", low=0)
@@ -92,11 +91,11 @@ def policy_loss(logp, logp_old, adv, clip_eps):
 def loss(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, logit_chunk=0, **options):
     """Return what a micro-batch adds to the loss of the step, and statistics of the same forward pass.
 
-    pi, rho: distributions of policy and reference over the actions [b,T], under the sampler's temperature and
-    guidance. logp_old [b,T]: recorded by the sampler. adv [b]. n_actions: N of the whole step. weights [b,T]
-    with mean 1 over the step, or None. options: as in `loss_at`. The losses and statistics of all
-    micro-batches add up to those of the step, except max_ratio_error: its value for the step is the largest
-    one.
+    pi, rho: distributions of policy and reference at the [b,T] positions, under the sampler's temperature and
+    guidance. actions [b,T]: the sampled tokens. logp_old [b,T]: recorded by the sampler. adv [b]. n_actions:
+    N of the whole step. weights [b,T] with mean 1 over the step, or None. options: as in `loss_at`. The
+    losses and statistics of all micro-batches add up to those of the step, except max_ratio_error: its value
+    for the step is the largest one.
 
     logit_chunk: compute the logits of this many positions at a time (0: of all). With 16,384 codes and a
     width of 1,280, the logits are 13 times as large as the hidden states. They are in fp32, for two models,

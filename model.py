@@ -81,8 +81,8 @@ class PrefixAttention(llama.Attention):
         v = F.linear(x, self.wqkv.weight[-x.shape[2]:])               # queries and keys are zero: only values
         # Sum first, then divide: bf16 would round a mask that is already divided by n.
         mean = ((visible @ v) / visible.sum(2, keepdim=True).clamp_min(1)).type_as(v)             # [P,L+1,D]
-        # contiguous: torch may choose another kernel with gradients than without, and then policy and
-        # reference would differ by rounding at step 0
+        # contiguous: else torch may use different kernels with and without gradients. Then policy and
+        # reference would differ by rounding at step 0.
         y = F.dropout(self.wo(mean[:, :-1].contiguous()), self.dropout, self.training)
         value = mean[:, -1:].unflatten(2, (self.n_head, -1)).transpose(1, 2)
         return y, (torch.zeros_like(value), value)
@@ -231,8 +231,8 @@ class ImageTransformer(nn.Module):
             if temperature == 0:
                 token = logp_all.argmax(1, keepdim=True)                                          # [B,1]
             else:
-                # torch.multinomial would make the CPU wait for the GPU. If all E_v ~ Exp(1), the code with
-                # the largest p_v / E_v is a sample of p, too. Minus the log of a uniform number is Exp(1).
+                # torch.multinomial would make the CPU wait for the GPU. So divide each probability by its own
+                # random number from Exp(1), minus the log of a uniform one. The largest quotient is a sample.
                 noise = torch.rand(part[1] * B, logits.shape[1], generator=generator, device=device)
                 token = (logp_all.exp() / -noise[part[0] * B:][:B].log()).argmax(1, keepdim=True)
                 logp[:, t:t + 1] = logp_all.gather(1, token)

@@ -23,7 +23,7 @@ REWARDS = {}                    # name: function (images, prompts) -> rewards [b
 class Options:
     """---- reward"""
     reward: str = option("judge", "what GRPO trains on; a weighted sum is judge:1,reader:0.5")
-    heldout_reward: str = option("reader", "what is reported, but not trained on; vapi.py only reports both")
+    heldout_reward: str = option("reader", "what is only reported; VA-pi trains on neither reward")
 
 
 def parse(spec, known):

@@ -108,7 +108,7 @@ def grpo_loop(cfg, run, world, pipeline):
             run.optimizer_step(step)
         run.phase("update")
 
-        # 5. log: statistics of the first pass, when the policy is still the one that sampled
+        # 5. log: statistics of the first pass, when the policy still is the sampler; clip_share of the last
         stats = epochs[0] | {"clip_share": epochs[-1]["clip_share"],
                              "max_ratio_error": epochs[0]["max_ratio_error"].clamp_min(mismatch)}
         run.log(step, {"reward": rewards.mean().item(), "heldout_reward": heldout.mean().item(),
@@ -118,7 +118,7 @@ def grpo_loop(cfg, run, world, pipeline):
 
 # ---- two extras of released scripts, off by default: --score_cfg and --critical_tokens ---------------------
 def distributions(cfg, policy, rollout, conditions, scoring):
-    """Yield for each micro-batch its tokens [r,T] and the policy's distribution in the loss."""
+    """Yield for each micro-batch its tokens [r,T] and the policy's distribution, guided as in the loss."""
     for rows in torch.arange(len(rollout.prompt), device=rollout.prompt.device).split(cfg.micro_batch):
         yield rollout.actions[rows], policy.distribution(rollout, conditions, rows, **scoring)
 

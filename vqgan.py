@@ -250,7 +250,8 @@ class VQGAN(nn.Module):
             # p = softmax(-distance / temperature). On the unit sphere the squared distance is 2 - 2 cosine.
             logp = F.log_softmax(2 * cosine / c.temperature, 2)            # [B or 2B,T,V]
         if c.entropy_weight:
-            # E[H(p)] - H(E[p]), H is the entropy: low if each choice is certain and all codes are used
+            # E[H(p)] - H(E[p]), with the entropy H. It is low if each choice is certain and all codes are
+            # used
             mean = logp.exp().mean((0, 1))
             terms["entropy"] = (c.entropy_weight,
                                 -(logp.exp() * logp).sum(2).mean() + (mean * (mean + 1e-5).log()).sum())

@@ -166,7 +166,7 @@ def render(scenes, over=4):
 # ---- the reader --------------------------------------------------------------------------------------------
 WINDOW = 16                                     # side of a template
 SLACK = 2                                       # largest shift of a template in each direction
-ERROR_LIMIT = .35            # of a readable region: squared error divided by its template's sum of squares
+ERROR_LIMIT = .35            # largest error of a readable region: squared, over its template's sum of squares
 TEMPLATES = list(itertools.product(SHAPES, RADII))
 
 

@@ -10,10 +10,10 @@ Every attribute of a tiny image can be read exactly. So this world adds to an ev
   unseen              held-out reward of prompts with a color and shape that were never seen together
                       (shapes.UNSEEN)
   open_entropy        nat; the entropy of the values of each attribute that the prompt leaves open
-                      (shapes.open_attributes), summed over these attributes. It always uses 64 images,
-                      because the entropy of few samples is too low: only values from equally many images can
-                      be compared. Images that are unreadable or show too few objects do not count. A prompt
-                      with fewer than 64 usable images has no open_entropy
+                      (shapes.open_attributes), summed over these attributes. It always uses 64 images:
+                      an entropy measured on few samples is below the true one, so only equally many images
+                      can be compared. Images that are unreadable or show too few objects do not count. A
+                      prompt with fewer than 64 usable images has no open_entropy
   unreadable          the share of images that do not count
   entropy_kept        open_entropy as a share of the base's, on the prompts where both have one
 and in a run that learns from images:
@@ -102,8 +102,8 @@ def load_models(path, device, depth=0):
     try:
         begin, state = locate(parts["config"]["init_from"]), parts["model"]
     except (KeyError, TypeError):
-        raise UserError(f"{path} is no base or run of this version: it lacks gpt, vqgan and judge, or "
-                        f"config and model") from None
+        raise UserError(f"{path} is no base (gpt, vqgan, judge) and no run (config, model) of this "
+                        f"version") from None
     policy, vqgan, judge, _ = load_models(begin, device, depth + 1)
     files.load_weights(policy, state, path)
     return policy, vqgan, judge, parts["config"]
