@@ -129,8 +129,7 @@ class Divergence(NamedTuple):
         write c = -w in place of 1 - w. Then U' = 1: all tokens of the reference have the same force, and a
         sampled token is pulled up in proportion to w. The mean of c is -1, so the gradient in logit v is
         pi_v - rho_v. In this form, the pulls at pi = rho cancel only in the mean. In the real loss c = 1 - w,
-        and every pull is 0 there. The paper speaks of a "uniform bias". We think it means the form with U' =
-        1.
+        and every pull is 0 there. The paper speaks of a "uniform bias". We think it means this form.
 
         k1, k2, k3 (joschu.net/blog/kl-approx.html) are estimates of KL(pi || rho) from samples: k1 = -x,
         k2 = x^2/2, and k3 = w - log w - 1, which is f of reverse_kl. As losses they differ:
@@ -180,7 +179,7 @@ class Divergence(NamedTuple):
         We omit this term, as GRPO implementations do.    [test_what_per_token_leaves_out]
         For reverse_kl, E_pi[D_1 + .. + D_T] is the divergence of whole sequences, because log w of a sequence
         is the sum of its tokens' x. For forward_kl this holds only if prefixes are sampled from rho. For js
-        it never holds: f contains log(1 + w), and for the product w_1 w_2 ... w_T this is no sum over tokens.
+        it never holds. The w of a sequence is the product w_1 ... w_T, and log(1 + w_1 ... w_T) is no sum.
         """
         return self.total(log_pi, log_rho)
 

@@ -15,7 +15,7 @@ Every prompt is sampled `draws` times. Reported, as means over prompts:
   kl_reverse          KL(policy || base) on the policy's samples, nat per *image* (metrics.jsonl: per token)
   kl_forward          KL(base || policy) on the base's samples, nat per image
 and what only the world of the run can measure (for example tiny/world.py). For the base there is also
-best-of-N: of N samples the one with the highest reward of the kind that the run trains on. It costs N times
+best-of-N: of N samples, take the one with the highest training reward of the run. It costs N times
 the sampling and no training. So compare a run with it before you praise the run's reward.
 
 This file also says what a run consists of: `options` composes the options of a run, `open_world` opens its

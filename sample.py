@@ -1,6 +1,6 @@
 """Images for your own prompts.
 
-    python sample.py --ckpt=out/tiny_js --prompt="a red circle left of a blue square"
+    python sample.py --ckpt=out/tiny_js --prompt="two blue squares"
     python sample.py --prompt="three blue crosses; a circle and a square" --temperature=0.8
     python sample.py --gpt_ckpt=t2i_XL_stage1_256.pt --vq_ckpt=vq_ds16_t2i.pt --prompt="a fox in the snow"
     python sample.py --gpt_ckpt=c2i_L_384.pt --vq_ckpt=vq_ds16_c2i.pt --prompt="207; 360; 387"

@@ -1,5 +1,4 @@
-"""GRPO post-training of a text-to-image policy, with a divergence to its reference, the policy before
-training.
+"""GRPO post-training of a text-to-image policy. Its loss has a divergence to the policy before training.
 
     python train.py                                   the tiny world, 90 seconds on 2 CPU cores
     python train.py configs/tiny_none.py              the same without a divergence: watch the diversity fall
