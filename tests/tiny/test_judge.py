@@ -6,7 +6,7 @@ import torch
 
 from common.config import UserError, locate
 from pretrain import near_miss
-from tiny import shapes
+from tiny import shapes, text
 from tiny.judge import Judge, reader
 from tiny.world import load_models
 
@@ -47,6 +47,19 @@ def test_reward_of_an_image_is_its_own(world, judge):
         whole = f(images[:20], captions[:20])
         assert torch.allclose(f(images[3:4], captions[3:4]), whole[3:4], atol=1e-5)
         assert torch.allclose(f(images[:20].flip(0), captions[:20][::-1]).flip(0), whole, atol=1e-5)
+
+
+def test_vectors_by_hand():
+    """Numbers beyond [-1,1] show nothing that a screen could, so they earn nothing. Padding adds no words."""
+    torch.manual_seed(0)
+    judge, images = Judge(), 3 * torch.randn(2, 3, 32, 32)
+    texts = ["a red circle left of a blue square", "a red cross"]
+    assert torch.equal(judge.embed_images(images), judge.embed_images(images.clamp(-1, 1)))
+    for vector, caption in zip(judge.embed_captions(texts), texts):
+        features, mask = text.encode([caption], times=1)
+        assert mask.sum() == len(caption.split())
+        v = judge.caption(sum(judge.word(f) for f in features[0][mask[0]]))
+        assert torch.allclose(vector, v / v.norm(), atol=1e-5)
 
 
 def test_judge_loss_is_the_sigmoid_loss_written_out():
