@@ -55,7 +55,7 @@ GROUPS = [        # (file, tests that cover it: words behind `python -m pytest`,
         "train-temperature": (
             "dict(cfg_scale=cfg.cfg_scale, temperature=cfg.temperature)",
             "dict(cfg_scale=cfg.cfg_scale, temperature=1.0)")}),
-    ("grpo.py", CORE + "grpo.py", {
+    ("grpo.py", f"{CORE}grpo.py {CORE}step_by_hand.py", {
         "grpo-eps": ("(std + eps)", "(std + 1)"),
         "grpo-std": ("groups.std(1, keepdim=True)", "groups.std(1, keepdim=True, correction=0)"),
         "grpo-spread": ("(adv * spread[:, None])", "adv"),
@@ -120,7 +120,7 @@ GROUPS = [        # (file, tests that cover it: words behind `python -m pytest`,
         "llama-axes": (
             "torch.cat([angle[:, None].expand(-1, side, -1), angle.expand(side, -1, -1)], 2)",
             "torch.cat([angle.expand(side, -1, -1), angle[:, None].expand(-1, side, -1)], 2)")}),
-    ("vqgan.py", CORE + "vqgan.py", {
+    ("vqgan.py", f"{CORE}vqgan_by_hand.py {CORE}vqgan.py", {
         "vqgan-padding": ("(0, 1, 0, 1)", "(1, 0, 1, 0)"),
         "vqgan-commit": ("F.mse_loss(unit, code.detach())", "F.mse_loss(unit.detach(), code)"),
         "vqgan-straight": ("unit + (code - unit).detach()", "code"),
@@ -208,7 +208,7 @@ GROUPS = [        # (file, tests that cover it: words behind `python -m pytest`,
     ("common/parallel.py", COMMON + "parallel.py", {
         "parallel-gradients": ("dist.all_reduce(p.grad)", "pass"),
         "parallel-sum": ("else values[:, i].sum())", "else values[:, i].mean())")}),
-    ("common/lora.py", FULL + "llamagen.py", {
+    ("common/lora.py", FULL + "janus.py", {
         "lora-scale": ("self.base(x) + self.scale *", "self.base(x) +"),
         "lora-start": ("self.a.new_zeros(", "self.a.new_ones("),
         "lora-frozen": ("requires_grad_(False)", "requires_grad_(True)")}),
