@@ -138,7 +138,7 @@ GROUPS = [        # (file, tests that cover it: words behind `python -m pytest`,
         "vapi-context": ("Rollout(noisy, None,", "Rollout(targets, None,"),
         "vapi-beta": ("estimator=cfg.estimator, beta=beta", "estimator=cfg.estimator, beta=0.0"),
         "vapi-estimator": ("estimator=cfg.estimator", 'estimator="sampled"')}),
-    ("reward.py", CORE + "reward.py", {
+    ("reward.py", f"{CORE}reward.py {COMMON}config.py", {
         "reward-default": ("float(weight or 1)", "float(weight or 0)"),
         "reward-weights": ("sum(w * r for", "sum(r for"),
         "reward-shape": ("if shape != (len(prompts),)", "if False"),

@@ -38,6 +38,16 @@ def test_reader_survives_noise_and_refuses_nonsense():
     assert not read(blob)[0].readable
 
 
+@pytest.mark.parametrize("rows, readable", [(2, True), (6, False)])
+def test_an_image_with_much_that_is_no_object_is_not_readable(rows, readable):
+    """A dark purple on grey is far from the background, but no object covers so much of it. A tenth of the
+    pixels may be so: three rows of 32."""
+    image = render([Scene("grey", (Obj("circle", "red", "small", 8, 8),))])
+    image[:, :, 32 - rows:] = torch.tensor([135., 60., 135.]).view(3, 1, 1) / 127.5 - 1
+    (seen,) = read(image)
+    assert [o.shape for o in seen.objects] == ["circle"] and seen.readable == readable
+
+
 def test_each_category_means_what_it_says():
     red, blue = Obj("circle", "red", "small", 6, 10), Obj("square", "blue", "large", 24, 20)
     scene = Scene("white", (red, blue))
