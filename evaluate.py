@@ -36,6 +36,7 @@ import tiny.world
 import vapi
 from common import config, device, files, run
 from common.config import UserError, option
+from common.folder import FREE
 from common.interfaces import Rollout
 
 BEST_OF = 8                     # N of best-of-N
@@ -280,7 +281,7 @@ def main(argv):
         world, pipeline, base = bases[key]
         files.load_weights(pipeline.policy, state, folder)
         found = evaluate(world, pipeline, pipeline.policy, base, **settings)
-        alike = what_decides(own, "seed", *run.FREE)
+        alike = what_decides(own, "seed", *FREE)
         if alike not in groups:
             groups[alike] = (folder, [])
             columns.append((folder, found.images))

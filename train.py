@@ -44,7 +44,8 @@ import grpo
 import metrics
 import vapi
 from common import config, device, images, parallel
-from common.run import Run, open_run, schedule
+from common.folder import open_run
+from common.run import Run, schedule
 from critical import critical_tokens
 
 
@@ -149,10 +150,10 @@ def main(argv):
     cfg, saved = open_run(evaluate.options, argv)           # evaluate.py says what a run consists of
     here = parallel.start(device.start(cfg.device))
     evaluate.check_shares(cfg, parallel.SIZE)
+    world, pipeline = evaluate.open_world(cfg, here)
     if parallel.RANK == 0:
         print(f"options that differ from the defaults (all of them: {cfg.out_dir}/config.py):\n"
               f"{config.changed(cfg) or 'none'}")
-    world, pipeline = evaluate.open_world(cfg, here)
     pipeline.policy.compile_step = getattr(cfg, "compile", False)
     prompts = world.fixed_prompts(cfg.eval_prompts)
 
@@ -160,8 +161,9 @@ def main(argv):
         return evaluate.evaluate(world, pipeline, model, base, prompts=cfg.eval_prompts, draws=cfg.eval_draws,
                                  cfg_scale=getattr(cfg, "cfg_scale", 1.0), temperature=cfg.temperature)
     run = Run(cfg, saved, pipeline.policy, pipeline.reference, here, evaluation,
-              lambda path, columns: world.picture(path, prompts, columns))
-    LOOPS[cfg.algorithm](cfg, run, world, pipeline)
+              lambda path, columns: world.picture(path, prompts, columns), pipeline.made_from)
+    with run.rescue():
+        LOOPS[cfg.algorithm](cfg, run, world, pipeline)
     if run.finish():
         report(cfg, run, world, prompts)
 
