@@ -79,7 +79,7 @@ def under_settings(cfg, path):
     with open(path, "a" if rows else "w", encoding="utf-8") as file:
         if not rows:
             print(*SETTING_FIELDS, sep=",", file=file)
-        for seed, temperature, cfg_scale in tqdm(todo, desc="settings", ncols=110):
+        for seed, temperature, cfg_scale in tqdm(todo, desc="settings", dynamic_ncols=True):
             policy = pipeline.policy if seed >= 0 else pipeline.reference
             if seed >= 0:
                 files.load_weights(policy, runs[seed][1], f"all_{seed}")
