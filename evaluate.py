@@ -42,7 +42,6 @@ from common import config, device, files, run
 from common.config import UserError, option
 from common.interfaces import Rollout
 
-SAMPLING = ("temperature", "cfg_scale")         # options of a run that an evaluation may change
 BEST_OF = 8                     # N of best-of-N
 VENDI_OF = 64                   # images of each prompt, at most, that enter pairwise and vendi
 KL_DRAWS = 16                   # samples of each prompt, at most, that enter the KLs and the token entropy
@@ -243,7 +242,7 @@ class Config:
     cfg_scale: float = option(0.0, "guidance, of images and KLs; 0 = as in training", low=0)
     temperature: float = option(0.0, "of images and KLs; 0 = as in training", low=0)
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, then mps, then cpu")
-    picture: str = option("out/compare.png", "the image file that shows samples of all runs", ending=".png")
+    picture: str = option("out/compare.png", "the file of sample images; the table is beside it, .md", ending=".png")
 
     def check(cfg):
         if not cfg.runs:
@@ -303,18 +302,19 @@ def main(argv):
     here = device.start(cfg.device)
     opened, bases, groups, columns, rows = open_runs(cfg), {}, {}, [], []
     os.makedirs(os.path.dirname(cfg.picture) or ".", exist_ok=True)
+    given = dict(temperature=cfg.temperature, cfg_scale=cfg.cfg_scale)         # 0 = as in training
     # Runs share their base and its evaluation if they agree in all options but these.
     training = {f.name for part in (run.Files, run.Machine, run.Length, Evaluation, grpo.RolloutOptions,
                                     grpo.LossOptions, run.Optimizer, Sampling, Extras, vapi.Options)
-                for f in fields(part)} - {"dtype", *SAMPLING}
-    given = {key: getattr(cfg, key) for key in SAMPLING if getattr(cfg, key)}
-    decides = [what_decides(own, *training) | given for _, _, own, *_ in opened]
+                for f in fields(part)} - {"dtype", *given}
+    decides = [what_decides(own, *training) | {key: value for key, value in given.items() if value}
+               for _, _, own, *_ in opened]
     several = [key for key, value in decides[0].items()
                if all(key in d for d in decides) and any(d[key] != value for d in decides)]
     for (row, folder, own, state, step), values in zip(
             tqdm(opened, desc="evaluating", unit="run", dynamic_ncols=True), decides):
         settings = dict(prompts=cfg.eval_prompts, draws=cfg.draws)
-        settings |= {key: values[key] for key in SAMPLING if key in values}
+        settings |= {key: values[key] for key in given if key in values}
         if str(values) not in bases:
             world, pipeline = open_world(own, here)
             base = evaluate(world, pipeline, pipeline.reference, **settings)
@@ -325,7 +325,7 @@ def main(argv):
         world, pipeline, base = bases[str(values)]
         files.load_weights(pipeline.policy, state, folder)
         found = evaluate(world, pipeline, pipeline.policy, base, **settings)
-        name = label(row, values | {"step": step}, [key for key in SAMPLING if key in several or key in given]
+        name = label(row, values | {"step": step}, [key for key in given if given[key] or key in several]
                      + ["step"] * (step != own.max_steps))
         if name not in groups:
             columns.append((name, found.images))

@@ -52,5 +52,6 @@ def test_pyplot_needs_no_screen():
 
 
 def test_a_backend_that_does_not_exist_does_no_harm():
-    subprocess.run([sys.executable, "-c", "from common import images; images.pyplot()"], check=True,
-                   env=os.environ | {"MPLBACKEND": "foo"}, cwd=os.path.dirname(os.path.dirname(images.__file__)))
+    root = os.path.dirname(os.path.dirname(images.__file__))
+    subprocess.run([sys.executable, "-c", "from common import images; images.pyplot()"], check=True, cwd=root,
+                   env=os.environ | {"MPLBACKEND": "foo"})

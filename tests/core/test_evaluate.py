@@ -109,7 +109,7 @@ def test_images_in_the_folders_of_geneval(mini_base, tmp_path, capsys, small_eva
         sample.main([f"--save={tmp_path / 'x'}"])
 
 
-# ---- which runs share a row, and what is printed -------------------------------------------------------------
+# ---- which runs share a row, and what is printed -----------------------------------------------------------
 RESULTS = dict.fromkeys(evaluate.COLUMNS + ["best_of_n_reward", "best_of_n_heldout_reward", "open_entropy",
                                             "unseen", "entropy_kept", "unreadable"], .125)
 
@@ -225,9 +225,10 @@ def test_a_report_of_train_is_written_before_it_is_printed(tmp_path, monkeypatch
     world = SimpleNamespace(columns=["unseen"], images=None,
                             picture=lambda path, prompts, columns: made.append(os.path.basename(path)))
     monkeypatch.setattr(images, "curves", lambda lines, path, *args, **more: made.append("curves.png"))
-    run = SimpleNamespace(before=evaluate.Evaluated(RESULTS, None, None), evaluations=SimpleNamespace(lines=[]),
+    log = SimpleNamespace(lines=[])
+    run = SimpleNamespace(before=evaluate.Evaluated(RESULTS, None, None), metrics=log, evaluations=log,
                           after=evaluate.Evaluated(RESULTS | {"reward": .75}, None, None),
-                          metrics=SimpleNamespace(lines=[]), file=lambda name: str(tmp_path / name))
+                          file=lambda name: str(tmp_path / name))
     cfg = SimpleNamespace(out_dir="out/a", max_steps=1, algorithm="grpo", divergence="js")
     train.report(cfg, run, world, [])
     assert max(map(len, capsys.readouterr().out.splitlines())) < 100
