@@ -242,7 +242,7 @@ class Config:
     cfg_scale: float = option(0.0, "guidance, of images and KLs; 0 = as in training", low=0)
     temperature: float = option(0.0, "of images and KLs; 0 = as in training", low=0)
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, then mps, then cpu")
-    picture: str = option("out/compare.png", "the file of sample images; the table is beside it, .md", ending=".png")
+    picture: str = option("out/compare.png", "the file of sample images; its table: .md", ending=".png")
 
     def check(cfg):
         if not cfg.runs:
