@@ -169,22 +169,22 @@ def main(argv):
 
 
 def report(cfg, run, world, prompts):
-    """Write before_after.png, curves.png and table.md of a finished run, and print the table."""
+    """Write table.md, before_after.png and curves.png of a finished run, then print some of the table."""
     before, after = run.before.results, run.after.results
+    best = f"best of {evaluate.BEST_OF} of the base", evaluate.best_of_n(before)
+    rows = [("base", before), best, (cfg.out_dir, after)]
+    with open(run.file("table.md"), "w", encoding="utf-8") as file:
+        file.write(evaluate.table(rows, world.columns) + "\n")
     world.picture(run.file("before_after.png"), prompts, [
         ("base", run.before.images), (f"after {cfg.max_steps} steps, {cfg.algorithm}, {cfg.divergence}",
                                       run.after.images)])
     images.curves(run.metrics.lines, run.file("curves.png"), run.evaluations.lines,
                   trained="reconstruction" if world.images else "reward")
-    best = f"best of {evaluate.BEST_OF} of the base", evaluate.best_of_n(before)
-    table = evaluate.table([("base", before), best, (cfg.out_dir, after)], world.columns)
-    print(table)
-    with open(run.file("table.md"), "w", encoding="utf-8") as file:
-        file.write(table + "\n")
+    print(evaluate.table(rows, world.columns, evaluate.TERMINAL))
     kept = after.get("entropy_kept", math.nan)
     print(f"held-out reward {after['heldout_reward'] - before['heldout_reward']:+.2f}"
-          + f", entropy of open attributes kept {kept:.0%}" * (not math.isnan(kept))
-          + f"; see {run.file('before_after.png')} and {run.file('curves.png')}")
+          + f", entropy kept {kept:.0%}" * (not math.isnan(kept))
+          + f"; see table.md, before_after.png and curves.png in {cfg.out_dir}")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def test_log_drops_torn_and_repeated_lines(tmp_path):
     assert [line["step"] for line in lines] == [0, 1, 2, 3] and lines == again.lines
 
 
-@pytest.mark.parametrize("garbage", [b"[1,2]", b'{"a": 1}', b'{"step": "x"}', b"\xff", b"null", b"12 monkeys"])
+@pytest.mark.parametrize("garbage", [b"[1,2]", b'{"a": 1}', b'{"step": "x"}', b"\xff", b"null", b"12 x"])
 def test_log_drops_only_the_damaged_line_and_keeps_a_copy(garbage, tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     good = [b'{"step": %d}' % step for step in range(3)]

@@ -49,7 +49,7 @@ LOADERS = {                                    # name: function that returns {na
     "load": lambda path: files.load(path)["gpt"]["state"],                # it accepts any dict of tensors
     "base": lambda path: load_models(path, CPU)[0].state_dict(),
     "run": lambda path: load_models(path, CPU)[0].state_dict(),
-    "options": lambda path: evaluate.options_of(path)[1],
+    "options": lambda path: evaluate.options_of(path)[1]["model"],
     "resume": lambda path: open_run(evaluate.options, [
         f"--out_dir={os.path.dirname(path)}", "--resume"])[1]["model"],
     "gpt": lambda path: GPT.from_pretrained(path, n_head=2, block_size=256).state_dict(),

@@ -19,7 +19,6 @@ import grpo
 import reward
 import train
 from common import files
-from common import run as runs
 from common.config import Fault, UserError, locate
 from common.folder import HARMLESS, claim, open_run
 from robustness import record
