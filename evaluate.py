@@ -75,11 +75,6 @@ class Sampling:
     sample_batch: int = option(0, "images sampled at once; 0 = all; changes memory, not the result", low=0)
     logit_chunk: int = option(0, "positions whose logits exist at once; 0 = all; changes memory only", low=0)
     compile: bool = option(False, "compile a sampling step by torch.compile; not yet measured on a GPU")
-
-    def check(cfg):
-        if cfg.compile and cfg.shard:
-            raise UserError("--compile was never tested with --shard: use one of them")
-
     # These are constants in the tiny world. For released models, Extras turns them into options.
     uncond_grad, score_cfg, critical_tokens, dynamic_weight = True, 0.0, False, False
 

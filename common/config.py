@@ -115,11 +115,10 @@ def find(path):
     for candidate in (locate(path), locate(re.sub(r"^config/", "configs/", path))):
         if os.path.isfile(candidate):
             return candidate
-    names = ["configs/" + n for n in sorted(os.listdir(locate("configs"))) if n.endswith(".py")]
-    name = "configs/" + os.path.basename(path).removesuffix(".py") + ".py"        # people write tiny_js
-    near = difflib.get_close_matches(name, names, 1)
-    raise UserError(f"no config file {path!r:.99}; "
-                    + (f"did you mean {near[0]}?" if near else f"there are: {', '.join(names)}"))
+    names = [n.removesuffix(".py") for n in sorted(os.listdir(locate("configs"))) if n.endswith(".py")]
+    near = difflib.get_close_matches(os.path.basename(path).removesuffix(".py"), names, 1)
+    raise UserError(f"no config file {path!r:.99}; " + (
+        f"did you mean configs/{near[0]}.py?" if near else f"in configs/ there are: {', '.join(names)}"))
 
 
 def read_file(path, depth=0):

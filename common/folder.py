@@ -47,6 +47,8 @@ def open_run(choose, argv):
     if parallel.RANK == 0 and there:
         raise UserError(f"{cfg.out_dir} holds a run already. Resume it with `{resume_command(cfg)}`, or "
                         f"choose another folder with --out_dir=...")
+    if cfg.shard and getattr(cfg, "compile", False):
+        raise UserError("--compile does not work with --shard: leave one of them out")
     if cfg.shard and parallel.SIZE == 1:
         raise UserError("--shard divides the weights among the processes of torchrun, and this is only one "
                         "process: leave it out")
