@@ -116,11 +116,14 @@ def open_world(options, device):
 
 
 def check_shares(cfg, size):
-    """Raise UserError unless a step's samples divide evenly among `size` processes, and into sample_batch."""
+    """Raise UserError unless a step's samples divide among `size` processes and there into batches."""
     B, at_once = cfg.prompts_per_step * cfg.group_size, getattr(cfg, "sample_batch", 0)
-    if B % size or (B // size) % min(at_once or B // size, B // size):
+    if B % size:
         raise UserError(f"{cfg.prompts_per_step} prompts x {cfg.group_size} images do not divide evenly "
-                        f"among {size} processes, each with --sample_batch={at_once} at once")
+                        f"among {size} processes")
+    if (B // size) % min(at_once or B, B // size):
+        raise UserError(f"the {B // size} images of a process do not divide into batches of "
+                        f"--sample_batch={at_once}")
 
 
 # ---- the evaluation ----------------------------------------------------------------------------------------
