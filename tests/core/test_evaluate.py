@@ -126,7 +126,7 @@ def stubbed(tmp_path, monkeypatch):
         fixed_prompts = staticmethod(lambda n: ["a red circle"])
         picture = staticmethod(lambda path, prompts, columns: drawn.append(path))
     policy = torch.nn.Linear(1, 1)
-    pipeline = SimpleNamespace(policy=policy, reference=policy)
+    pipeline = SimpleNamespace(policy=policy, reference=policy, made_from={})
     monkeypatch.setattr(evaluate, "open_world", lambda options, device: (World, pipeline))
 
     def measured(world, pipeline, policy, base=None, **settings):
@@ -137,7 +137,7 @@ def stubbed(tmp_path, monkeypatch):
     def make(folder, result=0.0, step=120, **options):
         state = {"weight": torch.zeros(1, 1), "bias": torch.tensor([float(result)])}
         files.save({"config": dataclasses.asdict(evaluate.options({})(out_dir=folder, **options)),
-                    "model": state, "step": step}, f"{folder}/ckpt.pt")
+                    "model": state, "step": step, "made_from": {}}, f"{folder}/ckpt.pt")
 
     def rows(*words):
         evaluate.main([*words, "--device=cpu", "--picture=new/compare.png"])
