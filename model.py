@@ -23,6 +23,7 @@ Three rules of the released model are unusual, and are kept exactly:
         n is added to its score, and its value is the mean of their values v_j. Proof: each row has the weight
         exp(0) = 1, so together
             sum_j 1 v_j = n mean_j v_j = exp(log n) * mean_j v_j.
+        In bf16, scores are rounded, log n too. So the weight is off by up to 1.5 % of n there.
       - Consequence: the model reads its prompt as a bag of rows of equal weight. Word order reaches the image
         only through what the features themselves carry. The prompt is *one* vector per layer, and this vector
         does not depend on the image. So GPT.read_prompts computes it once per prompt. All images of a prompt
@@ -38,9 +39,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.utils.checkpoint
 
-from common import files, llama, parallel, released
+from common import files, llama, lora, parallel, released
 from common.interfaces import Rollout
 from common.llama import Block, FeedForward, RMSNorm, at_least_fp32, rope_table, truncated_logp
 from divergences import Categorical
@@ -78,7 +78,7 @@ class PrefixAttention(llama.Attention):
         visible [P,L+1,L] is 1 where a row sees a column. Its last row says what image tokens see. Return the
         output [P,L,D], and the prompt as one token for the image rows: (key, value), [P,heads,1,hd] each.
         """
-        v = F.linear(x, self.wqkv.weight[-x.shape[2]:])               # queries and keys are zero: only values
+        v = lora.last_outputs(self.wqkv, x, x.shape[2])               # queries and keys are zero: only values
         # Sum first, then divide: bf16 would round a mask that is already divided by n.
         mean = ((visible @ v) / visible.sum(2, keepdim=True).clamp_min(1)).type_as(v)             # [P,L+1,D]
         # contiguous: else torch may use different kernels with and without gradients. Then policy and
@@ -147,7 +147,7 @@ class ImageTransformer(nn.Module):
 
     def run_layer(self, layer, *args):
         if self.recompute and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False)
+            return llama.recomputed(layer, *args)
         return layer(*args)
 
     def logits(self, hidden, cfg_scale=1.0, temperature=1.0, uncond_grad=True):

@@ -190,7 +190,7 @@ def shared_images(device, repeats, limits):
         images, tokens = (torch.randint(c.vocab_size, (b, c.block_size), device=device) for b in (n, n * G))
         adv, logp_old = torch.randn(n * G, device=device), torch.zeros(tokens.shape, device=device)
         cfg = SimpleNamespace(temperature=1.0, divergence="none", estimator="sampled", clip_eps=.2,
-                              prior_dropout=False, prior_weight=.1)
+                              prior_weight=.1)
 
         def step(cond, mask, images, image_of):
             """Return VA-pi's loss. images [P,T]: tokens of real images. image_of [B]: that of each sample."""

@@ -40,7 +40,7 @@ from vqgan import VQGAN, VQConfig
 
 REWARDS = ("judge", "reader")
 COUNTED = 64                    # readable images of a prompt that enter open_entropy
-HELD_BACK = 128                 # images for `reconstruction` in vapi.py
+FIXED_IMAGES = 128              # images for `reconstruction` in vapi.py
 UNSEEN_DRAWS = 8                # images of each prompt with an unseen pair
 
 
@@ -64,7 +64,8 @@ class ImageOptions:
 
 
 def fixed_prompts(per_category, unseen=False):
-    """The same prompts for every caller: `per_category` of each category, from a local random generator."""
+    """The same prompts for every caller: `per_category` of each category, from a local random generator.
+    Runs train on these prompts too, unless `unseen`."""
     rng = random.Random(1234)
     pools = [shapes.captions(category, unseen) for category in shapes.CATEGORIES]
     return [c for pool in pools for c in rng.sample(pool, min(per_category, len(pool)))]
@@ -189,8 +190,10 @@ class Images:
     def load(self, scenes):
         return shapes.render(scenes).to(self.device)
 
-    def held_back(self):
-        captions, scenes = zip(*shapes.random_scenes(HELD_BACK, random.Random(4321)))
+    def fixed_images(self):
+        """Return (captions, images). They are drawn like training images: 78 of 128 are among the images that
+        the policy of assets/tiny_base.pt was pretrained on."""
+        captions, scenes = zip(*shapes.random_scenes(FIXED_IMAGES, random.Random(4321)))
         return [c.text for c in captions], self.load(scenes)
 
     def perceptual(self, images, originals):
