@@ -12,6 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from common.config import Fault
+
 
 def at_least_fp32(x):
     return x if x.dtype == torch.float64 else x.float()
@@ -137,6 +139,13 @@ def truncated_logp(logits, top_k=0, top_p=1.0):
         cut[:, 1:] = mass[:, :-1] >= top_p                                 # the code that reaches top_p stays
         logits = logits.masked_fill(cut.scatter(1, order.indices, cut), -torch.inf)
     return logits.log_softmax(1)
+
+
+def check_sampled(logp, cfg_scale, temperature):
+    """Raise Fault if a log-probability of a sampled token is not finite. Such a token is always code 0."""
+    if not logp.isfinite().all():
+        raise Fault(f"logits are not finite at guidance {cfg_scale} and temperature {temperature}: choose "
+                    f"values nearer to 1, or other weights")
 
 
 def check(cond, cond_mask, prompt, cfg_scale, temperature):

@@ -1,8 +1,8 @@
 """The tiny world: its prompts, its rewards, what can be measured in it, and its models.
 
     World       prompts and rewards; common/interfaces.py says what a world offers
-    Pipeline    policy, reference and tokenizer, from a run or from a base: the file of pretrained
-                models that pretrain.py writes
+    Pipeline    policy, reference and tokenizer, from a run or from a base. A base is the file of
+                pretrained models that pretrain.py writes
     Images      rendered images with their captions, for algorithms that learn from images (vapi.py)
 
 Every attribute of a tiny image can be read exactly. So this world adds to an evaluation:
@@ -77,7 +77,8 @@ def entropy(values):
 
 
 def open_entropy(scenes, caption):
-    """(entropy in nat of the first 64 usable scenes of one prompt or None, number of unusable scenes)."""
+    """Return (entropy in nat, number of unusable scenes) of one prompt. The entropy is that of the first 64
+    usable scenes, summed over the open attributes, or None if fewer are usable."""
     found = [shapes.open_attributes(s, caption) for s in scenes]
     usable = [f for f in found if f is not None]
     if len(usable) < COUNTED:
@@ -165,8 +166,9 @@ class World:
         return out
 
     def picture(self, path, prompts, columns, rows_of_category=2):
-        """Write a grid with one row per prompt, for two prompts of each category. Each column (heading,
-        images) shows its first images. A frame is green where the reader finds what the prompt says."""
+        """Write a grid with one row per prompt, for two prompts of each category. In each row, a column
+        (heading, images) shows the first images of the prompt. A frame is green where the reader finds what
+        the prompt says."""
         draws, shown = len(columns[0][1]) // len(prompts), max(3, 8 // len(columns))
         of_category, rows = len(prompts) // len(shapes.CATEGORIES), []
         for i, prompt in enumerate(prompts):
