@@ -24,7 +24,7 @@ import urllib.request
 
 import torch
 
-from common import config, files, released
+from common import config, files, lora, released
 from common.config import UserError, option
 from model import GPT, PRESETS, GPTConfig
 from vqgan import VQGAN, VQConfig
@@ -216,6 +216,17 @@ def export(model, path, dtype=torch.float32):
     files.save({"model": {PREFIX.sub("", k): v.to("cpu", dtype) for k, v in state.items()}}, path)
 
 
+def policy_of(state, path):
+    """Return the GPT of the state dict of a run at `path`, its adapters merged into its matrices. Raises
+    UserError if it is another model. LlamaGen's sampler would leave its own random layers instead."""
+    with files.explain(f"{path} has adapters that do not fit to its matrices"):
+        state = lora.merge(files.select(state, path))
+    if "tok_embeddings.weight" not in state:
+        raise UserError(f"{path} is no run of LlamaGen. Only LlamaGen's policies can be exported.")
+    fields = released.fields(GPTConfig, released.gpt_shapes, state, {}, {}, path)
+    return files.build(GPT, GPTConfig(**fields, n_head=1), state, torch.float32, path)
+
+
 # ---- the command ---------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -248,7 +259,7 @@ def main(argv):
         run = files.load(cfg.export)
         if not isinstance(run.get("model"), dict):
             raise UserError(f"{cfg.export} is no checkpoint of a run: it has no state dict under 'model'.")
-        export(files.select(run["model"], cfg.export), cfg.to)
+        export(policy_of(run["model"], cfg.export), cfg.to)
     print(f"wrote {cfg.to}")
 
 

@@ -118,7 +118,8 @@ class Images:
     def load(self, paths):
         return torch.stack([data.load(path, self.side) for path in paths]).to(self.device)
 
-    def held_back(self):
+    def fixed_images(self):
+        """Return (captions, images), on which no run trains."""
         captions, paths, _ = zip(*self.listed.held_back)
         return list(captions), self.load(paths)
 
@@ -160,6 +161,7 @@ def open_world(o, device, with_images=False):
         text = llamagen.Classes(listed.label_of) if classes else kind.text_encoder(o, found, device)
         text.prepare(held_back + pool)
     pipeline = kind(o, found, text, device, o.dtype)
+    pipeline.made_from = found
     if classes != (pipeline.kind == "c2i"):
         raise UserError(f"{o.gpt_ckpt} is of model_type {pipeline.kind}: names of policies that read classes "
                         f"must begin with c2i_, and no other names")

@@ -109,7 +109,7 @@ def sampling(device, repeats, limits):
         sizes += [(name, half, n, 256) for name in ("GPT-B", "GPT-XL") for n in (1, 8, 64)]
     grid = [("tiny", full, 64, 1.0, TINY)]
     grid += [(*size, scale, dict(block_size=T)) for *size, T in sizes for scale in (7.5, 1.0)[:1 + gpu]]
-    for name, dtype, n, cfg_scale, changes in tqdm(grid, desc="sampling", ncols=110):
+    for name, dtype, n, cfg_scale, changes in tqdm(grid, desc="sampling", dynamic_ncols=True):
         gpt = build(name, device, dtype, **changes)
         c, per_prompt, plain = gpt.config, 8 if name == "tiny" else n, Plain(gpt)
         cond, mask, prompt = prompts(gpt, n // per_prompt, device, dtype, per_prompt)
@@ -142,7 +142,7 @@ def update(device, repeats, limits):
     grid = [("tiny", torch.float32, 8, 8, 0, TINY), ("GPT-B", torch.float32, 1, 8, 16, dict(block_size=64))]
     if device.type == "cuda":
         grid = [("GPT-B", torch.bfloat16, 4, 8, 64, {}), ("GPT-XL", torch.bfloat16, 4, 8, 64, {})]
-    for name, dtype, n, G, chunk, changes in tqdm(grid, desc="update", ncols=110):
+    for name, dtype, n, G, chunk, changes in tqdm(grid, desc="update", dynamic_ncols=True):
         gpt, ref, autocast = pair(name, device, dtype, changes)
         c, cond = gpt.config, prompts(gpt, n, device, torch.float32, G)
         tokens = torch.randint(c.vocab_size, (n * G, c.block_size), device=device)
@@ -184,13 +184,13 @@ def shared_images(device, repeats, limits):
     grid = [("tiny", torch.float32, 8, 8, TINY), ("GPT-B", torch.float32, 1, 8, dict(block_size=64))]
     if device.type == "cuda":
         grid = [("GPT-B", torch.bfloat16, 8, 8, {}), ("GPT-XL", torch.bfloat16, 4, 8, {})]
-    for name, dtype, n, G, changes in tqdm(grid, desc="vapi", ncols=110):
+    for name, dtype, n, G, changes in tqdm(grid, desc="vapi", dynamic_ncols=True):
         gpt, ref, autocast = pair(name, device, dtype, changes)
         (cond, mask, prompt), c = prompts(gpt, n, device, torch.float32, G), gpt.config
         images, tokens = (torch.randint(c.vocab_size, (b, c.block_size), device=device) for b in (n, n * G))
         adv, logp_old = torch.randn(n * G, device=device), torch.zeros(tokens.shape, device=device)
         cfg = SimpleNamespace(temperature=1.0, divergence="none", estimator="sampled", clip_eps=.2,
-                              prior_dropout=False, prior_weight=.1)
+                              prior_weight=.1)
 
         def step(cond, mask, images, image_of):
             """Return VA-pi's loss. images [P,T]: tokens of real images. image_of [B]: that of each sample."""
@@ -220,7 +220,7 @@ def growth(device, repeats):
         size = dict(dim=768, n_layer=12, n_head=12, vocab_size=16384)
     axes = {"tokens": ("T", [25, 64, 100, 144, 196, 256]), "prompt length": ("L", [8, 60, 120, 240]),
             "images of a prompt": ("G", [1, 2, 4, 8, 16, 32])}
-    for title, (letter, xs) in tqdm(axes.items(), desc="growth", ncols=110):
+    for title, (letter, xs) in tqdm(axes.items(), desc="growth", dynamic_ncols=True):
         plain, ours, memory, counted = [], [], [], []
         for x in xs:
             at = dict(T=100, L=120, G=8) | {letter: x}

@@ -1,4 +1,6 @@
 """python -m pytest tests/common/test_images.py"""
+import os
+import subprocess
 import sys
 
 import pytest
@@ -10,7 +12,7 @@ from common import images
 
 def test_to_pil_maps_the_range_and_clips():
     image = torch.tensor([-2., -1., 0., 1., 2.]).expand(3, 1, 5)
-    assert [p[0] for p in images.to_pil(image).get_flattened_data()] == [0, 0, 127, 255, 255]
+    assert [p[0] for p in images.to_pil(image).get_flattened_data()] == [0, 0, 128, 255, 255]
 
 
 def test_grid_frames_show_rewards(tmp_path):
@@ -47,3 +49,9 @@ def test_curves_show_the_evaluations_of_what_is_trained(tmp_path):
 def test_pyplot_needs_no_screen():
     plt = images.pyplot()
     assert plt is sys.modules["matplotlib.pyplot"] and plt.get_backend().lower() == "agg"
+
+
+def test_a_backend_that_does_not_exist_does_no_harm():
+    root = os.path.dirname(os.path.dirname(images.__file__))
+    subprocess.run([sys.executable, "-c", "from common import images; images.pyplot()"], check=True, cwd=root,
+                   env=os.environ | {"MPLBACKEND": "foo"})

@@ -12,9 +12,10 @@ import types
 import pytest
 import torch
 
-from common import config, files
+from common import config, files, lora
 from common.config import UserError
 from full import weights
+from full.janus import Janus, JanusConfig
 from full_size import key_table, make_random
 from model import GPT, PRESETS, GPTConfig
 from vqgan import VQGAN, VQConfig
@@ -673,6 +674,38 @@ def test_command_line_table_export_and_convert(tmp_path, capsys, monkeypatch, mi
             weights.main(argv)
     help_text = config.help_text(weights.Config)
     assert all(f"--{name}=" in help_text for name in ("folder", "convert", "export", "to"))
+
+
+def test_export_merges_adapters(tmp_path):
+    torch.manual_seed(0)
+    policy = lora.adapt(GPT(TEXT).eval(), 4)
+    torch.nn.init.normal_(policy.output.weight)
+    adapters = [module for module in policy.modules() if isinstance(module, lora.LowRank)]
+    for module in adapters:
+        torch.nn.init.normal_(module.b, std=.1)
+    files.save({"model": policy.state_dict()}, str(tmp_path / "ckpt.pt"))
+    weights.main([f"--export={tmp_path}/ckpt.pt", f"--to={tmp_path}/mine_256.pt"])
+    merged = GPT.from_pretrained(str(tmp_path / "mine_256.pt"), n_head=2)
+    batch = torch.randint(24, (2, 256)), torch.randn(2, 3, 10)
+    assert len(adapters) == 2 * 5 and (policy(*batch) - merged(*batch)).abs().max() < .01
+    for module in adapters:
+        module.b.data.zero_()
+    assert (policy(*batch) - merged(*batch)).abs().max() > .1
+
+
+JANUS = JanusConfig(dim=8, n_layer=1, n_head=2, vocab_size=8, head_dim=8, words=9, pad_id=1)
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda: Janus(JANUS).state_dict(), "no run of LlamaGen"),
+    (lambda: GPT(TEXT).state_dict() | {"layers.0.extra.weight": torch.zeros(1)}, "layers.0.extra.weight"),
+    (lambda: {k: v for k, v in GPT(TEXT).state_dict().items() if "norm" not in k}, "norm.weight")])
+def test_export_refuses_what_llamagen_would_not_load(make, said, tmp_path):
+    files.save({"model": make()}, str(tmp_path / "ckpt.pt"))
+    with pytest.raises(UserError, match=said) as error:
+        weights.main([f"--export={tmp_path}/ckpt.pt", f"--to={tmp_path}/mine_256.pt"])
+    print(error.value)
+    assert "\n" not in str(error.value) and not (tmp_path / "mine_256.pt").exists()
 
 
 # ---- memory --------------------------------------------------------------------------------------------
