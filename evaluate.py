@@ -40,7 +40,7 @@ import tiny.world
 import vapi
 from common import config, device, files, run
 from common.config import UserError, option
-from common.folder import FREE
+from common.folder import FREE, checkpoint_of
 from common.interfaces import Rollout
 
 BEST_OF = 8                     # N of best-of-N
@@ -257,15 +257,9 @@ class Config:
             raise UserError(f"--cfg_scale must be at least 1, or 0 for the run's own, got {cfg.cfg_scale}")
 
 
-def checkpoint(path):
-    """Return the path of the checkpoint that a run folder or a file is, here or in this project's folder."""
-    path = config.locate(path)
-    return os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
-
-
 def options_of(run_folder):
     """Return (options of a run, its whole checkpoint). Raises UserError if it is no run."""
-    path = checkpoint(run_folder)
+    path = checkpoint_of(run_folder)
     saved = files.load(path, lazy=True)
     if not {"config", "model", "step"} <= set(saved):
         raise UserError(f"{run_folder} is a base, not a run; every run is shown beside its base anyway")

@@ -22,7 +22,6 @@ and in a run that learns from images:
 """
 import copy
 import math
-import os
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -30,8 +29,9 @@ from dataclasses import dataclass
 import metrics
 import reward
 from common import files, images
-from common.config import UserError, locate, option
+from common.config import UserError, option
 from common.device import freeze
+from common.folder import checkpoint_of
 from common.interfaces import Conditions
 from model import GPT, GPTConfig
 from tiny import shapes, text
@@ -86,11 +86,6 @@ def open_entropy(scenes, caption):
     return sum(entropy([f[k] for f in usable[:COUNTED]]) for k in usable[0]), len(found) - len(usable)
 
 
-def checkpoint_of(path):
-    """Return the file that holds the weights of a run folder, or of a base."""
-    return os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
-
-
 def load_models(path, device, depth=0):
     """(policy, tokenizer, judge, options of the run), in fp32 and eval mode. The options of a base are {}.
 
@@ -107,12 +102,12 @@ def load_models(path, device, depth=0):
                 files.unpack(VQGAN, VQConfig, parts["vqgan"], device, path),
                 files.unpack(Judge, None, parts["judge"], device, path), {})
     try:
-        begin, state = locate(parts["config"]["init_from"]), parts["model"]
+        begin, state = checkpoint_of(parts["config"]["init_from"]), parts["model"]
     except (KeyError, TypeError):
         raise UserError(f"{path} is no base (gpt, vqgan, judge) and no run (config, model) of this "
                         f"version") from None
     policy, vqgan, judge, _ = load_models(begin, device, depth + 1)
-    files.check_made_from(parts, {"init_from": checkpoint_of(begin)}, path)
+    files.check_made_from(parts, {"init_from": begin}, path)
     files.load_weights(policy, state, path)
     return policy, vqgan, judge, parts["config"]
 
@@ -227,8 +222,8 @@ class Pipeline:
 
 def open_world(options, device, with_images=False):
     """Return (World, Pipeline) of the options of a run. Raises UserError for a base that cannot be loaded."""
-    path = locate(options.init_from)
+    path = checkpoint_of(options.init_from)
     policy, vqgan, judge, _ = load_models(path, device)
     pipeline = Pipeline(policy, vqgan, device, options.dtype)
-    pipeline.made_from = {"init_from": checkpoint_of(path)}
+    pipeline.made_from = {"init_from": path}
     return World(options, freeze(judge), device, with_images), pipeline

@@ -16,6 +16,7 @@ import sample
 import train
 from common import config, files, images
 from common.config import UserError
+from common.folder import checkpoint_of
 from tiny import shapes
 from tiny import world as tiny
 from tiny.shapes import Obj, Scene
@@ -270,7 +271,7 @@ def test_evaluate_and_sample_look_in_the_same_places(tmp_path, monkeypatch):
             look("assets/tiny_base.pt")
     assert asked == [os.path.join(os.path.dirname(evaluate.__file__), "assets/tiny_base.pt")] * 2
     os.makedirs("assets/tiny_base.pt")                                      # what is here comes first
-    assert evaluate.checkpoint("assets/tiny_base.pt") == os.path.join("assets/tiny_base.pt", "ckpt.pt")
+    assert checkpoint_of("assets/tiny_base.pt") == os.path.join("assets/tiny_base.pt", "ckpt.pt")
 
 
 def test_no_progress_bar_has_a_fixed_width():

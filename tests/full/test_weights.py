@@ -760,3 +760,11 @@ def test_a_big_load_peaks_at_the_size_of_the_file(tmp_path, kind):
     ratio = peak(path, 16, kind)
     print(f"{kind}: {os.path.getsize(path) / 1e9:.2f} GB, peak {ratio:.2f} of it")
     assert os.path.getsize(path) > 1.3e9 and .9 < ratio < 1.3
+
+
+def test_a_run_folder_is_exported_like_its_checkpoint(tmp_path):
+    policy = GPT(TEXT)
+    files.save({"model": policy.state_dict(), "step": 0}, str(tmp_path / "run" / "ckpt.pt"))
+    for run in ("run", "run/ckpt.pt"):
+        weights.main([f"--export={tmp_path / run}", f"--to={tmp_path / run.replace('/', '_')}.pt"])
+    assert all((tmp_path / name).exists() for name in ("run.pt", "run_ckpt.pt.pt"))
