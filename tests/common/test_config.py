@@ -43,7 +43,7 @@ def test_file_then_command_line_and_the_last_word_wins(tmp_path):
     (["--qqqq=1"], ["qqqq", "--help"]),
     (["--max_steps=ten"], ["max_steps", "'ten'", "whole number"]),
     (["--max_steps=1.5"], ["max_steps", "1.5", "whole number"]),
-    (["--beta=True"], ["beta", "True", "number"]),
+    (["--beta=True"], ["beta", "True", "number"]), (["--seed=True"], ["seed", "True", "whole number"]),
     (["--resume=1"], ["resume", "1", "True or False"]),
     (["--divergence=kl"], ["divergence", "'kl'", "js, forward_kl, reverse_kl, none"]),
     (["--beta"], ["--beta needs a value"]),
