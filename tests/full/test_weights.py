@@ -462,6 +462,16 @@ def test_port_without_config_and_with_a_damaged_one(port, tmp_path):
     assert "damaged" in message(path, new, load=convert)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_safetensors_with_a_number_that_is_not_finite(value, tmp_path):
+    """Safetensors have no checksum, and --convert would write the number into a file of the released layout."""
+    from safetensors.torch import save_file
+    save_file({"output.weight": torch.tensor([0., float(value), 1.])}, str(tmp_path / "model.safetensors"))
+    with pytest.raises(UserError, match="'output.weight' holds NaN or infinity"):
+        weights.convert(str(tmp_path / "model.safetensors"), str(tmp_path / "new.pt"))
+    assert not (tmp_path / "new.pt").exists()
+
+
 def test_port_that_lacks_a_key(tmp_path):
     path, state = path_of(tmp_path, TEXT)
     port = to_port(state)

@@ -195,10 +195,11 @@ GROUPS = [        # (file, tests that cover it: words behind `python -m pytest`,
         "run-not-finite": ("if norm.isfinite():", "if True:")}),
     ("common/files.py", COMMON + "files.py", {
         "files-keep": ("[:-keep]", "[:-keep - 1]"),
-        "files-made-from": ('saved["made_from"][name] != fingerprint(path)', "False"),
         "files-python-stream": ("random.setstate((version, tuple(values), gauss))", "pass"),
         "files-pickle": ("weights_only=True, mmap", "weights_only=False, mmap"),
         "files-log-start": ('["step"] < start', '["step"] <= start')}),
+    ("common/files.py", COMMON + "trust.py -k base", {
+        "files-made-from": ('saved["made_from"][name] != fingerprint(path)', "False")}),
     ("common/files.py", COMMON + "hostile.py -k flipped_weight", {
         "files-checksum": ("if part := is_zip and", "if part := False and")}),
     ("common/files.py", COMMON + "hostile.py -k NaN", {
@@ -227,9 +228,9 @@ GROUPS = [        # (file, tests that cover it: words behind `python -m pytest`,
         "clip-transposed": ("value.T if key in", "value if key in"),
         "clip-head": ("weight @ b + bias", "b.mean() + bias")}),
     ("full/weights.py", WEIGHTS, {
+        "weights-examine": ("files.examine(state, path)", "pass"),
         "weights-gate": ('"mlp.gate_proj": "feed_forward.w1"', '"mlp.gate_proj": "feed_forward.w3"'),
         "weights-qkv": ("[order(q), order(k), v]", "[order(k), order(q), v]"),
-        "weights-examine": ("files.examine(state, path)", "pass"),
         "weights-ema": ('WRAPPERS = ("model",', 'WRAPPERS = ("ema", "model",')})]
 MUTANTS = {name: (path, *texts, tests) for path, tests, group in GROUPS for name, texts in group.items()}
 
