@@ -464,7 +464,7 @@ def test_port_without_config_and_with_a_damaged_one(port, tmp_path):
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_safetensors_with_a_number_that_is_not_finite(value, tmp_path):
-    """Safetensors have no checksum, and --convert would write the number into a file of the released layout."""
+    """Safetensors have no checksum. --convert must not pass such a number on."""
     from safetensors.torch import save_file
     save_file({"output.weight": torch.tensor([0., float(value), 1.])}, str(tmp_path / "model.safetensors"))
     with pytest.raises(UserError, match="'output.weight' holds NaN or infinity"):
