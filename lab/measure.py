@@ -7,12 +7,10 @@
 """
 import contextlib
 import itertools
-import json
 import os
 import platform
 import statistics
 import subprocess
-import tempfile
 import time
 
 import torch
@@ -58,12 +56,9 @@ def peak_bytes(f, device):
     # The CPU allocator keeps no peak, but the profiler records every allocation and every release.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
         f()
-    with tempfile.TemporaryDirectory() as folder:
-        p.export_chrome_trace(os.path.join(folder, "trace.json"))
-        with open(os.path.join(folder, "trace.json"), encoding="utf-8") as file:
-            events = [e for e in json.load(file)["traceEvents"] if e.get("name") == "[memory]"]
-    events.sort(key=lambda e: e["ts"])
-    return max(itertools.accumulate((e["args"]["Bytes"] for e in events), initial=0))
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(itertools.accumulate((e.nbytes() for e in events), initial=0))
 
 
 def ceilings(device, repeats):

@@ -11,8 +11,6 @@ The five categories of captions are a miniature of GenEval, a benchmark of text-
   two       a circle and a square (open colors)    position  a red circle left of a blue square
   binding   a red circle and a blue square
 
-    python -m tiny.shapes          measures the reader on 2,000 rendered scenes
-
 Images are [B,3,H,W] in [-1,1] with H = W = 32. Sizes and places are in pixels. Places x and y start at the
 top left corner, and y points down. Symbols of the reader:
   B images   N connected regions of object pixels in all images   K = 4 colors of objects
@@ -20,7 +18,6 @@ top left corner, and y points down. Symbols of the reader:
   a          coverage: the fraction of a pixel that an object covers, so that p = g + a d
 """
 import itertools
-import random
 from typing import NamedTuple
 
 import numpy as np
@@ -319,9 +316,3 @@ def random_scenes(n, rng, allow_unseen=False):
              for k in CATEGORIES}
     drawn = [rng.choice(pools[rng.choice(CATEGORIES)]) for _ in range(n)]
     return [(c, sample_scene(c, rng, allow_unseen)) for c in drawn]
-
-
-if __name__ == "__main__":
-    scenes = [scene for _, scene in random_scenes(2000, random.Random(0), allow_unseen=True)]
-    for name, fraction in reader_accuracy(scenes, render(scenes)).items():
-        print(f"{name:10s} {fraction:7.2%} correct, 2,000 rendered scenes")
