@@ -4,6 +4,8 @@
     python evaluate.py out/tiny_js out/tiny_none ...    compare runs, averaged over seeds
     python evaluate.py out/llamagen_js --cfg_scale=7.5 --draws=8 --eval_prompts=16
     python evaluate.py out/tiny_vapi --temperature=0.8  at another temperature than in training
+Runs that differ only in their seed, and have taken equally many steps, share a row. The terminal shows a few
+columns. out/compare.md has all of them, and out/compare.png shows samples.
 (sample.py --save samples the prompts of a benchmark, such as GenEval, for the benchmark's own program.)
 
 Every prompt is sampled `draws` times. Reported, as means over prompts:
@@ -21,6 +23,8 @@ the sampling and no training. So compare a run with it before you praise the run
 This file also says what a run consists of: `options` composes the options of a run, `open_world` opens its
 world and its models.
 """
+import itertools
+import math
 import os
 from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
@@ -36,6 +40,7 @@ import tiny.world
 import vapi
 from common import config, device, files, run
 from common.config import UserError, option
+from common.folder import FREE
 from common.interfaces import Rollout
 
 BEST_OF = 8                     # N of best-of-N
@@ -136,8 +141,8 @@ def sample(pipeline, policy, prompts, draws, *, cfg_scale=1.0, temperature=1.0, 
     prompt = torch.arange(len(prompts), device=where).repeat_interleave(draws)
     generator, tokens, images = torch.Generator(where).manual_seed(seed), [], []
     size = max(8, TOKENS_AT_ONCE // pipeline.tokens)
-    for i in trange(0, len(prompt), size, desc="sampling", ncols=110, leave=False,
-                    disable=len(prompt) <= size):
+    for i in trange(0, len(prompt), size, desc="sampling", dynamic_ncols=True,
+                    leave=False, disable=len(prompt) <= size):
         with policy.autocast():
             tokens.append(policy.generate(*conditions.of(prompt[i:i + size]), cfg_scale=cfg_scale,
                                           temperature=temperature, generator=generator, **cut))
@@ -196,23 +201,32 @@ def evaluate(world, pipeline, policy, base=None, *, prompts=3, draws=96, cfg_sca
 
 
 COLUMNS = ["reward", "heldout_reward", "pairwise", "vendi", "token_entropy", "kl_reverse", "kl_forward"]
+BRIEF = ["reward", "heldout_reward", "entropy_kept", "reconstruction", "vendi", "kl_reverse"]
+TERMINAL = 100                  # characters of a line
 
 
-def table(rows, more=()):
+def table(rows, more=(), width=math.inf):
     """Turn [(name, results or a list of results)] into the text of a table. more: a world's own columns.
 
-    A cell of several results shows their mean ± standard deviation.
+    A cell of several results shows their mean ± standard deviation. A cell without a number shows "-".
+    width: show only the columns of BRIEF, as many as fit into so many characters, and shorten long names.
     """
     def cell(results, key):
-        values = torch.tensor([r[key] for r in results], dtype=torch.float64)
+        values = torch.tensor([r.get(key, math.nan) for r in results], dtype=torch.float64)
+        if values.isnan().any():
+            return "-"
         return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
     rows = [(name, r if isinstance(r, list) else [r]) for name, r in rows]
     columns = COLUMNS[:2] + list(more) + COLUMNS[2:]
-    body = [["run"] + columns] + [[name] + [cell(r, key) if key in r[0] else "-" for key in columns]
-                                  for name, r in rows]
-    widths = [max(len(line[i]) for line in body) for i in range(len(body[0]))]
+    if width < math.inf:
+        columns = [key for key in BRIEF if key in columns]
+        rows = [(name if len(name) <= 34 else name[:15] + "..." + name[-16:], r) for name, r in rows]
+    body = [["run"] + columns] + [[name] + [cell(r, key) for key in columns] for name, r in rows]
+    widths = [max(map(len, column)) for column in zip(*body)]
+    fitting = sum(end < width for end in itertools.accumulate(w + 3 for w in widths))
     body.insert(1, ["-" * w for w in widths])
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in body)
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line[:fitting], widths)) + " |"
+                     for line in body)
 
 
 def best_of_n(base):
@@ -229,7 +243,7 @@ class Config:
     cfg_scale: float = option(0.0, "guidance, of images and KLs; 0 = as in training", low=0)
     temperature: float = option(0.0, "of images and KLs; 0 = as in training", low=0)
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, then mps, then cpu")
-    picture: str = option("out/compare.png", "the image file that shows samples of all runs", ending=".png")
+    picture: str = option("out/compare.png", "the file of sample images; its table: .md", ending=".png")
 
     def check(cfg):
         if not cfg.runs:
@@ -240,57 +254,93 @@ class Config:
             raise UserError(f"--cfg_scale must be at least 1, or 0 for the run's own, got {cfg.cfg_scale}")
 
 
+def checkpoint(path):
+    """Return the path of the checkpoint that a run folder or a file is, here or in this project's folder."""
+    path = config.locate(path)
+    return os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+
+
 def options_of(run_folder):
-    """Return (options of a run, the state dict of its policy). Raises UserError if it is no run."""
-    path = os.path.join(run_folder, "ckpt.pt") if os.path.isdir(run_folder) else run_folder
-    saved = files.load(path)
-    if not {"config", "model"} <= set(saved):
+    """Return (options of a run, its whole checkpoint). Raises UserError if it is no run."""
+    path = checkpoint(run_folder)
+    saved = files.load(path, lazy=True)
+    if not {"config", "model", "step"} <= set(saved):
         raise UserError(f"{run_folder} is a base, not a run; every run is shown beside its base anyway")
-    return config.restore(options, saved["config"], path), saved["model"]
+    return config.restore(options, saved["config"], path), saved
 
 
 def what_decides(options, *without):
-    """Return the options of a run as text, except those named in `without`."""
-    return str([(f.name, getattr(options, f.name)) for f in fields(options) if f.name not in without])
+    """Return the options of a run as {name: value}, except those named in `without`."""
+    return {f.name: getattr(options, f.name) for f in fields(options) if f.name not in without}
+
+
+def open_runs(cfg):
+    """Return [(row, run folder, options, checkpoint), ...]. Runs that differ only in their seed share a
+    row, which has the name of the first. Raises UserError for what is no run, or two runs that are one."""
+    opened, rows = [], {}
+    for folder in cfg.runs:
+        own, saved = options_of(folder)
+        try:
+            config.validate(replace(own, eval_draws=cfg.draws))
+        except UserError as error:
+            raise UserError(str(error).replace("--eval_draws", "--draws")) from None
+        seeds = rows.setdefault(str((saved["step"], what_decides(own, "seed", *FREE))), {})
+        if own.seed in seeds:
+            raise UserError(f"{seeds[own.seed]} and {folder} both have seed {own.seed} and the same options: "
+                            f"they count as one run, so leave one out")
+        seeds[own.seed] = folder
+        opened.append((next(iter(seeds.values())), folder, own, saved))
+    return opened
+
+
+def label(name, values, shown):
+    """Return the name of a row, and after it the values that the name does not tell."""
+    return ", ".join([name, *(f"{key} {values[key]}" for key in shown if key in values)])
 
 
 def main(argv):
     cfg, _ = config.load(Config, argv, positional="runs")
     here = device.start(cfg.device)
-    bases, groups, columns, rows = {}, {}, [], []
+    opened, bases, groups, columns, rows = open_runs(cfg), {}, {}, [], []
+    os.makedirs(os.path.dirname(cfg.picture) or ".", exist_ok=True)
+    given = dict(temperature=cfg.temperature, cfg_scale=cfg.cfg_scale)         # 0 = as in training
     # Runs share their base and its evaluation if they agree in all options but these.
     training = {f.name for part in (run.Files, run.Machine, run.Length, Evaluation, grpo.RolloutOptions,
                                     grpo.LossOptions, run.Optimizer, Sampling, Extras, vapi.Options)
-                for f in fields(part)} - {"dtype"}
-    for folder in tqdm(cfg.runs, desc="evaluating", unit="run"):
-        own, state = options_of(folder)
-        config.validate(replace(own, eval_draws=cfg.draws))
-        settings = dict(prompts=cfg.eval_prompts, draws=cfg.draws,
-                        cfg_scale=cfg.cfg_scale or getattr(own, "cfg_scale", 1.0),
-                        temperature=cfg.temperature or own.temperature)
-        key = what_decides(own, *training), str(settings)
-        if key not in bases:
+                for f in fields(part)} - {"dtype", *given}
+    decides = [what_decides(own, *training) | {key: value for key, value in given.items() if value}
+               for _, _, own, _ in opened]
+    several = [key for key, value in decides[0].items()
+               if all(key in d for d in decides) and any(d[key] != value for d in decides)]
+    for (row, folder, own, saved), values in zip(
+            tqdm(opened, desc="evaluating", unit="run", dynamic_ncols=True), decides):
+        settings = dict(prompts=cfg.eval_prompts, draws=cfg.draws)
+        settings |= {key: values[key] for key in given if key in values}
+        if str(values) not in bases:
             world, pipeline = open_world(own, here)
             base = evaluate(world, pipeline, pipeline.reference, **settings)
-            bases[key] = world, pipeline, base
-            source = own.init_from if own.world == "tiny" else own.gpt_ckpt
-            name = "base" + f" ({own.reward}, {source})" * (len(bases) > 1)
+            bases[str(values)] = world, pipeline, base
+            name = label("base", values, several)
             rows += [(name, base.results), (f"best of {BEST_OF} of the {name}", best_of_n(base.results))]
             columns.append((name, base.images))
-        world, pipeline, base = bases[key]
-        files.load_weights(pipeline.policy, state, folder)
+        world, pipeline, base = bases[str(values)]
+        files.check_made_from(saved, pipeline.made_from, folder)
+        files.load_weights(pipeline.policy, saved["model"], folder)
         found = evaluate(world, pipeline, pipeline.policy, base, **settings)
-        alike = what_decides(own, "seed", *run.FREE)
-        if alike not in groups:
-            groups[alike] = (folder, [])
-            columns.append((folder, found.images))
-        groups[alike][1].append(found.results)
-    rows += [(name + (f" (mean of {len(some)} seeds)" if len(some) > 1 else ""), some)
-             for name, some in groups.values()]
-    print(table(rows, world.columns))
-    os.makedirs(os.path.dirname(cfg.picture) or ".", exist_ok=True)
+        name = label(row, values | saved, [key for key in given if given[key] or key in several]
+                     + ["step"] * (saved["step"] != own.max_steps))
+        if name not in groups:
+            columns.append((name, found.images))
+        groups.setdefault(name, []).append(found.results)
+    rows += [(name + (f", mean of {len(some)} seeds" if len(some) > 1 else ""), some)
+             for name, some in groups.items()]
+    # Write first: printing fails if it goes to `head -2`, which closes the pipe.
+    path = os.path.splitext(cfg.picture)[0] + ".md"
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(table(rows, world.columns) + "\n")
     world.picture(cfg.picture, world.fixed_prompts(cfg.eval_prompts), columns)
-    print(f"images of each: {cfg.picture}")
+    print(table(rows, world.columns, TERMINAL))
+    print(f"all columns: {path}; images of each: {cfg.picture}")
 
 
 if __name__ == "__main__":

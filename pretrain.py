@@ -1,7 +1,7 @@
 """Pretrain the base of the tiny world from nothing: image tokenizer, then policy, then judge.
 
     python pretrain.py                                writes out/tiny_base.pt, about 13 minutes on 2 CPU cores
-    python pretrain.py --out=assets/tiny_base.pt      replaces the base that the repository ships
+    python pretrain.py --out=assets/tiny_base.pt --overwrite     replaces the base of the repository
 
  1. The tokenizer (vqgan.py) learns to reconstruct an image from 64 tokens.
  2. The policy (model.py) learns to predict the tokens of an image from its caption, by maximum likelihood. On
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import trange
 
 from common import config, device, files
-from common.config import option
+from common.config import UserError, option
 from common.device import batched
 from model import GPT, GPTConfig
 from tiny import shapes, text
@@ -44,6 +44,7 @@ AR = GPTConfig(dim=128, n_layer=4, n_head=4, multiple_of=32, vocab_size=VQ.codeb
 @dataclass(frozen=True)
 class Config:
     out: str = option("out/tiny_base.pt", "file to write", ending=".pt")
+    overwrite: bool = option(False, "replace the file if it exists; runs of the old base cannot go on then")
     seed: int = option(0, "seed of scenes, weights and batches", low=0)
     scenes: int = option(24000, "number of images for training", low=2)
     wrong_captions: float = option(0.2, "fraction of captions that belong to another image", low=0, high=1)
@@ -61,7 +62,7 @@ def train(name, optimizers, steps, loss_of):
     An optimizer comes with its peak learning rate. The rate rises to this peak in 50 steps. It falls along a
     cosine to 2 % of the peak at the end."""
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
-    bar = trange(steps, desc=name, ncols=110)
+    bar = trange(steps, desc=name, dynamic_ncols=True)
     for step in bar:
         for group, peak in groups:
             group["lr"] = peak * min(1, (step + 1) / 50) * (
@@ -168,6 +169,9 @@ def pretrain_judge(cfg, images, scenes, captions, rng):
 def main(argv):
     cfg, _ = config.load(Config, argv)
     device.start("cpu")
+    if os.path.exists(cfg.out) and not cfg.overwrite:
+        raise UserError(f"{cfg.out} exists already, and runs may build on it: choose another --out, or add "
+                        f"--overwrite")
     os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)    # an error here comes before the work
     start = time.time()
     torch.manual_seed(cfg.seed)

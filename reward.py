@@ -14,6 +14,8 @@ Wrong options raise UserError (common/config.py). A reward that fails, or return
 import math
 from dataclasses import dataclass
 
+import torch
+
 from common.config import Fault, UserError, option
 
 REWARDS = {}                    # name: function (images, prompts) -> rewards [b]; yours go here
@@ -32,6 +34,8 @@ def parse(spec, known):
     known, weights = (*known, *REWARDS), {}
     for part in spec.split(","):
         name, _, weight = part.strip().partition(":")
+        if name in weights:
+            raise UserError(f"reward {name!r} is named twice in {spec!r:.99}: give it one weight")
         if name not in known:
             raise UserError(f"this world has no reward {name!r}; it has: {', '.join(known)}")
         try:
@@ -61,15 +65,18 @@ def weighted(spec, functions):
     def total(images, prompts):
         rewards = []
         for name in weights:
-            try:
-                rewards.append(functions[name](images, prompts))
-                shape = tuple(rewards[-1].shape)
+            try:                                           # a copy, because a reward may edit its images
+                found = functions[name](images.clone(), list(prompts))
             except UserError:
                 raise
             except Exception as error:                     # a reward may be code of a user
                 raise Fault(f"reward {name!r} failed: {type(error).__name__}: {error}") from error
-            if shape != (len(prompts),):
-                raise Fault(f"reward {name!r} must return one number for each of {len(prompts)} images, "
-                            f"[{len(prompts)}], got {list(shape)}")
+            real = isinstance(found, torch.Tensor) and not found.is_complex()
+            if not real or found.shape != (len(prompts),):
+                what = f"{found.dtype} {list(found.shape)}" if isinstance(found, torch.Tensor) else (
+                    f"a {type(found).__name__}")
+                raise Fault(f"reward {name!r} must return a float tensor with one number for each of "
+                            f"{len(prompts)} images, [{len(prompts)}], got {what}")
+            rewards.append(found)
         return sum(w * r for w, r in zip(weights.values(), rewards))
     return total

@@ -17,7 +17,8 @@ in `weights`, and fetched if they are not there.
 
 --save samples every prompt of a file, for the program of a benchmark, into the folders that GenEval (arXiv
 2310.11513) wants: out/geneval/00000/metadata.jsonl, the prompt's own line of the file, and beside it
-samples/0000.png, 0001.png ...
+samples/0000.png, 0001.png ... If it was stopped, the same command continues after the last whole folder.
+options.json holds what decides the images, so that other options cannot add theirs.
 
 --npz samples n images in all, of uniformly random classes, for the evaluator of ADM (FID, Inception score,
 precision and recall; github.com/openai/guided-diffusion): one array of bytes, arr_0 [n,256,256,3]. Larger
@@ -31,8 +32,9 @@ differ.
 import hashlib
 import json
 import os
+import shutil
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
@@ -47,11 +49,12 @@ from common import config, device, files, images
 from common.config import UserError, option
 from full import llamagen, weights
 from full import prompts as prompt_files
-from tiny import shapes
+from tiny import shapes, text
 from tiny.judge import reader
 
 # (cfg_scale, top_k) of LlamaGen's and Janus's own samplers
 USUAL = {"tiny": (1.0, 0), "t2i": (7.5, 1000), "c2i": (4.0, 2000), "janus": (5.0, 0)}
+FREE = ("prompt", "prompts", "out", "save", "npz", "device", "weights")    # may differ when --save continues
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ class Config:
             raise UserError("--npz and --save are two tasks: give one of them")
         if cfg.npz and os.path.exists(cfg.npz):
             raise UserError(f"{cfg.npz} exists already: choose another file with --npz=...")
-        if cfg.save and os.path.isdir(cfg.save) and os.listdir(cfg.save):
+        there = os.listdir(cfg.save) if cfg.save and os.path.isdir(cfg.save) else []
+        if there and "options.json" not in there:
             raise UserError(f"{cfg.save} is not empty: choose another folder with --save=...")
 
 
@@ -105,24 +109,29 @@ def open_pipeline(cfg, prompts, where):
     """
     options, state = cfg, None
     if not cfg.gpt_ckpt:
-        path = config.locate(cfg.ckpt)
-        path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+        path = evaluate.checkpoint(cfg.ckpt)
         saved = files.load(path)
         options = None                                     # of a base
         if {"config", "model"} <= set(saved):
             options = config.restore(evaluate.options, saved["config"], path)
         if options is None or options.world == "tiny":
             policy, vqgan, *_ = tiny.world.load_models(path, where)
-            return tiny.world.Pipeline(policy, vqgan, where, cfg.dtype), "tiny"
+            pipeline = tiny.world.Pipeline(policy, vqgan, where, cfg.dtype)
+            pipeline.made_from = {"ckpt": path}
+            return pipeline, "tiny"
         state = saved["model"]
     kind = full.world.PIPELINES[options.world]
     same = {k: getattr(options, k) for k in ("gpt_ckpt", "vq_ckpt", "t5", "n_head", "block_size")}
     o = full.world.Options(weights=cfg.weights, lora_rank=getattr(options, "lora_rank", 0), **same)
     def find(keys):
         return weights.find([getattr(o, key) for key in keys], o.weights)
-    pipeline = kind(o, find(kind.model_files), None, where, cfg.dtype, train=False)
+    found = find(kind.model_files)
+    pipeline = kind(o, found, None, where, cfg.dtype, train=False)
+    pipeline.made_from = found
     if state:
+        files.check_made_from(saved, found, path)
         files.load_weights(pipeline.policy, state, path)
+        pipeline.made_from = found | {"ckpt": path}
     if pipeline.kind == "c2i":                             # whatever the name of its file
         pipeline.text = llamagen.Classes()
     else:
@@ -131,15 +140,34 @@ def open_pipeline(cfg, prompts, where):
     return pipeline, pipeline.kind
 
 
+def open_folder(folder, options):
+    """Keep the options in options.json of the folder. Raises UserError if it has the images of others."""
+    path = os.path.join(folder, "options.json")
+    os.makedirs(folder, exist_ok=True)
+    if not os.path.exists(path):
+        with open(path, "w", encoding="utf-8") as file:
+            return json.dump(options, file, indent=1)
+    with files.explain(f"cannot read {path}"), open(path, encoding="utf-8") as file:
+        before = json.load(file)
+        for key, value in options.items():
+            if before[key] != value:
+                raise UserError(f"the images in {folder} were made with {key} = {before[key]!r}, not with "
+                                f"{value!r}: choose another folder with --save=...")
+
+
 def save_images(records, sample, cfg):
-    """A folder for each (prompt, record), in GenEval's layout."""
-    for i, (prompt, record) in enumerate(tqdm(records, desc="sampling", unit="prompt", ncols=110)):
+    """Sample a folder for each (prompt, record), in GenEval's layout. Whole folders are kept."""
+    for i, (prompt, record) in enumerate(tqdm(records, desc="sampling", unit="prompt", dynamic_ncols=True)):
         folder = os.path.join(cfg.save, f"{i:05d}")
-        os.makedirs(os.path.join(folder, "samples"))
-        with open(os.path.join(folder, "metadata.jsonl"), "w", encoding="utf-8") as file:
+        if os.path.isdir(folder):
+            continue
+        shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
+        os.makedirs(os.path.join(f"{folder}.tmp", "samples"))
+        with open(os.path.join(f"{folder}.tmp", "metadata.jsonl"), "w", encoding="utf-8") as file:
             json.dump(record, file)
         for j, image in enumerate(sample([prompt], seed=cfg.seed + i)[1]):
-            images.to_pil(image).save(os.path.join(folder, "samples", f"{j:04d}.png"))
+            images.to_pil(image).save(os.path.join(f"{folder}.tmp", "samples", f"{j:04d}.png"))
+        os.rename(f"{folder}.tmp", folder)                 # from now on it is whole
     print(f"{len(records)} x {cfg.n} images in {cfg.save}")
 
 
@@ -162,7 +190,7 @@ def save_npz(sample, model, cfg):
     try:
         with zipfile.ZipFile(f"{cfg.npz}.tmp", "w") as file, file.open(
                 zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as part, tqdm(
-                total=cfg.n, desc="sampling", unit="image", ncols=110) as bar:
+                total=cfg.n, desc="sampling", unit="image", dynamic_ncols=True) as bar:
             np.lib.format.write_array_header_1_0(part, {"descr": "|u1", "fortran_order": False,
                                                         "shape": (cfg.n, 256, 256, 3)})
             for some, seed in zip(labels, seeds):
@@ -176,10 +204,14 @@ def save_npz(sample, model, cfg):
 
 
 def main(argv):
-    cfg, _ = config.load(Config, argv)
+    cfg, given = config.load(Config, argv)
+    ignored = [f"--{key}" for key in ("world", "vq_ckpt", "t5", "n_head", "block_size") if key in given]
+    if ignored and not cfg.gpt_ckpt:
+        raise UserError(f"{', '.join(ignored)} would be ignored without --gpt_ckpt: a checkpoint knows its "
+                        f"own models")
     where = device.start(cfg.device)
     records = prompt_files.records(cfg.prompts) if cfg.save else [
-        (p.strip(), None) for p in cfg.prompt.split(";")]
+        (p.strip(), None) for p in cfg.prompt.rstrip().removesuffix(";").split(";")]
     prompts = [prompt for prompt, _ in records]
     pipeline, kind = open_pipeline(cfg, [] if cfg.npz else prompts, where)
     policy = device.freeze(pipeline.policy, cfg.dtype)
@@ -187,13 +219,21 @@ def main(argv):
         raise UserError("--npz samples random classes, and this model reads prompts: see --save")
     if kind == "c2i" and not cfg.npz:
         pipeline.text.check(prompts, policy.config.num_classes)
+    if kind == "tiny":
+        prompts = [text.normalize(prompt) for prompt in prompts]
+        text.encode(prompts)                               # raises UserError now, not after hours of images
     scale, top_k = USUAL[kind]
+    scale, top_k = cfg.cfg_scale or scale, top_k if cfg.top_k < 0 else cfg.top_k
 
     def sample(prompts, seed, n=cfg.n):
         return evaluate.sample(pipeline, policy, prompts, n, seed=seed, temperature=cfg.temperature,
-                               cfg_scale=cfg.cfg_scale or scale,
-                               top_k=top_k if cfg.top_k < 0 else cfg.top_k, top_p=cfg.top_p)
+                               cfg_scale=scale, top_k=top_k, top_p=cfg.top_p)
     if cfg.save:
+        options = {key: value for key, value in asdict(cfg).items() if key not in FREE}
+        made_from = [files.fingerprint(path) for path in pipeline.made_from.values()]
+        open_folder(cfg.save, options | {
+            "cfg_scale": scale, "top_k": top_k, "weights": made_from,
+            "prompts": hashlib.sha256(json.dumps(records).encode()).hexdigest()})
         return save_images(records, sample, cfg)
     if cfg.npz:
         return save_npz(sample, policy.config, cfg)

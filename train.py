@@ -44,7 +44,8 @@ import grpo
 import metrics
 import vapi
 from common import config, device, images, parallel
-from common.run import Run, open_run, schedule
+from common.folder import open_run
+from common.run import Run, schedule
 from critical import critical_tokens
 
 
@@ -149,10 +150,10 @@ def main(argv):
     cfg, saved = open_run(evaluate.options, argv)           # evaluate.py says what a run consists of
     here = parallel.start(device.start(cfg.device))
     evaluate.check_shares(cfg, parallel.SIZE)
+    world, pipeline = evaluate.open_world(cfg, here)
     if parallel.RANK == 0:
         print(f"options that differ from the defaults (all of them: {cfg.out_dir}/config.py):\n"
               f"{config.changed(cfg) or 'none'}")
-    world, pipeline = evaluate.open_world(cfg, here)
     pipeline.policy.compile_step = getattr(cfg, "compile", False)
     prompts = world.fixed_prompts(cfg.eval_prompts)
 
@@ -160,29 +161,30 @@ def main(argv):
         return evaluate.evaluate(world, pipeline, model, base, prompts=cfg.eval_prompts, draws=cfg.eval_draws,
                                  cfg_scale=getattr(cfg, "cfg_scale", 1.0), temperature=cfg.temperature)
     run = Run(cfg, saved, pipeline.policy, pipeline.reference, here, evaluation,
-              lambda path, columns: world.picture(path, prompts, columns))
-    LOOPS[cfg.algorithm](cfg, run, world, pipeline)
+              lambda path, columns: world.picture(path, prompts, columns), pipeline.made_from)
+    with run.rescue():
+        LOOPS[cfg.algorithm](cfg, run, world, pipeline)
     if run.finish():
         report(cfg, run, world, prompts)
 
 
 def report(cfg, run, world, prompts):
-    """Write before_after.png, curves.png and table.md of a finished run, and print the table."""
+    """Write table.md, before_after.png and curves.png of a finished run, then print some of the table."""
     before, after = run.before.results, run.after.results
+    best = f"best of {evaluate.BEST_OF} of the base", evaluate.best_of_n(before)
+    rows = [("base", before), best, (cfg.out_dir, after)]
+    with open(run.file("table.md"), "w", encoding="utf-8") as file:
+        file.write(evaluate.table(rows, world.columns) + "\n")
     world.picture(run.file("before_after.png"), prompts, [
         ("base", run.before.images), (f"after {cfg.max_steps} steps, {cfg.algorithm}, {cfg.divergence}",
                                       run.after.images)])
     images.curves(run.metrics.lines, run.file("curves.png"), run.evaluations.lines,
                   trained="reconstruction" if world.images else "reward")
-    best = f"best of {evaluate.BEST_OF} of the base", evaluate.best_of_n(before)
-    table = evaluate.table([("base", before), best, (cfg.out_dir, after)], world.columns)
-    print(table)
-    with open(run.file("table.md"), "w", encoding="utf-8") as file:
-        file.write(table + "\n")
+    print(evaluate.table(rows, world.columns, evaluate.TERMINAL))
     kept = after.get("entropy_kept", math.nan)
     print(f"held-out reward {after['heldout_reward'] - before['heldout_reward']:+.2f}"
-          + f", entropy of open attributes kept {kept:.0%}" * (not math.isnan(kept))
-          + f"; see {run.file('before_after.png')} and {run.file('curves.png')}")
+          + f", entropy kept {kept:.0%}" * (not math.isnan(kept))
+          + f"; see table.md, before_after.png and curves.png in {cfg.out_dir}")
 
 
 if __name__ == "__main__":

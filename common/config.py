@@ -21,6 +21,7 @@ import math
 import os
 import re
 import sys
+import time
 from typing import Literal, get_args, get_origin
 
 RENAMED = {"chunk": "logit_chunk"}          # options that had another name in older configs and checkpoints
@@ -114,14 +115,16 @@ def find(path):
     for candidate in (locate(path), locate(re.sub(r"^config/", "configs/", path))):
         if os.path.isfile(candidate):
             return candidate
-    names = sorted(n for n in os.listdir(locate("configs")) if n.endswith(".py"))
-    raise UserError(f"no config file {path!r}; there are: " + ", ".join("configs/" + n for n in names))
+    names = [n.removesuffix(".py") for n in sorted(os.listdir(locate("configs"))) if n.endswith(".py")]
+    near = difflib.get_close_matches(os.path.basename(path).removesuffix(".py"), names, 1)
+    raise UserError(f"no config file {path!r:.99}; " + (
+        f"did you mean configs/{near[0]}.py?" if near else f"in configs/ there are: {', '.join(names)}"))
 
 
 def read_file(path, depth=0):
     """Read a config file -> {key: (value, place)}. depth: how many files led to this one by `like`."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:          # -sig: Windows may put a mark at the start
             tree = ast.parse(file.read())
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise UserError(f"{path}: not a config file of `key = value` lines ({error})") from None
@@ -156,7 +159,7 @@ def _parse(kind, text):
 
 
 def load(choose, argv, positional=None):
-    """Read the command line -> (config, {key: value} of what it sets itself). Raises UserError.
+    """Read the command line -> (config, {key: value} of what it and its config file set). Raises UserError.
 
     choose: a dataclass of options, or a function {key: value} -> such a dataclass, which looks at the options
     that decide which parts a run needs. argv: the words behind the script's name. A word without dashes is a
@@ -170,6 +173,8 @@ def load(choose, argv, positional=None):
         elif arg.startswith("--"):
             key, equals, text = arg[2:].partition("=")
             from_cli[RENAMED.get(key, key)] = text if equals else None
+        elif arg.startswith("-"):
+            raise UserError(f"options start with two dashes: -{arg:.99}")
         elif positional:
             words.append(arg)
         else:
@@ -190,9 +195,9 @@ def load(choose, argv, positional=None):
         chosen[key] = _checked(cls, key, True if text is None else _parse(kind, text), "command line")
     if words:
         chosen[positional] = tuple(words)
-    cfg = cls(**{**values, **chosen})
+    cfg = cls(**values | chosen)
     validate(cfg)
-    return cfg, chosen
+    return cfg, values | chosen
 
 
 def restore(choose, stored, where):
@@ -242,13 +247,29 @@ def changed(cfg):
                      if getattr(cfg, field.name) != field.default)
 
 
+def _short(text, most=300):
+    """Cut a long line in the middle. The list of missing files has a line for each, and stays as it is."""
+    return text if len(text) <= most or "\n" in text else f"{text[:most - 100]} ... {text[-95:]}"
+
+
 def run(main):
     """Run a script's main(argv). Errors become one line: exit code 2 for invalid input, 1 at run time."""
+    for stream in (sys.stdout, sys.stderr):       # a terminal that has no ± must not end a finished run
+        stream.reconfigure(errors="replace")
     try:
         main(sys.argv[1:])
     except (UserError, Fault, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":    # torchrun: rank 0 says it, and its end is the end of all
+            time.sleep(2)
+        print(f"error: {_short(str(error))}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+            raise                                 # a bug: its traceback helps
+        print("error: out of memory. Hold less at once. train.py: lower --micro_batch, set --sample_batch "
+              "and --logit_chunk, or add --recompute. evaluate.py: lower --draws. sample.py: lower --n.",
+              file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(1) from None

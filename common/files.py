@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import glob
+import hashlib
 import json
 import math
 import os
@@ -105,6 +106,40 @@ def load(path, device="cpu", lazy=False):
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a dict. It is another kind of file.")
     return state
+
+
+# ---- is it the file that it was? -------------------------------------------------------------------------
+def fingerprint(path):
+    """Return a short hash of a file, or of the weight files of a folder: of its size and of 64 pieces of it.
+
+    Files of up to 4 MB are read whole. Another training changes all weights, so pieces show it. Reading all
+    of a file of gigabytes would take longer than loading it.
+    """
+    if os.path.isdir(path):
+        names = [n for n in sorted(os.listdir(path)) if n.endswith((".safetensors", ".bin", ".pt", ".pth"))]
+        parts = "".join(name + fingerprint(os.path.join(path, name)) for name in names)
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+    size, piece = os.path.getsize(path), 2 ** 16
+    found = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for i in range(64):
+            file.seek(max(i * piece, i * (size - piece) // 63))
+            found.update(file.read(piece))
+    return found.hexdigest()[:16]
+
+
+def check_made_from(saved, paths, run):
+    """Raise UserError unless the files {name: path} are those that the checkpoint `saved` was made from.
+
+    saved["made_from"]: {name: fingerprint}. Checkpoints of earlier versions lack it, which gets a warning.
+    """
+    if "made_from" not in saved:
+        return print(f"warning: {run} does not tell which files it was made from. Make sure that these are "
+                     f"the same: {', '.join(paths.values())}")
+    for name, path in paths.items():
+        if name in saved["made_from"] and saved["made_from"][name] != fingerprint(path):
+            raise UserError(f"{path} is not the file that {run} was made from; its content differs. Restore "
+                            f"the earlier file, or start a new run in another --out_dir.")
 
 
 def rng_state(generator):
@@ -210,15 +245,22 @@ def build(make, config, state, dtype, path):
 # ---- logs ----------------------------------------------------------------------------------------------
 class Log:
     """A .jsonl file with one dict per line. When it is reopened, lines of steps from `start` on are dropped,
-    and so is a line that a kill cut short."""
+    and so is a line that a kill cut short. Before other damaged lines are dropped, the file is copied."""
 
     def __init__(self, path, start):
-        self.path, self.lines = path, []
+        self.path, self.lines, damaged = path, [], []
         if os.path.exists(path):
-            for text in open(path, encoding="utf-8"):
-                with contextlib.suppress(ValueError):          # a kill cut this line short
+            with open(path, "rb") as file:
+                texts = file.read().split(b"\n")
+            for number, text in enumerate(texts, 1):
+                try:
                     if (line := json.loads(text))["step"] < start:
                         self.lines.append(line)
+                except (ValueError, TypeError, KeyError):
+                    damaged += [str(number)] * (number < len(texts))    # a kill may cut the last line short
+        if damaged:
+            shutil.copyfile(path, f"{path}.damaged")
+            print(f"warning: {path}: dropped damaged lines {', '.join(damaged)}; {path}.damaged is a copy")
         with open(f"{path}.tmp", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in self.lines)
         os.replace(f"{path}.tmp", path)

@@ -1,4 +1,6 @@
 """Image files of a run: a grid of samples under their prompts, and the curves of metrics.jsonl."""
+import os
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -45,6 +47,7 @@ def pyplot():
 
     matplotlib is imported here, on first use, because importing it takes half a second.
     """
+    os.environ["MPLBACKEND"] = "Agg"         # a bad value there would end the import, and so the run
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

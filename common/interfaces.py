@@ -70,6 +70,7 @@ class Pipeline(Protocol):
     reference: Policy       # its frozen copy
     tokens: int             # T, tokens of an image
     codebook: Tensor        # [V,n], the unit vector of each code
+    made_from: dict         # {name: path} of its files of weights
 
     def encode(self, prompts: list) -> Conditions: ...
 

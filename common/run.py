@@ -1,21 +1,17 @@
-"""A training run without its algorithm: the run folder, the optimizer, signals, clocks, and checkpoints.
-
-    out/tiny_js/ckpt.pt            all that resuming needs; replaced whole, so that it is always good
-    out/tiny_js/config.py          all options of the run, as a config file
-    out/tiny_js/metrics.jsonl      one line per step; resuming drops lines of steps that will be repeated
-    out/tiny_js/evaluations.jsonl  one line per evaluation
-    out/tiny_js/lock               held while a process works in the folder; the system releases it on exit
+"""A training run without its algorithm: optimizer, signals, clocks, log, evaluations and checkpoints.
 
 What may happen to a run, and what is left:
   - killed (kill -9, power, out of memory): the last checkpoint remains, at least the checkpoint of step 0.
     --resume repeats the lost steps, bit for bit on a CPU.
   - Ctrl-C or SIGTERM (a cluster that wants its GPU back): the step is finished and saved first. A second
     signal ends the process at once, and the last checkpoint remains.
+  - an error in a step (a reward that fails, a GPU without memory): the run is saved as it was before it.
   - a full disk: the checkpoint before remains, and one line says so.
   - a second process in the same folder: refused.
 On a GPU, parallel threads add up in any order. So two runs with one seed differ in the last bits from the
 first step on, and visibly after some dozens of steps. The same holds for a resumed run.
 """
+import contextlib
 import dataclasses
 import math
 import os
@@ -29,11 +25,10 @@ from tqdm import tqdm
 
 from common import config, files, parallel
 from common.config import Fault, UserError, option
+from common.folder import claim, resume_command
 
-HARMLESS = {"lock", "config.py", "ckpt.pt.tmp"}      # files of a run that was killed before its first save
-FREE = ("resume", "stop_after", "device", "out_dir")           # options that may differ when a run is resumed
 MAX_SKIPPED = 10                     # steps in a row without a finite gradient, after which a run gives up
-SHOWN = {"reward": "reward", "heldout_reward": "held-out", "diversity": "diversity", "kl_reverse": "kl"}
+SHOWN = {"reward": "r", "heldout_reward": "held-out", "kl_reverse": "kl"}       # short: 80 columns show it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,55 +84,6 @@ def learning_rate(cfg, step):
     return cfg.learning_rate * schedule("cosine", 1, cfg.min_lr_ratio, progress)
 
 
-# ---- the run folder ----------------------------------------------------------------------------------------
-def open_run(choose, argv):
-    """Read the command line -> (options, checkpoint or None). A resumed run keeps its own options.
-
-    choose: as in config.load. Raises UserError for invalid options, a used folder, or nothing to resume.
-    """
-    cfg, given = config.load(choose, argv)
-    path = os.path.join(cfg.out_dir, "ckpt.pt")
-    if cfg.resume:
-        if not os.path.isfile(path):
-            raise UserError(f"nothing to resume: there is no {path}; leave out --resume to start a run there")
-        saved = files.load(path)
-        if not {"model", "optimizer", "step", "rng"} <= set(saved):
-            raise UserError(f"{path} is no checkpoint of a run: it lacks model, optimizer, step or rng")
-        old = config.restore(choose, saved.get("config"), path)
-        for key, value in given.items():            # what the command line asks for must be what the run has
-            if key not in FREE and value != getattr(old, key, None):
-                raise UserError(f"the run in {cfg.out_dir} has {key} = {getattr(old, key, None)!r}; "
-                                f"--{key}={value!r} would make it another run: leave it out, "
-                                f"or start a new run with another --out_dir")
-        return dataclasses.replace(old, **{key: getattr(cfg, key) for key in FREE
-                                           if key != "device" or key in given}), saved
-    if parallel.RANK == 0 and os.path.isdir(cfg.out_dir) and set(os.listdir(cfg.out_dir)) - HARMLESS:
-        raise UserError(f"{cfg.out_dir} holds a run already: resume it with --resume, or choose another "
-                        f"folder with --out_dir=...")
-    return cfg, None
-
-
-def claim(folder, name="lock", option="--out_dir"):
-    """Make the folder and lock its file `name` -> the open file. Keep it open as long as the work lasts.
-
-    Raises UserError, naming the option, if another process has the lock or nothing can be written there.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        lock = open(os.path.join(folder, name), "a")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another {option}") from None
-    try:
-        import fcntl
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass                                        # Windows has no flock: take care yourself there
-    except OSError:
-        raise UserError(f"another process works in {folder}: wait for it, or choose another "
-                        f"{option}") from None
-    return lock
-
-
 class Stop:
     """Note Ctrl-C or SIGTERM: `name` is then the name of the signal. A second signal ends the process."""
 
@@ -150,6 +96,8 @@ class Stop:
         if self.name:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+        if parallel.RANK == 0:
+            tqdm.write(f"{self.name}: stopping after this step. A second signal ends the run at once.")
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -164,15 +112,17 @@ class Run:
     cfg: options with the parts above. saved: a checkpoint to resume from, or None. device: of this process.
     evaluate: a function (model, evaluation of the base or None) -> evaluation, an object with `results`, a
     dict of numbers, and `images`. picture: a function (path, [(heading, images), ...]) that writes an image
-    file.
+    file. made_from: {name: path} of the files of weights behind the run, which must stay what they are.
     """
 
-    def __init__(self, cfg, saved, policy, reference, device, evaluate, picture):
+    def __init__(self, cfg, saved, policy, reference, device, evaluate, picture, made_from={}):
         self.cfg, self.device, self.policy, self.reference = cfg, device, policy, reference
         self._evaluate, self._picture = evaluate, picture
         policy.eval()                          # no dropout: the loss must see the distribution that sampled
         policy.recompute = cfg.recompute
+        self.made_from = {name: files.fingerprint(path) for name, path in made_from.items()}
         if saved:
+            files.check_made_from(saved, made_from, self.file("ckpt.pt"))
             files.load_weights(policy, saved["model"], self.file("ckpt.pt"))
         if cfg.shard:
             parallel.shard(policy)
@@ -183,6 +133,7 @@ class Run:
         torch.manual_seed(cfg.seed)
         self.generator = torch.Generator(device).manual_seed(cfg.seed)
         self.start, self.skipped = 0, 0             # skipped: steps in a row whose gradient was not finite
+        self.whole = False                          # is the policy as it was after the last line of the log?
         if saved:
             self._resume(saved)
         self.done, self.stop, self.after = self.start, Stop(), None
@@ -214,13 +165,30 @@ class Run:
         """Yield the numbers of steps until max_steps, stop_after, a signal, or too many bad steps."""
         cfg = self.cfg
         self.end = min(cfg.max_steps, self.start + (cfg.stop_after or cfg.max_steps))
-        self.bar = tqdm(range(self.start, self.end), initial=self.start, total=cfg.max_steps, ncols=110,
-                        disable=not self.first, desc=f"{cfg.algorithm}, {cfg.divergence}")
+        self.bar = tqdm(range(self.start, self.end), initial=self.start, total=cfg.max_steps,
+                        dynamic_ncols=True, disable=not self.first, desc=f"{cfg.algorithm}, {cfg.divergence}")
         for step in self.bar:
             self.times, self.clock = {}, self._now()
+            self.rng, self.whole = files.rng_state(self.generator), True
             yield step
             if self.stopping:
                 break
+
+    @contextlib.contextmanager
+    def rescue(self):
+        """Save the run if the body raises an exception in mid-step, and let the exception go on.
+
+        The checkpoint is the run after its last whole step, unless the policy has changed since.
+        """
+        try:
+            yield
+        except Exception:
+            # The other processes of a sharded policy do not come to help with saving it.
+            if self.first and not self.cfg.shard and self.whole:
+                self._save(self.done, self.rng)
+                print(f"saved {self.file('ckpt.pt')} after step {self.done}; continue with "
+                      f"`{resume_command(self.cfg)}`")
+            raise
 
     def phase(self, name):
         """Note the seconds since the phase before, as t_NAME in the log."""
@@ -235,6 +203,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.cfg, step)
         if norm.isfinite():
+            self.whole = False                      # until the step has its line in the log
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped = 0 if norm.isfinite() else self.skipped + 1
@@ -257,30 +226,34 @@ class Run:
         self.bar.set_postfix({short: f"{line[name]:.3f}" for name, short in SHOWN.items() if name in line})
         self.done = step + 1
         due = self.done == self.cfg.max_steps or self.done % self.cfg.eval_interval == 0
-        if due and self.evaluates:
-            self.after = self._assess(self.policy, self.done)
-            if self.first:
-                self.evaluations.write({"step": self.done} | self.after.results)
         self.phase("log")
         if self.first:
             self.metrics.write(line | self.times)
             if step == self.start and self.device.type == "cuda":
                 tqdm.write(f"peak memory of the first step: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+        self.rng, self.whole = files.rng_state(self.generator), True
+        if due and self.evaluates:
+            self._evaluate_policy()
         if self.evaluates and (due or self.stopping or self.done == self.end):
             self._save(self.done)
 
     def finish(self):
         """End the run -> True on rank 0 if it reached max_steps. Raises Fault for a signal or bad steps."""
         if self.start == self.end and self.evaluates:       # resumed at the very end
-            self.after = self._assess(self.policy, self.end)
+            self._evaluate_policy()
         parallel.stop()
-        if not self.first or self.done == self.cfg.max_steps:
-            return self.first
+        if not self.first:
+            return False
         where = f"saved {self.file('ckpt.pt')} after step {self.done} of {self.cfg.max_steps}"
-        if self.skipped == MAX_SKIPPED:
-            what = self.metrics.lines[-1]["skipped"]
-            raise Fault(f"the last {self.skipped} steps had a {what} that is not finite; {where}")
-        print(f"{where}; continue with --resume")
+        bad = [line["skipped"] for line in self.metrics.lines if "skipped" in line]
+        if bad:
+            text = f"{len(bad)} of {self.done} steps were skipped, because their {bad[-1]} was not finite"
+            if len(bad) == self.done or self.skipped == MAX_SKIPPED:
+                raise Fault(f"{text}, the last {self.skipped} in a row; {where}")
+            print(f"warning: {text}")
+        if self.done == self.cfg.max_steps:
+            return True
+        print(f"{where}; continue with `{resume_command(self.cfg)}`")
         if self.stop.name:
             raise Fault(f"stopped by {self.stop.name}")
         return False
@@ -299,18 +272,25 @@ class Run:
             self._picture(self.file(f"samples_{step:05d}.png"), [(f"step {step}", found.images)])
         return found
 
-    def _save(self, step):
+    def _evaluate_policy(self):
+        self.after = self._assess(self.policy, self.done)
+        if self.first and self.evaluations.lines[-1]["step"] < self.done:
+            self.evaluations.write({"step": self.done} | self.after.results)
+
+    def _save(self, step, rng=None):
         state = {"model": parallel.whole(self.policy.state_dict()), "step": step,
-                 "config": dataclasses.asdict(self.cfg), "rng": files.rng_state(self.generator),
+                 "config": dataclasses.asdict(self.cfg), "made_from": self.made_from,
+                 "rng": rng or files.rng_state(self.generator),
                  "optimizer": parallel.whole(self.optimizer.state_dict())}
         path = self.file("ckpt.pt")
         try:
             if self.first:
                 files.save(state, path, self.cfg.keep)
         except OSError as error:
+            self.whole = False                      # `rescue` need not try again
             rest = "the one before remains" if os.path.exists(path) else "there is none before"
             raise Fault(f"could not write {path} ({error.strerror}); {rest}: make room, then continue with "
-                        f"--resume") from None
+                        f"`{resume_command(self.cfg)}`") from None
 
     def _resume(self, saved):
         self.start = saved["step"]

@@ -129,7 +129,7 @@ class Captions:
             return
         (tokenizer, encoder), rows = self._load(), []
         try:
-            for i in trange(0, len(missing), self.batch, desc="T5", unit="batch", ncols=110):
+            for i in trange(0, len(missing), self.batch, desc="T5", unit="batch", dynamic_ncols=True):
                 tokens = tokenizer(missing[i:i + self.batch], padding="max_length", truncation=True,
                                    max_length=self.length, return_tensors="pt").to(self.device)
                 hidden = encoder(tokens["input_ids"], tokens["attention_mask"]).last_hidden_state    # [B,L,C]

@@ -159,6 +159,7 @@ def open_world(o, device, with_images=False):
         text = llamagen.Classes(listed.label_of) if classes else kind.text_encoder(o, found, device)
         text.prepare(held_back + pool)
     pipeline = kind(o, found, text, device, o.dtype)
+    pipeline.made_from = found
     if classes != (pipeline.kind == "c2i"):
         raise UserError(f"{o.gpt_ckpt} is of model_type {pipeline.kind}: names of policies that read classes "
                         f"must begin with c2i_, and no other names")

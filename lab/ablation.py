@@ -79,10 +79,10 @@ def under_settings(cfg, path):
     with open(path, "a" if rows else "w", encoding="utf-8") as file:
         if not rows:
             print(*SETTING_FIELDS, sep=",", file=file)
-        for seed, temperature, cfg_scale in tqdm(todo, desc="settings", ncols=110):
+        for seed, temperature, cfg_scale in tqdm(todo, desc="settings", dynamic_ncols=True):
             policy = pipeline.policy if seed >= 0 else pipeline.reference
             if seed >= 0:
-                files.load_weights(policy, runs[seed][1], f"all_{seed}")
+                files.load_weights(policy, runs[seed][1]["model"], f"all_{seed}")
             found = evaluate.evaluate(world, pipeline, policy, base, temperature=temperature,
                                       cfg_scale=cfg_scale)
             values = sweep.rounded(found.results, SETTING_FIELDS[3:])

@@ -78,7 +78,7 @@ def updates(part, device):
     sizes = [("tiny", torch.float32, 8, TINY), ("GPT-B", torch.float32, 1, dict(block_size=64))]
     if device.type == "cuda":
         sizes = [("GPT-B", torch.bfloat16, 4, {}), ("GPT-XL", torch.bfloat16, 4, {})]
-    for name, dtype, n, changes in tqdm(sizes, desc=part, ncols=110):
+    for name, dtype, n, changes in tqdm(sizes, desc=part, dynamic_ncols=True):
         gpt, ref, G = build(name, device, **changes).requires_grad_(True), build(name, device, **changes), 8
         freeze(ref, str(dtype)[6:])
         T, V = gpt.config.block_size, gpt.config.vocab_size
@@ -109,7 +109,7 @@ def sampling(device, repeats, limits):
         sizes += [(name, half, n, 256) for name in ("GPT-B", "GPT-XL") for n in (1, 8, 64)]
     grid = [("tiny", full, 64, 1.0, TINY)]
     grid += [(*size, scale, dict(block_size=T)) for *size, T in sizes for scale in (7.5, 1.0)[:1 + gpu]]
-    for name, dtype, n, cfg_scale, changes in tqdm(grid, desc="sampling", ncols=110):
+    for name, dtype, n, cfg_scale, changes in tqdm(grid, desc="sampling", dynamic_ncols=True):
         gpt = build(name, device, dtype, **changes)
         c, per_prompt, plain = gpt.config, 8 if name == "tiny" else n, Plain(gpt)
         cond, mask, prompt = prompts(gpt, n // per_prompt, device, dtype, per_prompt)
@@ -205,7 +205,7 @@ def growth(device, repeats):
         size = dict(dim=768, n_layer=12, n_head=12, vocab_size=16384)
     axes = {"tokens": ("T", [25, 64, 100, 144, 196, 256]), "prompt length": ("L", [8, 60, 120, 240]),
             "images of a prompt": ("G", [1, 2, 4, 8, 16, 32])}
-    for title, (letter, xs) in tqdm(axes.items(), desc="growth", ncols=110):
+    for title, (letter, xs) in tqdm(axes.items(), desc="growth", dynamic_ncols=True):
         plain, ours = [], []
         for x in xs:
             at = dict(T=100, L=120, G=8) | {letter: x}

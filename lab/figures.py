@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from common import config
+from common import config, files
 from common.config import UserError, option
 from common.images import LINE, PAD, pyplot
 from divergences import DIVERGENCES, STRENGTH, check_gradients
@@ -140,7 +140,10 @@ def film(runs, path, milliseconds=700):
                         f"{len(common)}. Train the runs with the same --eval_interval.")
     frames = []
     for step in common:
-        grids, x = [Image.open(found[step]) for found in steps], 0
+        grids, x = [], 0
+        for found in steps:
+            with files.explain(f"{found[step]} cannot be read as an image"):
+                grids.append(Image.open(found[step]).convert("RGB"))
         canvas = Image.new("RGB", (sum(g.width for g in grids), LINE + max(g.height for g in grids)), "white")
         for run, g in zip(runs, grids):
             ImageDraw.Draw(canvas).text((x + PAD, 1), run, "black", ImageFont.load_default())

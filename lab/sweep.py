@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from common.config import Fault, UserError, locate, option
-from common.run import claim
+from common.folder import claim
 
 STAMP = ("minutes", "device", "torch", "base", "date")         # the last columns of every csv file
 
@@ -98,11 +98,12 @@ def make(cfg, rows, plan, fields, command, row_of, keep=lambda key: False):
     todo, begin, running = [k for k in plan if tuple(map(str, k)) not in done], time.time(), {}
     os.makedirs(cfg.out, exist_ok=True)
     home, name = os.path.split(cfg.csv)
-    lock = claim(home or ".", name, "--csv")
+    locks = [claim(home or ".", name, "--csv"), claim(cfg.out, "lock", "--out")]
     if not rows:
         with open(cfg.csv, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(fields)
-    bar = tqdm(total=len(plan), initial=len(plan) - len(todo), unit="run", ncols=110, desc=name)
+    bar = tqdm(total=len(plan), initial=len(plan) - len(todo), unit="run", dynamic_ncols=True,
+               desc=name)
     try:
         while todo or running:
             if cfg.minutes and time.time() - begin > 60 * cfg.minutes:
@@ -134,4 +135,5 @@ def make(cfg, rows, plan, fields, command, row_of, keep=lambda key: False):
         for stop in (subprocess.Popen.terminate, subprocess.Popen.wait):   # no run outlives its sweep
             for process in running:
                 stop(process)
-        lock.close()
+        for lock in locks:
+            lock.close()

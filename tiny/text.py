@@ -74,9 +74,14 @@ def _tables():
     return [torch.from_numpy(rng.standard_normal((n, w))).float() for n, w in zip(rows, WIDTHS)]
 
 
+def normalize(text):
+    """Return a text as captions are written: in lower case, with one space between words."""
+    return " ".join(text.lower().split())
+
+
 def tokenize(text):
     """Return the n token ids of a text. Raise UserError for no word, unknown words, or too many words."""
-    ids = [encoding().encode(" " + word) for word in text.lower().split()]
+    ids = [encoding().encode(" " + word) for word in normalize(text).split()]
     unknown = [word for word, parts in zip(text.split(), ids) if len(parts) > 1]
     if unknown or not ids:
         words = sorted({w for c in shapes.CAPTIONS for w in c.split()})

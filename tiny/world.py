@@ -84,13 +84,18 @@ def open_entropy(scenes, caption):
     return sum(entropy([f[k] for f in usable[:COUNTED]]) for k in usable[0]), len(found) - len(usable)
 
 
+def checkpoint_of(path):
+    """Return the file that holds the weights of a run folder, or of a base."""
+    return os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+
+
 def load_models(path, device, depth=0):
     """(policy, tokenizer, judge, options of the run), in fp32 and eval mode. The options of a base are {}.
 
     path: a base made by pretrain.py, a run folder, or a checkpoint. depth: how many runs were
     followed so far, because a run may start from another run. Raises UserError.
     """
-    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    path = checkpoint_of(path)
     if depth > 9:
         raise UserError(f"{path}: more than 9 runs were followed and none starts from a base; is it a "
                         f"circle?")
@@ -105,6 +110,7 @@ def load_models(path, device, depth=0):
         raise UserError(f"{path} is no base (gpt, vqgan, judge) and no run (config, model) of this "
                         f"version") from None
     policy, vqgan, judge, _ = load_models(begin, device, depth + 1)
+    files.check_made_from(parts, {"init_from": checkpoint_of(begin)}, path)
     files.load_weights(policy, state, path)
     return policy, vqgan, judge, parts["config"]
 
@@ -216,6 +222,8 @@ class Pipeline:
 
 def open_world(options, device, with_images=False):
     """Return (World, Pipeline) of the options of a run. Raises UserError for a base that cannot be loaded."""
-    policy, vqgan, judge, _ = load_models(locate(options.init_from), device)
-    return (World(options, freeze(judge), device, with_images),
-            Pipeline(policy, vqgan, device, options.dtype))
+    path = locate(options.init_from)
+    policy, vqgan, judge, _ = load_models(path, device)
+    pipeline = Pipeline(policy, vqgan, device, options.dtype)
+    pipeline.made_from = {"init_from": checkpoint_of(path)}
+    return World(options, freeze(judge), device, with_images), pipeline

@@ -34,7 +34,8 @@ def test_file_then_command_line_and_the_last_word_wins(tmp_path):
     path = write(tmp_path, '"""what it is"""\nbeta = 1\nseed = 3\nout_dir = "out/x"  # a comment\n')
     cfg, given = config.load(evaluate.options, [path, "--seed=4", "--resume"])
     assert (cfg.beta, cfg.seed, cfg.out_dir, cfg.resume) == (1.0, 4, "out/x", True)
-    assert isinstance(cfg.beta, float) and given == {"seed": 4, "resume": True}
+    assert isinstance(cfg.beta, float)
+    assert given == {"beta": 1.0, "out_dir": "out/x", "seed": 4, "resume": True}
 
 
 @pytest.mark.parametrize("argv, parts", [

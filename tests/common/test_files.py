@@ -91,6 +91,38 @@ def test_log_drops_torn_and_repeated_lines(tmp_path):
     assert [line["step"] for line in lines] == [0, 1, 2, 3] and lines == again.lines
 
 
+@pytest.mark.parametrize("garbage", [b"[1,2]", b'{"a": 1}', b'{"step": "x"}', b"\xff", b"null", b"12 x"])
+def test_log_drops_only_the_damaged_line_and_keeps_a_copy(garbage, tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    good = [b'{"step": %d}' % step for step in range(3)]
+    path.write_bytes(b"\n".join([garbage, *good[:2], garbage, good[2], b""]))
+    damaged = path.read_bytes()
+    assert [line["step"] for line in files.Log(str(path), 9).lines] == [0, 1, 2]
+    assert path.read_bytes() == b"\n".join([*good, b""])
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
+    assert "dropped damaged lines 1, 4; " in capsys.readouterr().out
+    files.Log(str(path), 9)                                           # now it is good, so there is no warning
+    assert capsys.readouterr().out == ""
+
+
+def test_fingerprints_tell_files_apart(tmp_path):
+    path, seen = tmp_path / "weights.pt", set()
+
+    def note(content):
+        path.write_bytes(content)
+        seen.add(files.fingerprint(str(path)))
+    # A small file is read whole, so one byte shows anywhere. Of a large one, the first and the last byte do.
+    for content in (b"", b"abc", b"xbc", b"axc", b"abx", bytes(9 << 20), b"x" + bytes((9 << 20) - 1),
+                    bytes((9 << 20) - 1) + b"x", bytes(9 << 20) + b"x", *([b"abc"] * 3)):
+        note(content)
+    assert len(seen) == 9
+    folder = files.fingerprint(str(tmp_path))
+    (tmp_path / "README.md").write_text("not a weight")
+    assert files.fingerprint(str(tmp_path)) == folder
+    path.write_bytes(b"")
+    assert files.fingerprint(str(tmp_path)) != folder
+
+
 def test_a_base_and_a_run_load_alike(mini_base, tmp_path):
     policy, vqgan, judge, options = load_models(mini_base, torch.device("cpu"))
     assert options == {} and not any(m.training for m in (policy, vqgan, judge))

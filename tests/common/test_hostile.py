@@ -24,8 +24,8 @@ import torch
 import evaluate
 import robustness
 from common import config, files
-from common import run as runs
 from common.config import UserError
+from common.folder import open_run
 from full import clip, t5
 from full_size import make_random
 from lab import frontier
@@ -49,8 +49,8 @@ LOADERS = {                                    # name: function that returns {na
     "load": lambda path: files.load(path)["gpt"]["state"],                # it accepts any dict of tensors
     "base": lambda path: load_models(path, CPU)[0].state_dict(),
     "run": lambda path: load_models(path, CPU)[0].state_dict(),
-    "options": lambda path: evaluate.options_of(path)[1],
-    "resume": lambda path: runs.open_run(evaluate.options, [
+    "options": lambda path: evaluate.options_of(path)[1]["model"],
+    "resume": lambda path: open_run(evaluate.options, [
         f"--out_dir={os.path.dirname(path)}", "--resume"])[1]["model"],
     "gpt": lambda path: GPT.from_pretrained(path, n_head=2, block_size=256).state_dict(),
     "safetensors": lambda path: converted(path).state_dict(),

@@ -1,4 +1,6 @@
 """python -m pytest tests/common/test_images.py"""
+import os
+import subprocess
 import sys
 
 import pytest
@@ -47,3 +49,9 @@ def test_curves_show_the_evaluations_of_what_is_trained(tmp_path):
 def test_pyplot_needs_no_screen():
     plt = images.pyplot()
     assert plt is sys.modules["matplotlib.pyplot"] and plt.get_backend().lower() == "agg"
+
+
+def test_a_backend_that_does_not_exist_does_no_harm():
+    root = os.path.dirname(os.path.dirname(images.__file__))
+    subprocess.run([sys.executable, "-c", "from common import images; images.pyplot()"], check=True, cwd=root,
+                   env=os.environ | {"MPLBACKEND": "foo"})

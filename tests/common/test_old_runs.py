@@ -62,7 +62,7 @@ def test_an_old_run_resumes_to_the_end_that_the_old_code_reached(old, capsys):
 def test_an_old_run_is_evaluated_and_sampled(old, capsys):
     evaluate.main(["run", "--draws=64", "--eval_prompts=1", "--device=cpu", "--picture=compare.png"])
     table = capsys.readouterr().out.splitlines()
-    (row,) = [line for line in table if line.startswith("| run ") and "reward" not in line]
+    (row,) = [line for line in table if line.startswith("| run, step 2 ")]
     assert f"| {lines('run/evaluations.jsonl')[-1]['reward']:.3f} " in row and os.path.exists("compare.png")
     hashes = []
     for ckpt in ("run", "run/ckpt.pt", "base.pt"):

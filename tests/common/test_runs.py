@@ -19,8 +19,8 @@ import grpo
 import reward
 import train
 from common import files
-from common import run as runs
 from common.config import Fault, UserError, locate
+from common.folder import HARMLESS, claim, open_run
 from robustness import record
 
 QUICK = ["--eval_interval=2", "--eval_prompts=1", "--eval_draws=64", "--prompts_per_step=2", "--group_size=4",
@@ -101,10 +101,12 @@ def test_asked_to_stop_it_finishes_the_step_and_saves(name, whole, mini_base, tm
     monkeypatch.setattr(grpo, "advantages", ask)
     with pytest.raises(Fault, match=f"stopped by {name}"):
         go(folder, mini_base)
-    assert "ckpt.pt after step 1 of 4; continue with --resume" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{name}: stopping after this step. A second signal ends the run at once." in said
+    assert f"ckpt.pt after step 1 of 4; continue with `python train.py --resume --out_dir={folder}`" in said
     assert files.load(os.path.join(folder, "ckpt.pt"))["step"] == 1 == len(metrics(folder))
     monkeypatch.setattr(grpo, "advantages", real)
-    cfg, _ = runs.open_run(evaluate.options, [f"--out_dir={folder}", "--resume"])
+    cfg, _ = open_run(evaluate.options, [f"--out_dir={folder}", "--resume"])
     assert cfg.device == "cpu"                                 # that of the run, not the best of this machine
     train.main([f"--out_dir={folder}", "--resume"])
     same_runs(whole, folder)
@@ -121,11 +123,11 @@ def test_asked_twice_it_leaves_at_once(mini_base, tmp_path, monkeypatch):
 
 
 def test_a_folder_is_claimed_by_one(whole, tmp_path):
-    lock = runs.claim(whole)
+    lock = claim(whole)
     with pytest.raises(UserError, match="another process works in"):
         train.main([f"--out_dir={whole}", "--resume"])
     lock.close()
-    runs.claim(whole).close()
+    claim(whole).close()
 
 
 def test_a_folder_that_cannot_be_written(mini_base, tmp_path):
@@ -179,7 +181,8 @@ def test_a_step_without_a_finite_reward_is_skipped_and_logged(value, mini_base, 
 
 def test_ten_such_steps_in_a_row_stop_the_run_with_a_saved_state(mini_base, tmp_path, monkeypatch):
     spoiled(monkeypatch, range(3, 99))
-    with pytest.raises(Fault, match="10 steps had a reward that is not finite; saved .* after step 12 of 50"):
+    with pytest.raises(Fault, match="10 of 12 steps were skipped, because their reward was not finite, "
+                       "the last 10 in a row; saved .* after step 12 of 50"):
         go(tmp_path / "run", mini_base, "--reward=spoiled", "--max_steps=50", "--eval_interval=99")
     saved = files.load(str(tmp_path / "run" / "ckpt.pt"))
     assert saved["step"] == 12 and all(v.isfinite().all() for v in saved["model"].values())
@@ -200,8 +203,8 @@ def test_a_gradient_that_is_not_finite_is_skipped(mini_base, tmp_path, monkeypat
 @pytest.mark.parametrize("f, message", [
     (lambda images, prompts: 1 / 0, "reward 'mine' failed: ZeroDivisionError"),
     (lambda images, prompts: images.mean((2, 3)),
-     r"'mine' must return one number for each of \d+ images, \[\d+\], got \[\d+, 3\]"),
-    (lambda images, prompts: [1.0] * len(prompts), "reward 'mine' failed"),
+     r"'mine' must return .* one number for each of \d+ images, \[\d+\], got torch.float32 \[\d+, 3\]"),
+    (lambda images, prompts: [1.0] * len(prompts), "reward 'mine' must return a float tensor .* got a list"),
 ])
 def test_a_reward_that_fails_is_named(f, message, mini_base, tmp_path, monkeypatch):
     monkeypatch.setitem(reward.REWARDS, "mine", f)
@@ -267,7 +270,7 @@ def test_killed_at_random_moments_nothing_is_lost(whole, mini_base, tmp_path):
                 if os.path.exists(metrics_path):
                     assert all(json.loads(t) for t in open(metrics_path).read().split("\n")[:-1])
             else:                                   # before the first checkpoint
-                assert set(os.listdir(folder) if os.path.isdir(folder) else []) <= runs.NEW_FOLDER
+                assert set(os.listdir(folder) if os.path.isdir(folder) else []) <= HARMLESS
         code, said = end(start(folder, None, "--resume"))
         assert code == 0, said
         same_runs(whole, folder)

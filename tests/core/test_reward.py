@@ -32,7 +32,8 @@ def test_weighted_sums(shown, judge):
     assert reward.parse("judge", REWARDS) == {"judge": 1.0}
 
 
-@pytest.mark.parametrize("spec", ["", "judje", "judge:", "judge:one", "judge:inf", "judge,,reader"])
+@pytest.mark.parametrize("spec", ["", "judje", "judge:", "judge:one", "judge:inf", "judge,,reader",
+                                  "judge:1,judge:2"])
 def test_bad_specs(spec):
     if spec == "judge:":
         assert reward.parse(spec, REWARDS) == {"judge": 1.0}
@@ -43,12 +44,27 @@ def test_bad_specs(spec):
 
 @pytest.mark.parametrize("broken, message", [
     (lambda images, prompts: 1 / 0, "reward 'mine' failed: ZeroDivisionError: division by zero"),
-    (lambda images, prompts: images.mean(), r"one number for each of 10 images, \[10\], got \[\]"),
-    (lambda images, prompts: images, r"got \[10, 3, 32, 32\]")])
+    (lambda images, prompts: images.mean(), r"for each of 10 images, \[10\], got torch.float32 \[\]"),
+    (lambda images, prompts: images, r"got torch.float32 \[10, 3, 32, 32\]"),
+    (lambda images, prompts: [1.] * 10, r"must return a float tensor .* \[10\], got a list"),
+    (lambda images, prompts: images.mean((1, 2, 3)).numpy(), "got a ndarray"),
+    (lambda images, prompts: images.mean((1, 2, 3)) * 1j, r"got torch.complex64 \[10\]")])
 def test_a_broken_reward_is_named(broken, message, shown):
     prompts, images = shown
     with pytest.raises(Fault, match=message):
         reward.weighted("reader,mine:2", {"reader": reader, "mine": broken})(images, prompts)
+
+
+def test_a_reward_may_edit_its_images_and_prompts(shown):
+    prompts, images = shown
+    before, asked = images.clone(), list(prompts)
+
+    def vandal(images, prompts):
+        prompts.clear()
+        return images.zero_().sum((1, 2, 3))
+    both = reward.weighted("vandal,reader", {"reader": reader, "vandal": vandal})(images, prompts)
+    assert torch.equal(images, before) and prompts == asked
+    assert torch.equal(both, reader(images, prompts))
 
 
 def test_your_own_reward(mini_base, tmp_path, monkeypatch, small_evaluations):

@@ -69,6 +69,10 @@ def test_a_film_shows_the_steps_that_all_runs_have(tmp_path, monkeypatch):
         assert film.n_frames == 2 and film.size == (80, 40 + LINE)
         film.seek(1)                                                          # step 20, of both
         assert {film.convert("RGB").getpixel((x, 40))[0] for x in (15, 60)} == {100}
+    cut = tmp_path / "b" / "samples_00020.png"
+    cut.write_bytes(cut.read_bytes()[:-30])
+    with pytest.raises(UserError, match="samples_00020.png cannot be read as an image"):
+        figures.film(runs, tmp_path / "film.gif")
     with pytest.raises(UserError, match="two sampled steps"):
         figures.main([str(tmp_path)])
 

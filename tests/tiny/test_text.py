@@ -21,6 +21,11 @@ def test_every_word_of_the_world_is_one_token_and_decodes_back():
         assert text.encoding().decode(ids) == " " + caption
 
 
+def test_upper_case_and_spaces_do_not_matter():
+    assert text.normalize("  A RED\tCircle ") == "a red circle"
+    assert text.tokenize("A  RED circle") == text.tokenize("a red circle")
+
+
 def test_padding_is_on_the_left_and_zero():
     features, mask = text.encode(["a red circle", "a red circle left of a blue square"])
     assert features.shape == (2, text.LENGTH, text.DIM) and mask.sum(1).tolist() == [12, 32]
