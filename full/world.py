@@ -156,8 +156,8 @@ def open_world(o, device, with_images=False):
     with parallel.in_turn():                        # one process downloads and encodes, then the others read
         found = weights.find(list(dict.fromkeys(names)), o.weights)
         held_back, pool = split_prompts(o, listed)
-        text = llamagen.Classes(listed.label_of) if classes else kind.text_encoder(o, found, device)
-        text.prepare(held_back + pool)
+        text = (llamagen.Classes(listed.label_of) if classes else
+                kind.text_encoder(o, found, device, held_back + pool))
     pipeline = kind(o, found, text, device, o.dtype)
     pipeline.made_from = found
     if classes != (pipeline.kind == "c2i"):
