@@ -248,7 +248,7 @@ def main(argv):
     device, begin = start(cfg.device), time.time()
     torch.manual_seed(0)
     os.makedirs(cfg.out, exist_ok=True)
-    limits = ceilings(device, cfg.repeats)
+    limits = ceilings(device)
     name = "bench" if device.type == "cpu" else f"bench_{device.type}"
     report = [f"# Speed\n\n`python -m lab.bench --device={device.type}`. lab/bench.py says what is compared, "
               f"and peaks are above weights and gradients.", describe(limits, device, cfg.repeats)]

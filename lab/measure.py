@@ -15,6 +15,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
 from common.config import UserError
 
@@ -61,21 +62,14 @@ def peak_bytes(f, device):
     return max(itertools.accumulate((e.nbytes() for e in events), initial=0))
 
 
-def ceilings(device, repeats):
+def ceilings(device):
     """Return {"copy": bytes/s read and written by a large copy, dtype: FLOP/s of a large product in it}."""
-    gpu = device.type == "cuda"
-    times = 20 if gpu else 1               # a GPU must work for longer than a call takes to start
-
     def fastest(f):
-        def many():
-            for _ in range(times):
-                f()
-        end = time.time() + gpu
-        while time.time() < end:           # a GPU leaves its idle clock within a second
-            many()
-            sync(device)
-        # A ceiling is what the machine can do, so the fastest round counts, not the median.
-        return seconds([many], device, 4 * repeats, min)[0] / times
+        # A GPU leaves its idle clock within a second. A ceiling is what the machine can do, so the fastest
+        # round counts, not the median.
+        timer = Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
+        return min(timer.blocked_autorange(min_run_time=3).times)
+    gpu = device.type == "cuda"
     big = torch.zeros(2 ** 28 if gpu else 2 ** 26, device=device)
     to, n = torch.empty_like(big), 8192 if gpu else 2048
     out = {"copy": 2 * big.nbytes / fastest(lambda: to.copy_(big))}
