@@ -16,9 +16,7 @@ Symbols
     token of the reference
                   a token sampled from rho. Training samples none of them. But a mean over pi can be rewritten
                   as a mean over rho, and is then easier to read
-    U, force      f defines D, see below. U is a function of x with dU/dx = df/dw at w = e^x. This derivative,
-                  U', is the force. In the mean, descent on f(w) at sampled tokens equals a policy gradient
-                  on tokens of the reference with advantage U': see Divergence.sampled
+    U, force      Divergence.sampled defines them. The force U' says how strongly descent moves a token
 
 Definition. Let f be a convex function with f(1) = 0. The f-divergence of pi and rho is
     D = sum_v pi_v f(rho_v / pi_v) = E_pi[f(w)].
@@ -29,8 +27,8 @@ order in w - 1, so an estimate of D from samples has less noise.
 Three divergences. KL(p || q) = sum_v p_v log(p_v / q_v), so E_pi[-log w] = KL(pi || rho), and E_pi[w log w] =
 KL(rho || pi). js is the Jensen-Shannon divergence (JS): the mean KL of pi and of rho to m = (pi + rho)/2. It
 lies between 0 and log 2, because pi/m and rho/m are at most 2. The gradients contain two more functions of w:
-    c = -w f'     the coefficient of s in the gradient of f(w) at a sampled token: see Divergence.weight
-    g = f + c     the coefficient of s in the gradient of D: see Divergence.unbiased
+    c = -w f'     of one sampled token: grad f(w) = c s, see Divergence.weight
+    g = f + c     of the mean: grad D = E_pi[g s], see Divergence.unbiased
 With Lpi = log(pi/m) = log(2 / (1 + w)) and Lrho = log(rho/m) = log(2w / (1 + w)), the table is
     name         D                                f(w)                 f'(w)      c(w)          g(w)
     reverse_kl   KL(pi || rho)                    w - log w - 1        1 - 1/w    1 - w         -log w
@@ -60,10 +58,9 @@ CLAMP = 20.0                 # x is clamped to +-CLAMP, as in the paper's code: 
 # Strength. Near pi = rho, D is about f''(1)/2 E_pi[(w - 1)^2]. Both KLs have f''(1) = 1. JS has f''(1) = 1/4,
 # so JS is as strong as a KL if its beta is 4 times larger. STRENGTH holds these factors. Training does not
 # apply them: choose --beta yourself.                                         [test_strength_at_the_reference]
-# Further out the factor 4 is only a rule of thumb. Compare with forward_kl, whose force in `sampled` is x.
-# Four times the force of js is x - x^2/4 + .., and the force of reverse_kl is x - x^2/2 + .. . The table
-# shows
-# abs(force - x) / abs(x):                                                         [test_strength_further_out]
+# Further out the factor 4 is only a rule of thumb. The force (see Divergence.sampled) of forward_kl is x.
+# The force of reverse_kl is x - x^2/2 + .., and 4 times the force of js is x - x^2/4 + .. .
+# This is their relative distance from x, abs(force - x) / abs(x):                [test_strength_further_out]
 #                   x = -1     -.4      .4       1
 #     4 times js      24 %    10 %    10 %    24 %
 #     reverse_kl      72 %    23 %    18 %    37 %
@@ -125,11 +122,11 @@ class Divergence(NamedTuple):
             boosted      For js, rho U' is about rho x/2, which is tiny when rho is tiny. For reverse_kl,
                          rho U' = rho - pi is about -pi. It pushes the token down, however small rho is.
 
-        Constants. As E_pi[s] = 0, adding a constant to c changes no mean gradient. For reverse_kl we may
-        write c = -w in place of 1 - w. Then U' = 1: all tokens of the reference have the same force, and a
-        sampled token is pulled up in proportion to w. The mean of c is -1, so the gradient in logit v is
-        pi_v - rho_v. In this form, the pulls at pi = rho cancel only in the mean. In the real loss c = 1 - w,
-        and every pull is 0 there. The paper speaks of a "uniform bias". We think it means this form.
+        The paper speaks of a "uniform bias" of reverse_kl. We think it means another form of c. As E_pi[s] =
+        0, adding a constant to c changes no mean gradient, so c = -w may replace 1 - w. Then U' = 1: all
+        tokens of the reference have the same force. With E_pi[c] = -1, the gradient in logit v above becomes
+        pi_v - rho_v. The two forms differ at single tokens. At pi = rho, c = 1 - w is 0 at every token, but
+        the pulls of c = -w cancel only in the mean.
 
         k1, k2, k3 (joschu.net/blog/kl-approx.html) are estimates of KL(pi || rho) from samples: k1 = -x,
         k2 = x^2/2, and k3 = w - log w - 1, which is f of reverse_kl. As losses they differ:
@@ -138,8 +135,8 @@ class Divergence(NamedTuple):
             k3           the mean gradient is that of KL(rho || pi)
                          [test_k1_as_a_loss_has_no_gradient_and_k2_is_exact_reverse_kl]
         k1 and k3 differ by w - 1 only. In `sampled`, adding a multiple of w - 1 to f adds the same
-        multiple of KL(rho || pi) to E_rho[U], so the choice f'(1) = 0 matters. In `unbiased` and `exact` it
-        only adds a constant to g.
+        multiple of KL(rho || pi) to E_rho[U]. So here the choice f'(1) = 0 matters. In `unbiased` and
+        `exact`, adding a multiple of w - 1 to f only adds a constant to g, which changes no mean gradient.
         """
         return self.f((logp_ref - logp).clamp(-CLAMP, CLAMP))
 
@@ -157,10 +154,10 @@ class Divergence(NamedTuple):
         g of forward_kl is c of reverse_kl. So while pi = pi_old, unbiased forward_kl and sampled reverse_kl
         have the same gradient at every sampled token.    [test_unbiased_forward_kl_is_sampled_reverse_kl]
         In later inner epochs (further steps on one rollout) the tokens come from pi_old, the policy that
-        sampled. With E_old, the mean over pi_old, E_old[(pi / pi_old) f] = E_pi[f]. So the factor is then pi
-        / pi_old, without a clip. `sampled` has no such factor. Its mean gradient is then E_old[c s], so the
-        derivation in `sampled`
-        holds only while pi is near pi_old.               [test_unbiased_off_policy]
+        sampled. Write E_old for the mean over pi_old. Since E_old[(pi / pi_old) f] = E_pi[f], the factor
+        becomes pi / pi_old, without a clip. `sampled` has no such factor, and its mean gradient becomes
+        E_old[c s]. So the derivation in `sampled` holds only while pi is near pi_old.
+        [test_unbiased_off_policy]
         """
         ratio = (logp - (logp.detach() if logp_old is None else logp_old)).exp()
         return ratio * self.f((logp_ref - logp).clamp(-CLAMP, CLAMP))
@@ -269,7 +266,8 @@ def check_gradients(vocab=50, seed=0):
     potential = {"reverse_kl": lambda x: x, "forward_kl": lambda x: x * x / 2, "js": js_potential}
     out = {}
     for name, d in DIVERGENCES.items():
-        y = torch.linspace(-15, 15, 301, dtype=torch.float64, requires_grad=True)        # y = log pi, rho = 1
+        # Only x = log rho - log pi enters, so take log rho = 0 and any y for log pi.
+        y = torch.linspace(-15, 15, 301, dtype=torch.float64, requires_grad=True)
         auto = torch.autograd.grad(d.sampled(y, torch.zeros_like(y)).sum(), y)[0]
         out[f"{name}: c = autograd of sampled"] = ((auto - d.weight(-y)).abs() / (1 + auto.abs())).max()
         out[f"{name}: E_pi[sampled] descends E_rho[U]"] = \

@@ -40,7 +40,7 @@ import tiny.world
 import vapi
 from common import config, device, files, run
 from common.config import UserError, option
-from common.folder import FREE
+from common.folder import FREE, checkpoint_of
 from common.interfaces import Rollout
 
 BEST_OF = 8                     # N of best-of-N
@@ -116,11 +116,14 @@ def open_world(options, device):
 
 
 def check_shares(cfg, size):
-    """Raise UserError unless a step's samples divide evenly among `size` processes, and into sample_batch."""
+    """Raise UserError unless a step's samples divide among `size` processes and there into batches."""
     B, at_once = cfg.prompts_per_step * cfg.group_size, getattr(cfg, "sample_batch", 0)
-    if B % size or (B // size) % min(at_once or B // size, B // size):
+    if B % size:
         raise UserError(f"{cfg.prompts_per_step} prompts x {cfg.group_size} images do not divide evenly "
-                        f"among {size} processes, each with --sample_batch={at_once} at once")
+                        f"among {size} processes")
+    if (B // size) % min(at_once or B, B // size):
+        raise UserError(f"the {B // size} images of a process do not divide into batches of "
+                        f"--sample_batch={at_once}")
 
 
 # ---- the evaluation ----------------------------------------------------------------------------------------
@@ -254,15 +257,9 @@ class Config:
             raise UserError(f"--cfg_scale must be at least 1, or 0 for the run's own, got {cfg.cfg_scale}")
 
 
-def checkpoint(path):
-    """Return the path of the checkpoint that a run folder or a file is, here or in this project's folder."""
-    path = config.locate(path)
-    return os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
-
-
 def options_of(run_folder):
     """Return (options of a run, its whole checkpoint). Raises UserError if it is no run."""
-    path = checkpoint(run_folder)
+    path = checkpoint_of(run_folder)
     saved = files.load(path, lazy=True)
     if not {"config", "model", "step"} <= set(saved):
         raise UserError(f"{run_folder} is a base, not a run; every run is shown beside its base anyway")

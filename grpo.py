@@ -62,7 +62,7 @@ class LossOptions:
         "js", "which divergence to the reference is added to the loss (divergences.py)")
     estimator: Literal["sampled", "unbiased", "exact"] = option(
         "sampled", "how the divergence is estimated; sampled is the paper's form")
-    beta: float = option(0.4, "weight of the divergence; JS needs 4 times a KL's to be as strong", low=0)
+    beta: float = option(0.4, "weight of the divergence; for equal strength, 4 times as large for JS", low=0)
     beta_schedule: Literal["constant", "linear", "cosine"] = option("constant", "from beta to beta_end")
     beta_end: float = option(0.0, "beta at the end of a linear or cosine schedule", low=0)
     clip_eps: float = option(0.2, "the ratio is clipped to 1 +- this; matters from inner epoch 2 on", low=0)
@@ -98,10 +98,11 @@ def loss(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, logit_chun
     for the step is the largest one.
 
     logit_chunk: compute the logits of this many positions at a time (0: of all). With 16,384 codes and a
-    width of 1,280, the logits are 13 times as large as the hidden states. They are in fp32, for two models,
-    and log-probabilities need the same memory again. With logit_chunk, the logits of a chunk are made, used
-    and dropped, and made once more when the backward pass comes to the chunk. So memory grows with the chunk
-    only, and the output matrix is applied twice. The result is the same:
+    width of 1,280, the logits are 13 times as large as the hidden states. The logits are in fp32, once for
+    the policy and once for the reference. The log-probabilities of each need the same memory again. With
+    logit_chunk, the logits of a chunk are made, used and dropped. They are made once more when the backward
+    pass comes to the chunk. So memory grows with the chunk only, and the output matrix is applied twice. The
+    result is the same:
     test_chunks_do_not_change_loss_gradient_or_statistics.
     """
     T = actions.shape[1]
@@ -144,7 +145,7 @@ def loss_at(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, diverge
             # exact, in nat (units of the natural logarithm) per action
             "kl_reverse": pi.divergence("reverse_kl", rho).sum() / n_actions,
             "entropy": pi.entropy().sum() / n_actions,
-            # the share of actions where the clipped branch is smaller: there the policy term has no gradient
+            # the share of actions where the min takes the clipped term: there the policy term has no gradient
             "clip_share": ((ratio - 1) * adv[:, None].sign() > clip_eps).sum() / n_actions,
             "clamp_share": ((logp_ref - logp).abs() > CLAMP).sum() / n_actions,
             "max_ratio_error": (ratio - 1).abs().max(),

@@ -22,7 +22,7 @@ Three rules of the released model are unusual, and are kept exactly:
       - Claim: for an image token, the n visible prefix rows act as one token. Its key is the zero vector, log
         n is added to its score, and its value is the mean of their values v_j. Proof: each row has the weight
         exp(0) = 1, so together
-            sum_j 1 v_j = n mean_j v_j = exp(log n) * mean_j v_j.
+            sum_j 1 v_j = n mean_j v_j = exp(log n) * mean_j v_j          (in bf16, n is off by up to 1.5 %).
       - Consequence: the model reads its prompt as a bag of rows of equal weight. Word order reaches the image
         only through what the features themselves carry. The prompt is *one* vector per layer, and this vector
         does not depend on the image. So GPT.read_prompts computes it once per prompt. All images of a prompt
@@ -38,9 +38,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.utils.checkpoint
 
-from common import files, llama, parallel, released
+from common import files, llama, lora, parallel, released
 from common.interfaces import Rollout
 from common.llama import Block, FeedForward, RMSNorm, at_least_fp32, rope_table, truncated_logp
 from divergences import Categorical
@@ -78,7 +77,7 @@ class PrefixAttention(llama.Attention):
         visible [P,L+1,L] is 1 where a row sees a column. Its last row says what image tokens see. Return the
         output [P,L,D], and the prompt as one token for the image rows: (key, value), [P,heads,1,hd] each.
         """
-        v = F.linear(x, self.wqkv.weight[-x.shape[2]:])               # queries and keys are zero: only values
+        v = lora.last_outputs(self.wqkv, x, x.shape[2])               # queries and keys are zero: only values
         # Sum first, then divide: bf16 would round a mask that is already divided by n.
         mean = ((visible @ v) / visible.sum(2, keepdim=True).clamp_min(1)).type_as(v)             # [P,L+1,D]
         # contiguous: else torch may use different kernels with and without gradients. Then policy and
@@ -147,7 +146,7 @@ class ImageTransformer(nn.Module):
 
     def run_layer(self, layer, *args):
         if self.recompute and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False)
+            return llama.recomputed(layer, *args)
         return layer(*args)
 
     def logits(self, hidden, cfg_scale=1.0, temperature=1.0, uncond_grad=True):
@@ -207,9 +206,9 @@ class ImageTransformer(nn.Module):
         cond, cond_mask, prompt: as in `forward`. temperature 0 takes the likeliest code, with logp 0. top_k 0
         and top_p 1 cut nothing. part (i, n): these sequences are part i of n equal parts of a batch. Each
         part draws the random numbers of the whole batch and uses its own rows of them. So the samples do not
-        depend on how many processes share the batch. Raises ValueError if the arguments do not fit.
-        The cache has its full size from the start. With compile_step all shapes are fixed: `step` reads the
-        whole cache, and bias hides the places that are not filled yet. compile_step is not tested on a GPU.
+        depend on how many processes share the batch. The cache has its full size from the start. With
+        compile_step all shapes are fixed: `step` reads the whole cache, and bias hides places that are not
+        filled yet. Raises ValueError if the arguments do not fit, and Fault if logits are not finite.
         """
         self.check(cond, cond_mask, prompt, cfg_scale, temperature)
         if top_k < 0 or not 0 < top_p <= 1:
@@ -232,10 +231,10 @@ class ImageTransformer(nn.Module):
                 token = logp_all.argmax(1, keepdim=True)                                          # [B,1]
             else:
                 # torch.multinomial would make the CPU wait for the GPU. So divide each probability by its own
-                # random number from Exp(1), minus the log of a uniform one. The largest quotient is a sample.
+                # random number from Exp(1), which is -log(u) of a uniform u. The largest quotient wins.
                 noise = torch.rand(part[1] * B, logits.shape[1], generator=generator, device=device)
                 token = (logp_all.exp() / -noise[part[0] * B:][:B].log()).argmax(1, keepdim=True)
-                logp[:, t:t + 1] = logp_all.gather(1, token)
+            logp[:, t:t + 1] = logp_all.gather(1, token) * (temperature > 0)       # NaN * 0 is NaN
             tokens[:, t:t + 1] = token
             if t < T - 1:                                                  # the last token predicts nothing
                 place = places[p + t:p + t + 1]
@@ -243,6 +242,7 @@ class ImageTransformer(nn.Module):
                 if self.compile_step:                                      # all places, for a fixed shape
                     filled = bias.masked_fill(places > place, -torch.inf)
                 hidden = step(token, rotations[t:t + 1], filled, caches, place)                   # [R,1,D]
+        llama.check_sampled(logp, cfg_scale, temperature)
         return (tokens, logp) if return_logp else tokens
 
     @torch.no_grad()
@@ -289,7 +289,7 @@ class GPT(ImageTransformer):
             FeedForward(c.dim, c.multiple_of, c.ffn_dropout_p), c.dim, c.norm_eps) for _ in range(c.n_layer))
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.output = nn.Linear(c.dim, c.vocab_size, bias=False)
-        self.rope = None          # made at first use; no buffer, or .bfloat16() would round the angles
+        self.rope = None          # made at first use; no buffer, because a cast would round its angles
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=c.initializer_range)

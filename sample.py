@@ -47,6 +47,7 @@ import full.world
 import tiny.world
 from common import config, device, files, images
 from common.config import UserError, option
+from common.folder import checkpoint_of
 from full import llamagen, weights
 from full import prompts as prompt_files
 from tiny import shapes, text
@@ -109,7 +110,7 @@ def open_pipeline(cfg, prompts, where):
     """
     options, state = cfg, None
     if not cfg.gpt_ckpt:
-        path = evaluate.checkpoint(cfg.ckpt)
+        path = checkpoint_of(cfg.ckpt)
         saved = files.load(path)
         options = None                                     # of a base
         if {"config", "model"} <= set(saved):

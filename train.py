@@ -1,4 +1,4 @@
-"""GRPO post-training of a text-to-image policy. Its loss has a divergence to the policy before training.
+"""GRPO post-training of a text-to-image policy, with a divergence that keeps it near the policy before it.
 
     python train.py                                   the tiny world, 90 seconds on 2 CPU cores
     python train.py configs/tiny_none.py              the same without a divergence: watch the diversity fall
@@ -19,8 +19,8 @@ The distribution that samples *is* the distribution that is trained: rollout, lo
 temperature and the same classifier-free guidance (cfg_scale, see model.py). Only --score_cfg breaks this
 rule, to repeat a released script (full/janus.py). `max_ratio_error` in the log checks the rule at every step.
 It is the largest abs(pi_loss / pi_sampler - 1) over all tokens. It is not 0, because rollout and loss add up
-the same numbers in different orders. In fp32 it stays below 1e-4. In fp32 and without --score_cfg, a larger
-value is a bug: the loss then trains another distribution than the one that samples.
+the same numbers in different orders. In fp32 and without --score_cfg it stays below 1e-4. A larger value is
+then a bug: the loss trains another distribution than the one that samples.
 
 The run folder gets config.py (all options), metrics.jsonl (one line per step), evaluations.jsonl,
 samples_*.png, ckpt.pt, and at the end before_after.png, curves.png and table.md. Options stand beside the
@@ -108,7 +108,8 @@ def grpo_loop(cfg, run, world, pipeline):
             run.optimizer_step(step)
         run.phase("update")
 
-        # 5. log: statistics of the first pass, when the policy still is the sampler; clip_share of the last
+        # 5. log: statistics of the first pass, where the policy still is the sampler. Only clip_share is that
+        # of the last pass, because in the first pass all ratios are 1.
         stats = epochs[0] | {"clip_share": epochs[-1]["clip_share"],
                              "max_ratio_error": epochs[0]["max_ratio_error"].clamp_min(mismatch)}
         run.log(step, {"reward": rewards.mean().item(), "heldout_reward": heldout.mean().item(),

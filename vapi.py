@@ -50,12 +50,14 @@ Departures from the authors' code:
  1. One forward pass for each image serves its G samples, forward and backward, because their context is the
     same. Their code runs it G times. Loss and gradient are equal, as nothing else depends on the sample.
  2. The policy term uses the policy without dropout, which is the one that sampled. Their loss uses dropout,
-    so the ratio is not 1 even in the first pass. --prior_dropout brings dropout back for the cross-entropy,
-    with a forward pass of its own.
+    so the ratio is not 1 even in the first pass. --prior_dropout brings dropout back for the cross-entropy.
+    Each image then has a forward pass and a random seed of its own. So the numbers that are dropped depend
+    neither on micro-batches nor on the world size.
  3. The sampled distribution is not cut (top-k, top-p): the loss is about the whole distribution.
  4. The divergence may be any of divergences.py, in any estimator. Theirs is k3. With beta = 0 the reference
     still runs once per image, so that the log can tell how far the policy has moved.
  5. The advantage is not clamped to +-5. In a group of 8 no advantage exceeds 7 / sqrt(8) = 2.5.
+ 6. The advantage is divided by the standard deviation + 1e-4, as in grpo.py. Their code adds 1e-8.
 """
 from dataclasses import dataclass
 
@@ -65,13 +67,13 @@ import torch.nn.functional as F
 import grpo
 import metrics
 from common import parallel
-from common.config import option
+from common.config import UserError, option
 from common.device import batched
 from common.interfaces import Rollout
 from common.run import schedule
 from divergences import Categorical
 
-MEASURED = 4                    # samples of each held-back image in `reconstruction`
+MEASURED = 4                    # samples of each fixed image in `reconstruction`
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,12 @@ class Options:
     perceptual_weight: float = option(1.0, "weight of the perceptual distance; both 0: no policy term", low=0)
     context_noise: float = option(0.5, "xi, share of random tokens in the context", low=0, high=1)
     prior_weight: float = option(0.1, "weight of the cross-entropy to the image's own tokens", low=0)
-    prior_dropout: bool = option(False, "dropout in the cross-entropy; costs one more forward pass")
+    prior_dropout: bool = option(False, "dropout in the cross-entropy; one more forward pass per image")
+
+    def check(cfg):
+        if cfg.prior_dropout and cfg.shard:
+            raise UserError("--prior_dropout runs the policy once for each image, and --shard needs equally "
+                            "many passes on all processes: use one of them")
 
 
 # ---- pure tensor functions ---------------------------------------------------------------------------------
@@ -167,10 +174,13 @@ def vapi_loop(cfg, run, world, pipeline):
         epochs = []
         for _ in range(cfg.inner_epochs):
             epochs.append({})
+            seeds = None
+            if cfg.prior_dropout:
+                seeds = torch.randint(2 ** 31, (P,), generator=run.generator, device=device).tolist()
             for rows in torch.arange(len(mine), device=device).split(cfg.micro_batch):
                 loss, stats = loss_of(
                     cfg, policy, reference, context, conditions, targets, image_of[rows],
-                    rollout.actions[rows], rollout.logp[rows], advantages[rows], B * T, beta)
+                    rollout.actions[rows], rollout.logp[rows], advantages[rows], B * T, beta, seeds)
                 loss.backward()
                 grpo.accumulate(epochs[-1], stats)
             run.optimizer_step(step)
@@ -197,11 +207,12 @@ def sample(cfg, policy, context, conditions, image_of, uniform):
 
 
 def loss_of(cfg, policy, reference, context, conditions, targets, image_of, tokens, logp_old, adv, n_tokens,
-            beta=0.0):
+            beta=0.0, seeds=None):
     """The loss of some samples, as their part of the step's mean, and its statistics (see grpo.loss).
 
     context: a Rollout with the noisy tokens of P images. targets [P,T]: their own tokens. image_of [b]: the
     image of each sample. tokens, logp_old [b,T], adv [b]: of the samples. n_tokens: B * T of the whole step.
+    seeds: for dropout in the cross-entropy, a random seed of each of the P images. None: no dropout.
     """
     used, row = image_of.unique(return_inverse=True)                 # [U] images, [b] row of each sample
     pi = policy.distribution(context, conditions, used)              # at temperature 1
@@ -210,23 +221,31 @@ def loss_of(cfg, policy, reference, context, conditions, targets, image_of, toke
     loss, stats = grpo.loss(
         tempered(pi, cfg.temperature, row), tempered(rho, cfg.temperature, row), tokens, logp_old, adv,
         n_tokens, divergence=cfg.divergence, estimator=cfg.estimator, beta=beta, clip_eps=cfg.clip_eps)
-    if cfg.prior_dropout:
-        policy.train()
-        pi = policy.distribution(context, conditions, used)
-        policy.eval()
-    prior = prior_loss(pi.logits, targets[used])[row].sum() / n_tokens           # an image counts G times
+    logits = pi.logits if seeds is None else logits_with_dropout(policy, context, conditions, used, seeds)
+    prior = prior_loss(logits, targets[used])[row].sum() / n_tokens              # an image counts G times
     return loss + cfg.prior_weight * prior, stats | {"prior": prior.detach()}
+
+
+def logits_with_dropout(policy, context, conditions, used, seeds):
+    """Return the logits [U,T,V] of images in train mode. Arguments as in `loss_of`."""
+    logits = []
+    policy.train()
+    for image in used.split(1):
+        torch.manual_seed(seeds[image])          # dropout has no generator, and nothing else uses this stream
+        logits.append(policy.distribution(context, conditions, image).logits)
+    policy.eval()
+    return torch.cat(logits)
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------
 @torch.no_grad()
 def reconstruction(world, pipeline, policy, temperature):
-    """Return minus the mean distance (both weights 1) of samples to the world's held-back images.
+    """Return minus the mean distance (both weights 1) of samples to the world's fixed images.
 
     The context has no noise, there is no guidance, and the random numbers are always the same. 0 means a
     perfect copy. It cannot be reached, because the tokenizer itself makes errors.
     """
-    captions, originals = world.images.held_back()
+    captions, originals = world.images.fixed_images()
     generator, rewards = torch.Generator(originals.device).manual_seed(0), []
     for i in range(0, len(captions), 16):
         shown, conditions = originals[i:i + 16], pipeline.encode(captions[i:i + 16])

@@ -207,12 +207,12 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """Turn images [B,3,H,W] in [-1,1] into tokens [B,T] in 0..V-1, row by row.
-        Raises ValueError unless H and W are multiples of 2**(levels-1)."""
-        factor = 2 ** (len(self.config.ch_mult) - 1)
-        if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
-            raise ValueError(f"encode takes images [B,3,H,W] with sides a multiple of {factor}, "
-                             f"got {tuple(images.shape)}")
+        """Turn square images [B,3,H,H] in [-1,1] into tokens [B,T] in 0..V-1, row by row.
+        Raises ValueError unless B > 0 and H is a multiple of 2**(levels-1)."""
+        factor, H = 2 ** (len(self.config.ch_mult) - 1), images.shape[-1] if images.dim() else 0
+        if not images.numel() or images.shape[1:] != (3, H, H) or H % factor:
+            raise ValueError(f"encode takes square images [B,3,H,H], B > 0, H a multiple of {factor}, got "
+                             f"{tuple(images.shape)}")
         return self.quantize(self.quant_conv(self.encoder(images)))[0]
 
     def codes(self):
@@ -221,10 +221,11 @@ class VQGAN(nn.Module):
 
     def decode(self, tokens):
         """Turn tokens [B,T] of square images into images [B,3,H,W], about in [-1,1] but not clipped.
-        Raises ValueError unless T is a square."""
-        side = int(tokens.shape[1] ** .5)
-        if tokens.dim() != 2 or side * side != tokens.shape[1]:
-            raise ValueError(f"decode takes the tokens [B,T] of square images, got {tuple(tokens.shape)}")
+        Raises ValueError unless B > 0 and T is a square."""
+        side = int(tokens.shape[-1] ** .5) if tokens.dim() else 0
+        if not tokens.numel() or tokens.shape[1:] != (side * side,):
+            raise ValueError(f"decode takes the tokens [B,T] of square images, B > 0, got "
+                             f"{tuple(tokens.shape)}")
         return self.decode_vectors(F.embedding(tokens, self.quantize.codes()), side, side)
 
     def decode_vectors(self, vectors, h, w):

@@ -55,6 +55,12 @@ def open_run(choose, argv):
     return cfg, None
 
 
+def checkpoint_of(path):
+    """Return the path of the file that a run folder, a checkpoint or a base is, here or in this project."""
+    path = config.locate(path)
+    return os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+
+
 def resume_command(cfg):
     return f"python train.py --resume --out_dir={shlex.quote(cfg.out_dir)}"
 

@@ -9,8 +9,8 @@ PAD, LINE = 4, 15                          # pixels: between two images, and the
 
 
 def to_pil(image):
-    """Convert an image [3,H,W] in [-1,1] to a Pillow image. Values outside of [-1,1] are clipped."""
-    return Image.fromarray(((image.float().clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy())
+    """Convert an image [3,H,W] in [-1,1] to a Pillow image, rounded and clipped as in LlamaGen's sampler."""
+    return Image.fromarray((127.5 * image.float() + 128).clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
 
 
 def grid(rows, path, headings=()):

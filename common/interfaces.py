@@ -115,8 +115,8 @@ class Images(Protocol):
     def load(self, items: list) -> Tensor:
         """Turn the second elements of these pairs into images [n,3,H,W] in [-1,1]."""
 
-    def held_back(self):
-        """Return (captions, images [n,3,H,W]) that are never trained on."""
+    def fixed_images(self):
+        """Return (captions, images [n,3,H,W]) of every evaluation. A run may also train on them."""
 
     def perceptual(self, images: Tensor, originals: Tensor) -> Tensor:
         """Return the perceptual distance [b] of images to originals [b,3,H,W], or to one original

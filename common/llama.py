@@ -5,9 +5,14 @@
 Each model adds a method `forward_prompt` to `Attention`. It processes the rows of the prompt.
 Sources: Llama, arXiv 2302.13971; RMSNorm, 1910.07467; rotary positions, 2104.09864; SwiGLU, 2002.05202.
 """
+import contextlib
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from common.config import Fault
 
 
 def at_least_fp32(x):
@@ -104,6 +109,24 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
+def recomputed(layer, *args):
+    """Return layer(*args), but keep no activations. The backward pass computes them again, in the mode (train
+    or eval) that the layer has now. layer: a module, or a method of a module."""
+    module = getattr(layer, "__self__", layer)
+    mode = module.training
+
+    @contextlib.contextmanager
+    def same_mode():
+        later = module.training
+        module.train(mode)
+        try:                       # checkpoint leaves the layer by an exception, once it has what it needs
+            yield
+        finally:
+            module.train(later)
+    return checkpoint(layer, *args, use_reentrant=False,
+                      context_fn=lambda: (contextlib.nullcontext(), same_mode()))
+
+
 def truncated_logp(logits, top_k=0, top_p=1.0):
     """Keep the top_k likeliest codes, and of these the fewest whose probabilities add up to at least top_p.
     logits [B,V] -> log-probabilities [B,V], which are -inf at all other codes."""
@@ -118,13 +141,24 @@ def truncated_logp(logits, top_k=0, top_p=1.0):
     return logits.log_softmax(1)
 
 
+def check_sampled(logp, cfg_scale, temperature):
+    """Raise Fault if a log-probability of a sampled token is not finite. Such a token is always code 0."""
+    if not logp.isfinite().all():
+        raise Fault(f"logits are not finite at guidance {cfg_scale} and temperature {temperature}: choose "
+                    f"values nearer to 1, or other weights")
+
+
 def check(cond, cond_mask, prompt, cfg_scale, temperature):
     """Raise ValueError if the arguments of a policy's `forward` do not fit together."""
     L = cond.shape[1] if cond.dim() > 1 else 1
+    if not cond.numel() or not cond.isfinite().all():
+        raise ValueError(f"cond must have at least one prompt, and be finite, got {tuple(cond.shape)}")
     if cond_mask is not None and tuple(cond_mask.shape) != (len(cond), L):
         raise ValueError(f"cond_mask must be [{len(cond)},{L}], got {tuple(cond_mask.shape)}")
-    if prompt is not None and (prompt.dim() != 1 or prompt.is_floating_point()):
-        raise ValueError(f"prompt must be indices [B] of rows of cond, got {tuple(prompt.shape)}")
+    if prompt is not None and (prompt.dim() != 1 or prompt.is_floating_point() or not len(prompt)
+                               or prompt.min() < 0 or prompt.max() >= len(cond)):
+        raise ValueError(f"prompt must be indices [B] of the {len(cond)} rows of cond, B > 0, got "
+                         f"{tuple(prompt.shape)} with {prompt.tolist()!s:.99}")
     if cfg_scale < 1 or temperature < 0:
         raise ValueError(f"cfg_scale must be at least 1 and temperature at least 0, got {cfg_scale} and "
                          f"{temperature}")

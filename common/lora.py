@@ -29,13 +29,25 @@ class LowRank(nn.Module):
         self.a = nn.Parameter(a.to(base.weight.device, dtype))
         self.b = nn.Parameter(self.a.new_zeros(base.out_features, rank))
 
-    @property
-    def weight(self):
-        """Return W + (alpha / rank) B A. PrefixAttention in model.py uses the matrix itself."""
-        return self.base.weight + self.scale * self.b @ self.a
-
     def forward(self, x):
         return self.base(x) + self.scale * F.linear(F.linear(x, self.a), self.b)
+
+
+def last_outputs(linear, x, n):
+    """Return the last n outputs of a Linear or LowRank for x [..,in], without computing the others."""
+    if not isinstance(linear, LowRank):
+        return F.linear(x, linear.weight[-n:])
+    # Two products, as in `forward`: in bf16 the sum of the matrices would round away much of a small B A.
+    return last_outputs(linear.base, x, n) + linear.scale * F.linear(F.linear(x, linear.a), linear.b[-n:])
+
+
+def merge(state):
+    """Return a state dict in which W + (alpha / rank) B A replaces each matrix W and its adapters."""
+    state = dict(state)
+    for name in [key.removesuffix(".base.weight") for key in state if key.endswith(".base.weight")]:
+        w, a, b = (state.pop(f"{name}.{part}") for part in ("base.weight", "a", "b"))
+        state[f"{name}.weight"] = w + ALPHA / len(a) * b @ a
+    return state
 
 
 def adapt(reference, rank):

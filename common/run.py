@@ -28,7 +28,8 @@ from common.config import Fault, UserError, option
 from common.folder import claim, resume_command
 
 MAX_SKIPPED = 10                     # steps in a row without a finite gradient, after which a run gives up
-SHOWN = {"reward": "r", "heldout_reward": "held-out", "kl_reverse": "kl"}       # short: 80 columns show it
+SHOWN = {"reward": "r", "heldout_reward": "held-out", "kl_reverse": "kl"}       # beside the progress bar
+BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"         # fits into 80 columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,8 @@ class Run:
         cfg = self.cfg
         self.end = min(cfg.max_steps, self.start + (cfg.stop_after or cfg.max_steps))
         self.bar = tqdm(range(self.start, self.end), initial=self.start, total=cfg.max_steps,
-                        dynamic_ncols=True, disable=not self.first, desc=f"{cfg.algorithm}, {cfg.divergence}")
+                        disable=not self.first, dynamic_ncols=True, bar_format=BAR,
+                        desc=f"{cfg.algorithm}, {cfg.divergence}")
         for step in self.bar:
             self.times, self.clock = {}, self._now()
             self.rng, self.whole = files.rng_state(self.generator), True

@@ -1,7 +1,7 @@
 """The released weights: a table of the files, their download, and the conversion of other layouts.
 
     python -m full.weights                      print the table: which files are there, size, license, source
-    python -m full.weights --export=out/run/ckpt.pt --to=weights/mine_256.pt      for LlamaGen's own sampler
+    python -m full.weights --export=out/run --to=weights/mine_256.pt      for LlamaGen's own sampler
     python -m full.weights --convert=FILE_OR_FOLDER --to=weights/other_256.pt     into the released layout
 
 The released layout of LlamaGen (arXiv 2406.06525, github.com/FoundationVision/LlamaGen) is one file with
@@ -24,8 +24,9 @@ import urllib.request
 
 import torch
 
-from common import config, files, released
+from common import config, files, lora, released
 from common.config import UserError, option
+from common.folder import checkpoint_of
 from model import GPT, PRESETS, GPTConfig
 from vqgan import VQGAN, VQConfig
 
@@ -216,12 +217,23 @@ def export(model, path, dtype=torch.float32):
     files.save({"model": {PREFIX.sub("", k): v.to("cpu", dtype) for k, v in state.items()}}, path)
 
 
+def policy_of(state, path):
+    """Return the GPT of the state dict of a run at `path`, its adapters merged into its matrices. Raises
+    UserError if it is another model. LlamaGen's sampler would leave its own random layers instead."""
+    with files.explain(f"{path} has adapters that do not fit to its matrices"):
+        state = lora.merge(files.select(state, path))
+    if "tok_embeddings.weight" not in state:
+        raise UserError(f"{path} is no run of LlamaGen. Only LlamaGen's policies can be exported.")
+    fields = released.fields(GPTConfig, released.gpt_shapes, state, {}, {}, path)
+    return files.build(GPT, GPTConfig(**fields, n_head=1), state, torch.float32, path)
+
+
 # ---- the command ---------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Config:
     folder: str = option("weights", "the folder of the released files", ending="")
     convert: str = option("", "a file or folder in another layout, to be written in the released one")
-    export: str = option("", "a run's ckpt.pt, whose policy is to be written in LlamaGen's layout")
+    export: str = option("", "a run, whose policy is to be written in LlamaGen's layout")
     to: str = option("weights/mine_256.pt", "the file that --export or --convert writes", ending="")
 
     def check(cfg):
@@ -245,10 +257,11 @@ def main(argv):
     if cfg.convert:
         convert(cfg.convert, cfg.to)
     else:
-        run = files.load(cfg.export)
+        path = checkpoint_of(cfg.export)
+        run = files.load(path)
         if not isinstance(run.get("model"), dict):
-            raise UserError(f"{cfg.export} is no checkpoint of a run: it has no state dict under 'model'.")
-        export(files.select(run["model"], cfg.export), cfg.to)
+            raise UserError(f"{path} is no checkpoint of a run: it has no state dict under 'model'.")
+        export(policy_of(run["model"], path), cfg.to)
     print(f"wrote {cfg.to}")
 
 

@@ -117,7 +117,8 @@ class Images:
     def load(self, paths):
         return torch.stack([data.load(path, self.side) for path in paths]).to(self.device)
 
-    def held_back(self):
+    def fixed_images(self):
+        """Return (captions, images), on which no run trains."""
         captions, paths, _ = zip(*self.listed.held_back)
         return list(captions), self.load(paths)
 

@@ -174,7 +174,7 @@ def update(device, repeats, limits):
 def shared_images(device, repeats, limits):
     """VA-pi's update of n images x G samples: one forward pass for each sample, or for each image."""
     cfg = SimpleNamespace(temperature=1.0, divergence="none", estimator="sampled", clip_eps=.2,
-                          prior_dropout=False, prior_weight=.1)
+                          prior_weight=.1)
     for s in updates("vapi", device):
         cond, mask, prompt = s.cond
         images, logp_old = s.tokens[:s.n], torch.zeros(s.tokens.shape, device=device)

@@ -72,7 +72,11 @@ class Judge(nn.Module):
 def reader(images, prompts):
     """Return the exact reward [B]: 1.0 where an image [B,3,32,32] shows just what its prompt says, else 0.0.
 
-    Raises UserError for a prompt that is not of the world's grammar (shapes.CAPTIONS).
+    Raises UserError for a prompt that is not of the world's grammar (shapes.CAPTIONS), and ValueError unless
+    there are as many prompts as images.
     """
+    if len(images) != len(prompts):
+        raise ValueError(f"the reader needs a prompt for each image, got images {tuple(images.shape)} and "
+                         f"{len(prompts)} prompts")
     right = [shapes.matches(s, shapes.parse(p)) for s, p in zip(shapes.read(images), prompts)]
     return torch.tensor(right, dtype=torch.float, device=images.device)

@@ -1,8 +1,8 @@
 """The tiny world: its prompts, its rewards, what can be measured in it, and its models.
 
     World       prompts and rewards; common/interfaces.py says what a world offers
-    Pipeline    policy, reference and tokenizer, from a run or from a base: the file of pretrained
-                models that pretrain.py writes
+    Pipeline    policy, reference and tokenizer, from a run or from a base. A base is the file of
+                pretrained models that pretrain.py writes
     Images      rendered images with their captions, for algorithms that learn from images (vapi.py)
 
 Every attribute of a tiny image can be read exactly. So this world adds to an evaluation:
@@ -22,7 +22,6 @@ and in a run that learns from images:
 """
 import copy
 import math
-import os
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -30,8 +29,9 @@ from dataclasses import dataclass
 import metrics
 import reward
 from common import files, images
-from common.config import UserError, locate, option
+from common.config import UserError, option
 from common.device import freeze
+from common.folder import checkpoint_of
 from common.interfaces import Conditions
 from model import GPT, GPTConfig
 from tiny import shapes, text
@@ -40,7 +40,7 @@ from vqgan import VQGAN, VQConfig
 
 REWARDS = ("judge", "reader")
 COUNTED = 64                    # readable images of a prompt that enter open_entropy
-HELD_BACK = 128                 # images for `reconstruction` in vapi.py
+FIXED_IMAGES = 128              # images for `reconstruction` in vapi.py
 UNSEEN_DRAWS = 8                # images of each prompt with an unseen pair
 
 
@@ -64,7 +64,8 @@ class ImageOptions:
 
 
 def fixed_prompts(per_category, unseen=False):
-    """The same prompts for every caller: `per_category` of each category, from a local random generator."""
+    """The same prompts for every caller: `per_category` of each category, from a local random generator.
+    Runs train on these prompts too, unless `unseen`."""
     rng = random.Random(1234)
     pools = [shapes.captions(category, unseen) for category in shapes.CATEGORIES]
     return [c for pool in pools for c in rng.sample(pool, min(per_category, len(pool)))]
@@ -76,17 +77,13 @@ def entropy(values):
 
 
 def open_entropy(scenes, caption):
-    """(entropy in nat of the first 64 usable scenes of one prompt or None, number of unusable scenes)."""
+    """Return (entropy in nat, number of unusable scenes) of one prompt. The entropy is that of the first 64
+    usable scenes, summed over the open attributes, or None if fewer are usable."""
     found = [shapes.open_attributes(s, caption) for s in scenes]
     usable = [f for f in found if f is not None]
     if len(usable) < COUNTED:
         return None, len(found) - len(usable)
     return sum(entropy([f[k] for f in usable[:COUNTED]]) for k in usable[0]), len(found) - len(usable)
-
-
-def checkpoint_of(path):
-    """Return the file that holds the weights of a run folder, or of a base."""
-    return os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
 
 
 def load_models(path, device, depth=0):
@@ -105,12 +102,12 @@ def load_models(path, device, depth=0):
                 files.unpack(VQGAN, VQConfig, parts["vqgan"], device, path),
                 files.unpack(Judge, None, parts["judge"], device, path), {})
     try:
-        begin, state = locate(parts["config"]["init_from"]), parts["model"]
+        begin, state = checkpoint_of(parts["config"]["init_from"]), parts["model"]
     except (KeyError, TypeError):
         raise UserError(f"{path} is no base (gpt, vqgan, judge) and no run (config, model) of this "
                         f"version") from None
     policy, vqgan, judge, _ = load_models(begin, device, depth + 1)
-    files.check_made_from(parts, {"init_from": checkpoint_of(begin)}, path)
+    files.check_made_from(parts, {"init_from": begin}, path)
     files.load_weights(policy, state, path)
     return policy, vqgan, judge, parts["config"]
 
@@ -164,8 +161,9 @@ class World:
         return out
 
     def picture(self, path, prompts, columns, rows_of_category=2):
-        """Write a grid with one row per prompt, for two prompts of each category. Each column (heading,
-        images) shows its first images. A frame is green where the reader finds what the prompt says."""
+        """Write a grid with one row per prompt, for two prompts of each category. In each row, a column
+        (heading, images) shows the first images of the prompt. A frame is green where the reader finds what
+        the prompt says."""
         draws, shown = len(columns[0][1]) // len(prompts), max(3, 8 // len(columns))
         of_category, rows = len(prompts) // len(shapes.CATEGORIES), []
         for i, prompt in enumerate(prompts):
@@ -189,8 +187,10 @@ class Images:
     def load(self, scenes):
         return shapes.render(scenes).to(self.device)
 
-    def held_back(self):
-        captions, scenes = zip(*shapes.random_scenes(HELD_BACK, random.Random(4321)))
+    def fixed_images(self):
+        """Return (captions, images). They are drawn like training images: 78 of 128 are among the images that
+        the policy of assets/tiny_base.pt was pretrained on."""
+        captions, scenes = zip(*shapes.random_scenes(FIXED_IMAGES, random.Random(4321)))
         return [c.text for c in captions], self.load(scenes)
 
     def perceptual(self, images, originals):
@@ -222,8 +222,8 @@ class Pipeline:
 
 def open_world(options, device, with_images=False):
     """Return (World, Pipeline) of the options of a run. Raises UserError for a base that cannot be loaded."""
-    path = locate(options.init_from)
+    path = checkpoint_of(options.init_from)
     policy, vqgan, judge, _ = load_models(path, device)
     pipeline = Pipeline(policy, vqgan, device, options.dtype)
-    pipeline.made_from = {"init_from": checkpoint_of(path)}
+    pipeline.made_from = {"init_from": path}
     return World(options, freeze(judge), device, with_images), pipeline

@@ -12,7 +12,7 @@ from common import images
 
 def test_to_pil_maps_the_range_and_clips():
     image = torch.tensor([-2., -1., 0., 1., 2.]).expand(3, 1, 5)
-    assert [p[0] for p in images.to_pil(image).get_flattened_data()] == [0, 0, 127, 255, 255]
+    assert [p[0] for p in images.to_pil(image).get_flattened_data()] == [0, 0, 128, 255, 255]
 
 
 def test_grid_frames_show_rewards(tmp_path):

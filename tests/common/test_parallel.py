@@ -68,9 +68,10 @@ def test_two_processes_make_the_run_of_one(one, mini_base, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_learn_from_the_images_of_one(mini_base, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--prior_dropout"]])
+def test_two_processes_learn_from_the_images_of_one(more, mini_base, tmp_path):
     """vapi.py: each process holds the images that its own samples need. One of three images is on both."""
-    quick = [o for o in QUICK if "cfg_scale" not in o] + ["--algorithm=vapi", "--prior_weight=0.3"]
+    quick = [o for o in QUICK if "cfg_scale" not in o] + ["--algorithm=vapi", "--prior_weight=0.3", *more]
     folders = [str(tmp_path / name) for name in ("one", "two")]
     for size, folder in enumerate(folders, 1):
         codes, outputs = go(folder, mini_base, size, *quick)

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import evaluate
 import grpo
@@ -20,6 +21,7 @@ import train
 from common import config, files
 from common.config import Fault, UserError, locate
 from common.folder import claim, open_run
+from common.run import BAR, SHOWN
 from lab import sweep
 from test_runs import metrics, same_runs
 from tiny import world
@@ -219,6 +221,12 @@ def test_files_are_looked_for_before_options_are_printed(tmp_path, capsys):
     with pytest.raises(UserError, match="there is no file .*nope.pt"):
         go(tmp_path / "run", tmp_path / "nope.pt")
     assert capsys.readouterr().out == "" and not (tmp_path / "run").exists()
+
+
+def test_the_bar_shows_the_rewards_on_80_columns():
+    text = tqdm.format_meter(119, 120, 4000, ncols=80, prefix="grpo, reverse_kl", bar_format=BAR,
+                             postfix=", ".join(f"{short}=-0.584" for short in SHOWN.values()))
+    assert len(text) <= 80 and text.endswith("r=-0.584, held-out=-0.584, kl=-0.584")
 
 
 # ---- 16. to 18. messages -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import sample
 import train
 from common import config, files, images
 from common.config import UserError
+from common.folder import checkpoint_of
 from tiny import shapes
 from tiny import world as tiny
 from tiny.shapes import Obj, Scene
@@ -126,7 +127,7 @@ def stubbed(tmp_path, monkeypatch):
         fixed_prompts = staticmethod(lambda n: ["a red circle"])
         picture = staticmethod(lambda path, prompts, columns: drawn.append(path))
     policy = torch.nn.Linear(1, 1)
-    pipeline = SimpleNamespace(policy=policy, reference=policy)
+    pipeline = SimpleNamespace(policy=policy, reference=policy, made_from={})
     monkeypatch.setattr(evaluate, "open_world", lambda options, device: (World, pipeline))
 
     def measured(world, pipeline, policy, base=None, **settings):
@@ -137,7 +138,7 @@ def stubbed(tmp_path, monkeypatch):
     def make(folder, result=0.0, step=120, **options):
         state = {"weight": torch.zeros(1, 1), "bias": torch.tensor([float(result)])}
         files.save({"config": dataclasses.asdict(evaluate.options({})(out_dir=folder, **options)),
-                    "model": state, "step": step}, f"{folder}/ckpt.pt")
+                    "model": state, "step": step, "made_from": {}}, f"{folder}/ckpt.pt")
 
     def rows(*words):
         evaluate.main([*words, "--device=cpu", "--picture=new/compare.png"])
@@ -270,7 +271,7 @@ def test_evaluate_and_sample_look_in_the_same_places(tmp_path, monkeypatch):
             look("assets/tiny_base.pt")
     assert asked == [os.path.join(os.path.dirname(evaluate.__file__), "assets/tiny_base.pt")] * 2
     os.makedirs("assets/tiny_base.pt")                                      # what is here comes first
-    assert evaluate.checkpoint("assets/tiny_base.pt") == os.path.join("assets/tiny_base.pt", "ckpt.pt")
+    assert checkpoint_of("assets/tiny_base.pt") == os.path.join("assets/tiny_base.pt", "ckpt.pt")
 
 
 def test_no_progress_bar_has_a_fixed_width():

@@ -5,13 +5,16 @@ exist. An interval that README quotes must be in the report, beside the same cla
 must be in results/bench.md.
 """
 import ast
+import csv
 import pathlib
 import re
+import statistics
 
 import pytest
 import torch
 
 import reward
+from tiny.shapes import CATEGORIES
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/lesson.md", "exercises/README.md"]
@@ -55,6 +58,35 @@ def test_modules_and_options_that_are_named_exist(page):
     assert len(known) > 80
     for name in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text):
         assert name in known | OTHERS, f"{page} names --{name}"
+
+
+def main_rows():
+    """Return the lines of README's two tables of results, as results/main.csv has them."""
+    with open(ROOT / "results" / "main.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    plain = lambda x, digits: f"{x:.{digits}f}".removeprefix("0") if digits else f"{x:.0f}"
+
+    def cell(run, key, digits, scale=1, unit=""):
+        values = [scale * float(row[key]) for row in rows if row["run"] == run]
+        spread = f" ± {plain(statistics.stdev(values), digits)}" if len(values) > 1 else ""
+        return plain(statistics.mean(values), digits) + unit + spread
+    columns = [("reward", 3), ("heldout_reward", 3), ("open_entropy", 2), ("entropy_kept", 0, 100, " %"),
+               ("vendi", 2)]
+    names = {"base": "base", "js": "JS, beta .4", "none": "no divergence"}
+    first = {run: [name, *(cell(run, *column) for column in columns),
+                   "0" if run == "base" else cell(run, "kl_reverse", 1)] for run, name in names.items()}
+    best = ["base, best of 8 by the judge", *(cell("base", f"best_of_n_{key}", 3)
+                                              for key in ("reward", "heldout_reward")), "", "", "", ""]
+    second = [[name, *(cell(run, f"heldout_reward/{category}", 2) for category in CATEGORIES)]
+              for run, name in names.items()]
+    return [("| " + " | ".join(row) + " |").replace("|  ", "| ")
+            for row in [first["base"], best, first["js"], first["none"], *second]]
+
+
+def test_the_main_results_of_readme_are_those_of_the_csv():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [row for row in main_rows() if row not in text]
+    assert not missing, "README lacks these lines:\n" + "\n".join(missing)
 
 
 def test_line_counts_in_the_file_map():

@@ -4,14 +4,16 @@ These tests compare model.py with an independent, naive transformer (naive_gpt.p
 released LlamaGen checkpoints one by one. All models are tiny and random, and run on the CPU in a few seconds.
 """
 import math
+import re
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 import naive_gpt
+from common import lora
 from common.interfaces import Conditions
-from model import GPT, GPTConfig, PRESETS
+from model import GPT, GPTConfig, PRESETS, PrefixAttention
 from naive_gpt import naive_logits
 
 NO_DROPOUT = dict(token_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0, class_dropout_prob=0.0)
@@ -140,13 +142,34 @@ def test_images_of_a_prompt_share_what_is_read_of_it(model_type, cfg_scale):
 
 
 @both_scales
-def test_recomputing_activations_changes_nothing(cfg_scale):
+@pytest.mark.parametrize("training", [False, True])
+def test_recomputing_activations_changes_nothing(cfg_scale, training):
     gpt, _, *batch = build()
     grads = []
     for gpt.recompute in (False, True):
+        torch.manual_seed(0)
+        gpt.train(training)
         loss = gpt(*batch, cfg_scale=cfg_scale).log_softmax(-1)[..., 0].mean()
+        gpt.eval()                                  # before the backward pass, as in vapi.py
         grads.append((loss, *torch.autograd.grad(loss, list(gpt.parameters()))))
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+    assert not any(module.training for module in gpt.modules())
+
+
+def test_in_bf16_the_prompt_gets_the_correction_of_adapters():
+    """The correction is a fit of 2048 random rows. With W + BA rounded to bf16, its error was .39."""
+    torch.manual_seed(0)
+    attention = PrefixAttention(64, 2)
+    base, x = attention.wqkv, torch.randn(2048, 1, 64).bfloat16()
+    attention.wqkv = low_rank = lora.LowRank(base, 4, torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        _, (_, before) = attention.forward_prompt(x, torch.ones(1, 2, 1))
+        low_rank.b.normal_(0, 2e-4)
+        _, (_, after) = attention.forward_prompt(x, torch.ones(1, 2, 1))
+    exact = (low_rank.scale * low_rank.b @ low_rank.a)[-64:]
+    print("correction / W:", (exact.norm() / base.weight[-64:].norm()).item())
+    fit = torch.linalg.lstsq(x[:, 0].float(), (after.float() - before.float()).flatten(1)).solution.T
+    assert (fit - exact).norm() < .1 * exact.norm()
 
 
 # ---- the released checkpoints ----
@@ -344,9 +367,14 @@ def test_bad_input_is_refused():
     gpt, _, tokens, cond, mask = build()
     for batch in [(tokens, cond[..., :-1], mask), (tokens, cond[:, :-1], mask), (tokens, cond, mask[:, :-1]),
                   (tokens[:-1], cond, mask), (tokens, cond, mask[:-1]), (tokens.repeat(1, 2), cond, mask),
-                  (tokens, cond, mask, torch.arange(3)), (tokens, cond, mask, cond[:, 0, 0])]:
+                  (tokens, cond, mask, torch.arange(3)), (tokens, cond, mask, cond[:, 0, 0]),
+                  (tokens, cond, mask, torch.arange(4) - 1), (tokens, cond, mask, torch.arange(4) + 1)]:
         with pytest.raises(ValueError):                                     # width, length, batch, T, prompt
             gpt(*batch)
+    for batch, shape in [((cond * math.nan, mask), "(4, 5, 12)"), ((cond[:0], mask[:0]), "(0, 5, 12)"),
+                         ((cond, mask, torch.arange(4)[:0]), "(0,)")]:
+        with pytest.raises(ValueError, match=re.escape(shape)):
+            gpt.generate(*batch)
     for knobs in [dict(temperature=-1.0), dict(top_p=0.0), dict(top_p=1.5)]:
         with pytest.raises(ValueError):
             gpt.generate(cond, mask, **knobs)

@@ -6,6 +6,7 @@ says is tested by lab/ablation.py.
 import itertools
 import math
 import random
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -131,12 +132,12 @@ def step(mini_base, monkeypatch):
     return one_step()
 
 
-def loss_of(step, rows, cfg=None, adv=None):
+def loss_of(step, rows, cfg=None, adv=None, seeds=None):
     """vapi.loss_of for some rows of the step."""
     return vapi.loss_of(
         cfg or step.cfg, step.policy, step.reference, step.context, step.conditions, step.targets,
         step.image_of[rows], step.tokens[rows], step.logp_old[rows], (step.adv if adv is None else adv)[rows],
-        step.n_tokens, step.beta)
+        step.n_tokens, step.beta, seeds)
 
 
 def logits_of_images(step):
@@ -222,8 +223,8 @@ def test_the_prior_is_the_likelihood_of_clean_tokens_on_a_noisy_context(step):
 
 def test_dropout_of_the_prior_leaves_the_policy_term_alone(step):
     adv, rows = torch.ones(12, dtype=torch.float64), torch.arange(12)
-    both = step.cfg, replace(step.cfg, prior_dropout=True)
-    losses = [loss_of(step, rows, cfg, adv) for cfg in both]
+    both = None, [5, 6, 7]
+    losses = [loss_of(step, rows, adv=adv, seeds=seeds) for seeds in both]
     assert not step.policy.training
     assert losses[0][1]["max_ratio_error"] == losses[1][1]["max_ratio_error"] < 1e-10
     assert losses[0][1]["prior"] != losses[1][1]["prior"]
@@ -232,15 +233,29 @@ def test_dropout_of_the_prior_leaves_the_policy_term_alone(step):
     for module in step.policy.modules():                         # with nothing to drop, both are equal
         module.dropout = module.token_dropout = 0.
     step.policy.config.class_dropout_prob = step.policy.config.token_dropout_p = 0.
-    losses = [loss_of(step, rows, cfg, adv)[0].item() for cfg in both]
+    losses = [loss_of(step, rows, adv=adv, seeds=seeds)[0].item() for seeds in both]
     assert losses[0] == pytest.approx(losses[1], abs=1e-12)
+
+
+def test_dropout_depends_on_seeds_and_not_on_micro_batches(step):
+    """Rows 5 and 10 are cut out of the middle of a group, so two images have their forward passes twice."""
+    step.policy.recompute = True                                 # as in both full-size configs
+    found = []
+    for size, seeds in ((12, [5, 6, 7]), (5, [5, 6, 7]), (12, [5, 6, 8])):
+        step.policy.zero_grad()
+        loss = sum(loss_of(step, rows, seeds=seeds)[0] for rows in torch.arange(12).split(size))
+        loss.backward()
+        found.append([loss.detach()] + [p.grad for p in step.policy.parameters() if p.grad is not None])
+    for one, cut in zip(*found[:2], strict=True):
+        assert torch.allclose(one, cut, atol=1e-12)
+    assert abs(found[2][0] - found[0][0]) > 1e-3
 
 
 # ---- runs --------------------------------------------------------------------------------------------------
 @pytest.fixture
 def small(small_evaluations, monkeypatch):
-    """`small_evaluations`, and a reconstruction of 16 held-back images."""
-    monkeypatch.setattr("tiny.world.HELD_BACK", 16)
+    """`small_evaluations`, and a reconstruction of 16 images."""
+    monkeypatch.setattr("tiny.world.FIXED_IMAGES", 16)
 
 
 def go(folder, base, *more):
@@ -249,8 +264,9 @@ def go(folder, base, *more):
 
 
 def test_six_steps_are_three_and_three_bit_for_bit(mini_base, tmp_path, small):
-    whole = go(tmp_path / "whole", mini_base, "--max_steps=6", "--prior_dropout")
-    go(tmp_path / "halves", mini_base, "--max_steps=6", "--prior_dropout", "--stop_after=3")
+    options = ["--max_steps=6", "--prior_dropout", "--recompute"]
+    whole = go(tmp_path / "whole", mini_base, *options)
+    go(tmp_path / "halves", mini_base, *options, "--stop_after=3")
     train.main([f"--out_dir={tmp_path / 'halves'}", "--resume"])
     rest = files.load(str(tmp_path / "halves" / "ckpt.pt"))
     assert all(same(whole[key], rest[key]) for key in ("model", "optimizer", "rng", "step"))
@@ -287,9 +303,9 @@ def test_options_that_mean_nothing_to_vapi_are_unknown_to_it(mini_base, tmp_path
                    "sample_batch=8"):
         with pytest.raises(UserError, match=f"no option '{option.split('=')[0]}' for this run"):
             go(tmp_path / "run", mini_base, f"--{option}")
-    for option in ("context_noise=1.5", "wrong_captions=2", "prior_weight=-1"):
-        with pytest.raises(UserError, match=option.split("=")[0]):
-            go(tmp_path / "run", mini_base, f"--{option}")
+    for option in ("context_noise=1.5", "wrong_captions=2", "prior_weight=-1", "prior_dropout --shard"):
+        with pytest.raises(UserError, match=re.split("[= ]", option)[0]):
+            go(tmp_path / "run", mini_base, *f"--{option}".split())
     assert not (tmp_path / "run").exists()
 
 
@@ -301,4 +317,4 @@ def test_the_share_of_wrong_captions(mini_base):
     right = sum(shapes.matches(scene, shapes.parse(caption)) for caption, scene in drawn) / 2000
     assert .79 < right < .85                                     # a wrong caption may be true by chance
     assert world.images.load([s for _, s in drawn[:2]]).shape == (2, 3, 32, 32)
-    assert isinstance(pipeline.policy, GPT) and len(set(world.images.held_back()[0])) > 50
+    assert isinstance(pipeline.policy, GPT) and len(set(world.images.fixed_images()[0])) > 50

@@ -285,7 +285,6 @@ def test_adapters_share_the_weights_and_start_as_the_base(ours, folder):
             if isinstance(module, lora.LowRank):
                 module.b.normal_(0, .1, generator=torch.Generator().manual_seed(seed))
                 merged.get_submodule(name).weight += 32 / 4 * module.b @ module.a
-                assert torch.allclose(module.weight, merged.get_submodule(name).weight)
         moved = policy(tokens, ids, mask)
         assert (moved - merged(tokens, ids, mask)).abs().max() < 1e-4
         assert (moved - base(tokens, ids, mask)).abs().max() > 1e-2

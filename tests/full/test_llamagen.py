@@ -185,7 +185,7 @@ def test_strange_prompts_reach_the_rewards_unchanged(folder, tmp_path, monkeypat
     (["--n_head=0"], "n_head="),
     (["--gpt_ckpt=nothing.pt"], "nothing.pt"),
     (["--gpt_ckpt=vq_ds16_t2i.pt"], "does not look like a file for GPTConfig"),
-    (["--sample_batch=3"], "do not divide evenly"),
+    (["--sample_batch=3"], "do not divide into batches of --sample_batch=3"),
     (["--prompts=no.txt"], "no file"),
     (["--shard", "--lora_rank=4"], "use one of them"),
 ])

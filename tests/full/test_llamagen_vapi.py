@@ -123,9 +123,9 @@ def test_the_world_shows_real_images(opened):
     images are never drawn."""
     _, world, pipeline = opened
     assert pipeline.pixels == 16                   # 4 x 4 tokens of 4 x 4 pixels
-    captions, images = world.images.held_back()
+    captions, images = world.images.fixed_images()
     assert images.shape == (4, 3, 16, 16) and images.dtype == torch.float32
-    assert torch.equal(images, world.images.held_back()[1])
+    assert torch.equal(images, world.images.fixed_images()[1])
     kept = {file for _, file, _ in world.images.listed.held_back}
     random.seed(0)
     drawn = [pair for _ in range(40) for pair in world.images.draw(4)]
@@ -291,14 +291,14 @@ def test_there_are_logits_of_images_not_of_samples(dropout):
                   model_type="c2i")
     policy, reference = GPT(c).eval(), GPT(c).eval().requires_grad_(False)
     cfg = SimpleNamespace(temperature=1.0, divergence="js", estimator="sampled", clip_eps=.2,
-                          prior_dropout=dropout, prior_weight=.1)
+                          prior_weight=.1)
     tokens, z = torch.randint(2048, (16, 64)), torch.randint(2048, (4, 64))
     context = Rollout(z, None, torch.arange(4))
     with Living(4 * 64 * 2048 * 2) as living:
         loss, _ = vapi.loss_of(
             cfg, policy, reference, context, Conditions(torch.arange(4), torch.ones(4, 1)), z,
             torch.arange(4).repeat_interleave(4), tokens, torch.full((16, 64), -7.6), torch.randn(16),
-            16 * 64, .4)
+            16 * 64, .4, [0, 1, 2, 3] if dropout else None)
         loss.backward()
     assert living.peak == 7 * 4 * 64 * 2048 * 4
 

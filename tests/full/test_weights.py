@@ -12,9 +12,10 @@ import types
 import pytest
 import torch
 
-from common import config, files
+from common import config, files, lora
 from common.config import UserError
 from full import weights
+from full.janus import Janus, JanusConfig
 from full_size import key_table, make_random
 from model import GPT, PRESETS, GPTConfig
 from vqgan import VQGAN, VQConfig
@@ -675,6 +676,38 @@ def test_command_line_table_export_and_convert(tmp_path, capsys, monkeypatch, mi
     assert all(f"--{name}=" in help_text for name in ("folder", "convert", "export", "to"))
 
 
+def test_export_merges_adapters(tmp_path):
+    torch.manual_seed(0)
+    policy = lora.adapt(GPT(TEXT).eval(), 4)
+    torch.nn.init.normal_(policy.output.weight)
+    adapters = [module for module in policy.modules() if isinstance(module, lora.LowRank)]
+    for module in adapters:
+        torch.nn.init.normal_(module.b, std=.1)
+    files.save({"model": policy.state_dict()}, str(tmp_path / "ckpt.pt"))
+    weights.main([f"--export={tmp_path}/ckpt.pt", f"--to={tmp_path}/mine_256.pt"])
+    merged = GPT.from_pretrained(str(tmp_path / "mine_256.pt"), n_head=2)
+    batch = torch.randint(24, (2, 256)), torch.randn(2, 3, 10)
+    assert len(adapters) == 2 * 5 and (policy(*batch) - merged(*batch)).abs().max() < .01
+    for module in adapters:
+        module.b.data.zero_()
+    assert (policy(*batch) - merged(*batch)).abs().max() > .1
+
+
+JANUS = JanusConfig(dim=8, n_layer=1, n_head=2, vocab_size=8, head_dim=8, words=9, pad_id=1)
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda: Janus(JANUS).state_dict(), "no run of LlamaGen"),
+    (lambda: GPT(TEXT).state_dict() | {"layers.0.extra.weight": torch.zeros(1)}, "layers.0.extra.weight"),
+    (lambda: {k: v for k, v in GPT(TEXT).state_dict().items() if "norm" not in k}, "norm.weight")])
+def test_export_refuses_what_llamagen_would_not_load(make, said, tmp_path):
+    files.save({"model": make()}, str(tmp_path / "ckpt.pt"))
+    with pytest.raises(UserError, match=said) as error:
+        weights.main([f"--export={tmp_path}/ckpt.pt", f"--to={tmp_path}/mine_256.pt"])
+    print(error.value)
+    assert "\n" not in str(error.value) and not (tmp_path / "mine_256.pt").exists()
+
+
 # ---- memory --------------------------------------------------------------------------------------------
 
 def status(field):
@@ -727,3 +760,11 @@ def test_a_big_load_peaks_at_the_size_of_the_file(tmp_path, kind):
     ratio = peak(path, 16, kind)
     print(f"{kind}: {os.path.getsize(path) / 1e9:.2f} GB, peak {ratio:.2f} of it")
     assert os.path.getsize(path) > 1.3e9 and .9 < ratio < 1.3
+
+
+def test_a_run_folder_is_exported_like_its_checkpoint(tmp_path):
+    policy = GPT(TEXT)
+    files.save({"model": policy.state_dict(), "step": 0}, str(tmp_path / "run" / "ckpt.pt"))
+    for run in ("run", "run/ckpt.pt"):
+        weights.main([f"--export={tmp_path / run}", f"--to={tmp_path / run.replace('/', '_')}.pt"])
+    assert all((tmp_path / name).exists() for name in ("run.pt", "run_ckpt.pt.pt"))

@@ -29,6 +29,8 @@ def test_reader_reward(world):
     assert reader(images, captions[1:] + captions[:1]).mean() < .05
     with pytest.raises(UserError):
         reader(images[:1], ["a photo of a cat"])
+    with pytest.raises(ValueError, match=r"\(2, 3, 32, 32\) and 1 prompts"):
+        reader(images[:2], captions[:1])
 
 
 def test_judge_prefers_the_true_caption(world, judge):

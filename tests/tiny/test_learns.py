@@ -1,6 +1,9 @@
 """python -m pytest tests/tiny/test_learns.py           a few real steps, about 30 s
 python -m pytest -m slow tests/tiny/test_learns.py   README's results over five seeds, 13 minutes on 2 cores
+
+The slow tests also write results/main.csv, which README's tables of results are computed from.
 """
+import csv
 import json
 import os
 import subprocess
@@ -11,6 +14,12 @@ import torch
 
 import train
 from common.config import locate
+from tiny import shapes
+
+
+MEASURES = ["reward", "heldout_reward", "open_entropy", "entropy_kept", "vendi", "kl_reverse",
+            "best_of_n_reward", "best_of_n_heldout_reward",
+            *(f"heldout_reward/{category}" for category in shapes.CATEGORIES)]
 
 
 def evaluations(folder):
@@ -45,6 +54,13 @@ def five_seeds():
     for name, _, folder in jobs:
         found = evaluations(folder)
         out[name].append((found[0], found[-1]))
+    with open(locate("results/main.csv"), "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["run", "seed", *MEASURES])
+        rows.writerow(["base", "", *(round(out["js"][0][0][m], 5) for m in MEASURES)])
+        for name, pairs in out.items():
+            rows.writerows([name, seed, *(round(after[m], 5) for m in MEASURES)]
+                           for seed, (_, after) in enumerate(pairs))
     return out
 
 

@@ -1,0 +1,30 @@
+"""Run: python -m pytest tests/tiny/test_world.py          (-m slow: the fixed images, 3 seconds)
+
+What README says about the prompts and images of every evaluation: which of them are training data.
+"""
+import random
+
+import pytest
+import torch
+
+from pretrain import Config
+from tiny import shapes, world
+
+
+def test_fixed_prompts_are_training_prompts():
+    pools, prompts = [shapes.captions(category) for category in shapes.CATEGORIES], world.fixed_prompts(3)
+    assert len(prompts) == 15 and set(prompts) <= {prompt for pool in pools for prompt in pool}
+    share = sum(sum(p in pool for p in prompts) / len(pool) for pool in pools) / len(pools)   # of all draws
+    assert share == pytest.approx(.127, abs=5e-4)
+    assert not set(world.fixed_prompts(3, unseen=True)) & {prompt for pool in pools for prompt in pool}
+
+
+@pytest.mark.slow
+def test_most_fixed_images_were_seen_in_pretraining():
+    rng = random.Random(Config.seed)                                       # as in pretrain.main
+    shapes.random_scenes(Config.scenes // 2, rng, allow_unseen=True)
+    seen = {scene for _, scene in shapes.random_scenes(Config.scenes, rng)}
+    captions, images = world.Images(0, None, torch.device("cpu")).fixed_images()
+    scenes = [scene for _, scene in shapes.random_scenes(len(captions), random.Random(4321))]
+    assert torch.equal(images, shapes.render(scenes))
+    assert (len(scenes), sum(scene in seen for scene in scenes)) == (128, 78)
