@@ -163,7 +163,7 @@ def render(scenes, over=4):
 # ---- the reader --------------------------------------------------------------------------------------------
 WINDOW = 16                                     # side of a template
 SLACK = 2                                       # largest shift of a template in each direction
-ERROR_LIMIT = .35            # a region is readable if squared error / sum of squares of its template is less
+ERROR_LIMIT = .35            # of squared error / sum of squares of its template, in a readable region
 TEMPLATES = list(itertools.product(SHAPES, RADII))
 
 
@@ -181,7 +181,8 @@ _COLORS, _BACKGROUNDS = (torch.tensor(list(p.values())) / 1. for p in (COLORS, B
 def _find_coverage(offset, g):
     """offset [B,3,H,W] is p - g, g [B,3] -> coverage [B,1,H,W] in [0,1], squared residual [B,K,H,W].
     For each color the least-squares solution of p - g = a d is a = <p - g, d> / <d, d>.
-    The residual of a color is |p - g - a d|^2. The coverage is the value a of the color with the least residual."""
+    The residual of a color is |p - g - a d|^2. The coverage is the value a of the color with the least
+    residual."""
     d = _COLORS - g[:, None]                                                                      # [B,K,3]
     a = (torch.einsum("bchw,bkc->bkhw", offset, d) / (d * d).sum(2)[..., None, None]).clamp(0, 1)
     residual = (offset[:, None] - a[:, :, None] * d[..., None, None]).square().sum(2)
