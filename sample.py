@@ -136,8 +136,7 @@ def open_pipeline(cfg, prompts, where):
     if pipeline.kind == "c2i":                             # whatever the name of its file
         pipeline.text = llamagen.Classes()
     else:
-        pipeline.text = kind.text_encoder(o, find(kind.text_files), where)
-    pipeline.text.prepare(prompts)
+        pipeline.text = kind.text_encoder(o, find(kind.text_files), where, prompts)
     return pipeline, pipeline.kind
 
 

@@ -39,7 +39,7 @@ class VQConfig:                            # the defaults are VQ-16 as released 
     codebook_size: int = 16384             # V
     codebook_embed_dim: int = 8            # n
     ch: int = 128                          # channels at full resolution
-    ch_mult: tuple = (1, 1, 2, 2, 4)       # channels of each level in units of `ch`; a level halves the side
+    ch_mult: tuple = (1, 1, 2, 2, 4)       # of each level, in units of `ch`; between levels the side halves
     num_res_blocks: int = 2                # per level of the encoder; a level of the decoder has one more
     z_channels: int = 256
     num_groups: int = 32                   # of GroupNorm

@@ -37,8 +37,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))          # the rank among the 
 def start(device):
     """Join the other processes, if there are any -> the device of this process.
 
-    Each process of a machine takes its own GPU. CPUs communicate by gloo. The timeout is an hour, because the
-    other processes wait while rank 0 evaluates.
+    The timeout is an hour, because the other processes wait while rank 0 evaluates.
     """
     if SIZE == 1:
         return device
@@ -87,11 +86,7 @@ def gather(x):
 
 
 def add_gradients(parameters):
-    """Replace each gradient by its sum over all processes.
-
-    Each process sends 4 bytes a parameter about twice: a ring adds up pieces on the way round, then sends the
-    sums round once more.
-    """
+    """Replace each gradient by its sum over all processes."""
     if dist.is_initialized():
         for p in parameters:
             if p.requires_grad and not hasattr(p.grad, "full_tensor"):     # FSDP2 has summed those already

@@ -42,22 +42,21 @@ MEAN = torch.tensor([.48145466, .4578275, .40821073])[:, None, None]       # of 
 STD = torch.tensor([.26862954, .26130258, .27577711])[:, None, None]
 
 
-def pad_square(images, size, antialias=True):
+def pad_square(images, size):
     """Fit whole images into a black square, as HPS does: [B,3,H,W] in [0,1] -> [B,3,size,size].
-    An odd line of padding goes right or below. antialias=True is the official ResizeMaxSize with torchvision
-    >= 0.17: Pillow's cubic (a = -.5), wide enough for all pixels that become one. Older versions had no
-    antialias: 4 x 4 pixels decide (a = -.75). As in the official code, the cubic may leave [0,1] a little."""
+    An odd line of padding goes right or below. This is the official ResizeMaxSize with torchvision >= 0.17:
+    Pillow's cubic (a = -.5), wide enough for all pixels that become one. It may leave [0,1] a little."""
     h, w = (round(side * (size / max(images.shape[2:]))) for side in images.shape[2:])
-    images = F.interpolate(images, (h, w), mode="bicubic", antialias=antialias)
+    images = F.interpolate(images, (h, w), mode="bicubic", antialias=True)
     top, left = (size - h) // 2, (size - w) // 2
     return F.pad(images, (left, size - w - left, top, size - h - top))
 
 
-def crop_square(images, size, antialias=True):
+def crop_square(images, size):
     """Scale the shortest side to `size` and crop the middle, for the other three rewards: [B,3,H,W] in [0,1]
     -> [B,3,size,size] in [0,1]. Clamped, because CLIP's code resizes 8-bit images, which stay in range."""
     h, w = (size * side // min(images.shape[2:]) for side in images.shape[2:])
-    images = F.interpolate(images, (h, w), mode="bicubic", antialias=antialias)
+    images = F.interpolate(images, (h, w), mode="bicubic", antialias=True)
     top, left = (h - size) // 2, (w - size) // 2
     return images[:, :, top:top + size, left:left + size].clamp(0, 1)
 
@@ -92,14 +91,13 @@ def from_open_clip(state):
     return out
 
 
-def open_clip_config(state, heads=None):
+def open_clip_config(state):
     """Return the CLIPConfig of weights in open_clip's layout. Shapes tell all but the number of heads of the
-    image tower. Raises ValueError if `heads` does not give this number and HEADS lacks the width."""
+    image tower. Raises ValueError if HEADS lacks its width."""
     from transformers import CLIPConfig
     width, _, patch, _ = state["visual.conv1.weight"].shape
     vocab, words = state["token_embedding.weight"].shape
-    heads = heads or HEADS.get(width)
-    if heads is None or words % 64:
+    if width not in HEADS or words % 64:
         raise ValueError(f"unknown number of heads at widths {width} and {words}; ViT-H/14 has 1280 and 1024")
 
     def tower(blocks, width, heads, **sizes):
@@ -107,13 +105,14 @@ def open_clip_config(state, heads=None):
                     num_hidden_layers=sum(k.startswith(blocks) and k.endswith(".ln_1.weight") for k in state),
                     intermediate_size=len(state[blocks + "0.mlp.c_fc.weight"]))
     side = math.isqrt(len(state["visual.positional_embedding"]) - 1)       # in patches; 1 is the class token
-    vision = tower("visual.transformer.resblocks.", width, heads, patch_size=patch, image_size=side * patch)
+    vision = tower("visual.transformer.resblocks.", width, HEADS[width], patch_size=patch,
+                   image_size=side * patch)
     text = tower("transformer.resblocks.", words, words // 64, vocab_size=vocab, bos_token_id=vocab - 2,
                  eos_token_id=vocab - 1, max_position_embeddings=len(state["positional_embedding"]))
     return CLIPConfig(vision_config=vision, text_config=text, projection_dim=state["visual.proj"].shape[1])
 
 
-def load_clip(path, heads=None):
+def load_clip(path):
     """Load the CLIPModel in a folder of the Hugging Face Hub, or in a file of open_clip, as HPS is. Raises
     UserError if it is missing or damaged, or if names or shapes of weights do not fit."""
     with files.explain(f"{path} is neither a folder of a CLIPModel nor a file in open_clip's layout"):
@@ -123,7 +122,7 @@ def load_clip(path, heads=None):
         source, options = path, {}
         if not os.path.isdir(path):
             source, state = None, files.select(files.load(path)["state_dict"], path)
-            options = {"config": open_clip_config(state, heads), "state_dict": from_open_clip(state)}
+            options = {"config": open_clip_config(state), "state_dict": from_open_clip(state)}
         for file in glob.glob(f"{glob.escape(path)}/*.bin"):
             files.verify(file)
         for file in glob.glob(f"{glob.escape(path)}/*.safetensors"):
@@ -158,14 +157,14 @@ def load_head(path, width):
 class Reward:
     """The frozen reward `name`: images [B,3,H,W] in about [-1,1] and B prompts -> rewards [B] in fp32.
     paths: {part: path}, with the parts of FILES[name]. The tokenizer is a folder, the head a .pth file, and
-    `load_clip` describes the model. dtype: of the towers. antialias: see `pad_square`. batch: images or
-    prompts at once. Raises UserError for bad files."""
+    `load_clip` describes the model. dtype: of the towers. batch: images or prompts at once. Raises UserError
+    for bad files."""
 
-    def __init__(self, name, paths, device="cpu", dtype=torch.float32, antialias=True, batch=64):
+    def __init__(self, name, paths, device="cpu", dtype=torch.float32, batch=64):
         model = load_clip(paths["model"])
         self.scale = model.logit_scale.float().exp().item()        # before the cast: bf16 would make 100 99
         self.model = model.to(device, dtype).eval().requires_grad_(False)
-        self.name, self.device, self.dtype, self.antialias, self.batch = name, device, dtype, antialias, batch
+        self.name, self.device, self.dtype, self.batch = name, device, dtype, batch
         if name == "aesthetic":
             self.head = [v.to(device) for v in load_head(paths["head"], model.config.projection_dim)]
             return
@@ -195,7 +194,7 @@ class Reward:
 
         def vectors(images):
             x = (images.to(self.device).float().clamp(-1, 1) + 1) / 2
-            x = square(x, self.model.config.vision_config.image_size, self.antialias)
+            x = square(x, self.model.config.vision_config.image_size)
             pixels = (x - MEAN.to(self.device)) / STD.to(self.device)  # last, so that the padding is black
             return self._unit(self.model.get_image_features(pixel_values=pixels.to(self.dtype)))
         return batched(vectors, images, self.batch)

@@ -203,9 +203,6 @@ class Prompts:
         if None in (self.start, self.pad, self.image):
             raise UserError(f"{path} is not Janus-Pro's: it lacks one of {START}, {PAD}, {IMAGE}.")
 
-    def prepare(self, prompts):
-        """Do nothing. Unlike T5 (full/t5.py), Janus has no features to compute beforehand."""
-
     def encode(self, prompts, device="cpu"):
         """Return the ids [P,L] of P prompts, and a mask [P,L] that is True at a prompt's tokens. Prompts are
         padded on the left to the longest of these."""
@@ -227,7 +224,7 @@ class Pipeline(llamagen.Pipeline):
     model_files = text_files = ("gpt_ckpt",)
 
     @staticmethod
-    def text_encoder(o, found, device):
+    def text_encoder(o, found, device, prompts):
         return Prompts(found[o.gpt_ckpt])
 
     @staticmethod

@@ -25,9 +25,6 @@ class Classes:
     def __init__(self, label_of=None):
         self.label_of = label_of
 
-    def prepare(self, names):
-        pass                                               # nothing to compute in advance
-
     def check(self, texts, n):
         """Raise UserError unless all texts are class numbers below n."""
         if not all(text.isdecimal() and int(text) < n for text in texts):
@@ -41,13 +38,16 @@ class Classes:
 
 class Pipeline:
     """The models of LlamaGen. o: full.world.Options. found: {name: path} of its files. text: an encoder of
-    prompts, an object with prepare(prompts) and encode(prompts, device). Raises UserError."""
+    prompts, an object with encode(prompts, device). Raises UserError."""
 
     model_files, text_files = ("gpt_ckpt", "vq_ckpt"), ("t5",)     # options that name files of weights
 
     @staticmethod
-    def text_encoder(o, found, device):
-        return t5.Captions(found[o.t5], os.path.join(o.weights, "cache"), device=device)
+    def text_encoder(o, found, device, prompts):
+        """Return the encoder of prompts. It has encoded these `prompts` already, and T5 is freed again."""
+        captions = t5.Captions(found[o.t5], os.path.join(o.weights, "cache"), device=device)
+        captions.prepare(prompts)
+        return captions
 
     @staticmethod
     def load_models(o, found, known):

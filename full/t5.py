@@ -14,7 +14,6 @@ The encoder never changes, so each prompt is encoded once. Then the encoder's 2.
 Sources: T5, arXiv 1910.10683. LlamaGen, arXiv 2406.06525. The rules are those of its `clean_caption`
 (language/t5.py, from DeepFloyd IF). Departure 1: where its HTML parser fails ("<![x"), we keep the tags.
 
-    python -m full.t5 "Blue_Cat &amp;quot;on-sale&amp;quot;, FREE shipping: https://cats.com/1"     cleans it
     Captions("weights/flan-t5-xl", "cache").encode(["a photo of a cat"])              # [1,120,2048], [1,120]
 """
 import contextlib
@@ -31,7 +30,7 @@ import torch
 from tqdm import trange
 
 from common import files
-from common.config import UserError, run
+from common.config import UserError
 
 # The rules of cleaning, in order: (regular expression, replacement). The text is already in lower case.
 SITE = r"[a-z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
@@ -156,7 +155,3 @@ class Captions:
             features[b, self.length - len(row):] = row                                # bf16 to fp32 is exact
             mask[b, self.length - len(row):] = True
         return features.to(device), mask.to(device)
-
-
-if __name__ == "__main__":
-    run(lambda argv: print(clean(" ".join(argv))))

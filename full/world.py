@@ -45,7 +45,6 @@ class Options:
     n_head: int = option(0, "attention heads of gpt_ckpt; 0 = by the table of released sizes", low=0)
     block_size: int = option(0, "image tokens of gpt_ckpt; 0 = by its name: _256, _384, _512 pixels", low=0)
     prompts: str = option("assets/prompts.txt", ".txt, .json, .jsonl, .csv or .tsv", ending="")
-    antialias: bool = option(True, "of HPS's resize to 224 pixels; False = as torchvision before 0.17")
     lora_rank: int = option(0, "above 0: train adapters of this rank, not the weights (lora.py)", low=0)
 
     def check(cfg):
@@ -80,8 +79,8 @@ class World:
         # As in the code of HPS, rewards run in fp16 on a GPU.
         dtype = (torch.float16 if device.type == "cuda" else
                  torch.bfloat16 if o.dtype == "bfloat16" else torch.float32)
-        models = {n: clip.Reward(n, {k: found[f] for k, f in clip.FILES[n].items()}, device, dtype,
-                                o.antialias or n != "hps") for n in sorted(set(learned))}
+        models = {n: clip.Reward(n, {k: found[f] for k, f in clip.FILES[n].items()}, device, dtype)
+                  for n in sorted(set(learned))}
         self.reward = reward.weighted(o.reward, models | reward.REWARDS)
         self.heldout = reward.weighted(o.heldout_reward, models | reward.REWARDS)
         self.embed = models[learned[0]].embed_images
@@ -158,8 +157,8 @@ def open_world(o, device, with_images=False):
     with parallel.in_turn():                        # one process downloads and encodes, then the others read
         found = weights.find(list(dict.fromkeys(names)), o.weights)
         held_back, pool = split_prompts(o, listed)
-        text = llamagen.Classes(listed.label_of) if classes else kind.text_encoder(o, found, device)
-        text.prepare(held_back + pool)
+        text = (llamagen.Classes(listed.label_of) if classes else
+                kind.text_encoder(o, found, device, held_back + pool))
     pipeline = kind(o, found, text, device, o.dtype)
     pipeline.made_from = found
     if classes != (pipeline.kind == "c2i"):

@@ -96,9 +96,8 @@ NAMES = {"heldout_reward": "reader", "reward": "judge", "frechet": "Frechet dist
 
 
 def best(rows, seed, measure):
-    """Return the best value that the policy of a seed has under any of SETTINGS, and the line that has it."""
-    row = max((r for r in rows if r["seed"] == seed), key=lambda r: BETTER[measure] * r[measure])
-    return row[measure], row
+    """Return the best value that the policy of a seed has under any of SETTINGS."""
+    return max((r[measure] for r in rows if r["seed"] == seed), key=lambda value: BETTER[measure] * value)
 
 
 def verdicts(rows, settings):
@@ -111,9 +110,9 @@ def verdicts(rows, settings):
         found = [(claim, f"{arm} - {other}", [
             r[measure] - (r["base_" + measure] if other == "base" else at[other, r["seed"]][measure])
             for r in rows if r["arm"] == arm]) for claim, arm, other in pairs]
-        of_base, trained = best(settings, -1, measure)[0], sorted({r["seed"] for r in settings} - {-1})
+        of_base, trained = best(settings, -1, measure), sorted({r["seed"] for r in settings} - {-1})
         found.append(("(v)", "all - base, each under its best setting",
-                      [best(settings, s, measure)[0] - of_base for s in trained]))
+                      [best(settings, s, measure) - of_base for s in trained]))
         words = dict(zip(("more", "less"), ("better", "worse")[::sign]))
         for claim, what, differences in found:
             text, shown = stats.say(differences)

@@ -97,29 +97,22 @@ def demo(path, steps=1500, frames=60, batch=16, rate=.5, strength=.25, seed=0):
     generators = {form: torch.Generator().manual_seed(seed) for form in FORMS}
     figure, axes = plt.subplots(3, 3, figsize=(9, 6.5), dpi=70, sharex=True, sharey=True)
     figure.subplots_adjust(left=.06, right=.99, top=.96, bottom=.09, wspace=.04, hspace=.2)
-    # draw() omits animated artists, so everything else is drawn only once.
-    style, bars = dict(animated=True), {}
-    label, moving = figure.supxlabel("step 0", fontsize=10, **style), []
+    label, bars, images = figure.supxlabel("step 0", fontsize=10), {}, []
     for axis, (name, estimator) in zip(axes.flat, FORMS):
-        bars[name, estimator] = axis.bar(range(10), RHO.tolist(), color="tab:blue", **style)
-        fixed = fixed_point(name, estimator, beta[name]).tolist()
-        moving += [*bars[name, estimator],
-                   *axis.bar(range(10), RHO.tolist(), fill=False, edgecolor="black", lw=.8, **style),
-                   *axis.plot(range(10), fixed, "_", color="tab:red", ms=11, mew=2, **style)]
+        bars[name, estimator] = axis.bar(range(10), RHO.tolist(), color="tab:blue", zorder=3)
+        axis.bar(range(10), RHO.tolist(), fill=False, edgecolor="black", lw=.8, zorder=3)
+        axis.plot(range(10), fixed_point(name, estimator, beta[name]).tolist(), "_", color="tab:red", ms=11,
+                  mew=2, zorder=3)
         axis.set_title(f"{name} (beta {beta[name]:g}), {estimator}", fontsize=9)
         axis.set(yscale="log", ylim=(5e-4, 1.2))                           # rare tokens stay visible
         axis.minorticks_off()
-    figure.canvas.draw()
-    background, images = figure.canvas.copy_from_bbox(figure.bbox), []
     for step in range(steps // frames * frames + 1):
         if step % (steps // frames) == 0:
             for form in FORMS:
                 for bar, height in zip(bars[form], z[form].softmax(0).tolist()):
                     bar.set_height(height)
             label.set_text(f"token (token 4 is rewarded), step {step}")
-            figure.canvas.restore_region(background)
-            for artist in (*moving, label):
-                figure.draw_artist(artist)
+            figure.canvas.draw()
             images.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))
         for form in FORMS:
             z[form] = z[form] + rate * update(z[form], *form, beta[form[0]], batch, generators[form])
@@ -165,29 +158,24 @@ def film(runs, path, milliseconds=700):
 class Config:
     runs: tuple = option((), "run folders, given as bare words: make a film of them")
     demo: bool = option(False, "make the demo")
-    out: str = option("", "file of the figure; '' = out/divergences.png, demo.gif or film.gif")
 
 
 def main(argv):
     cfg, _ = config.load(Config, argv, positional="runs")
     if cfg.demo and cfg.runs:
         raise UserError(f"--demo takes no runs, got {' '.join(cfg.runs)}. Give either --demo or runs.")
-    out = cfg.out or ("out/demo.gif" if cfg.demo else "out/film.gif" if cfg.runs else "out/divergences.png")
-    ending = ".gif" if cfg.demo or cfg.runs else ".png"
-    if not out.lower().endswith(ending):
-        raise UserError(f"--out must name a file that ends in {ending}, got {out!r}.")
-    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    os.makedirs("out", exist_ok=True)
     if cfg.demo:
-        demo(out)
-        print(f"{out}: blue bars: the policy; black: the reference; red: where the mean update is zero")
+        demo("out/demo.gif")
+        print("out/demo.gif: blue bars: the policy; black: the reference; red: where the mean update is zero")
     elif cfg.runs:
-        film(cfg.runs, out)
-        print(f"{out}: {' | '.join(cfg.runs)}")
+        film(cfg.runs, "out/film.gif")
+        print(f"out/film.gif: {' | '.join(cfg.runs)}")
     else:
-        plot(out)
+        plot("out/divergences.png")
         for claim, error in check_gradients().items():
             print(f"{claim:45s} largest error {error:.1e}")
-        print(f"curves: {out}")
+        print("curves: out/divergences.png")
 
 
 if __name__ == "__main__":

@@ -43,8 +43,9 @@ from divergences import STRENGTH
 from lab import stats, sweep
 
 DIVERGENCES, ESTIMATORS = ("reverse_kl", "forward_kl", "js"), ("sampled", "unbiased", "exact")
-BETAS = (.125, .03125, .5, .0625, .25)         # of a KL, in the order of the runs; JS: times STRENGTH
+BETAS = (.03125, .0625, .125, .25, .5)         # of a KL; JS: times STRENGTH
 SCHEDULED = .125                               # mean beta of the falling schedule, of a KL
+SAME = [b for b in BETAS if b / STRENGTH["js"] in BETAS]        # betas that a KL and JS have in common
 TARGET = .2                                    # training reward; the report's figure shows when it is reached
 LEVELS, OTHER_LEVELS = (.7, .95), (.8, .98)    # ranges of diversity kept: of all verdicts, of a check
 REACHED = {"reward": "mean reachable reward", "heldout_reward": "mean reachable held-out reward"}   # gained
@@ -63,22 +64,14 @@ class Config(sweep.Config):
 
 
 # ---- the runs ----------------------------------------------------------------------------------------------
-def cells(betas):
-    """Yield (divergence, estimator, beta, schedule) of every cell with one of these betas of a KL."""
-    for b, estimator, d in product(betas, ESTIMATORS, DIVERGENCES):
-        yield d, estimator, b * STRENGTH[d], "constant"
-    if SCHEDULED in betas:
-        for d in DIVERGENCES:
-            yield d, "sampled", SCHEDULED * STRENGTH[d], "linear"
-        yield "none", "sampled", 0.0, "constant"
+CELLS = [(d, e, b * STRENGTH[d], "constant") for b, e, d in product(BETAS, ESTIMATORS, DIVERGENCES)]
+CELLS += [(d, "sampled", SCHEDULED * STRENGTH[d], "linear") for d in DIVERGENCES]
+CELLS += [NONE := ("none", "sampled", 0.0, "constant")]        # (divergence, estimator, beta, schedule)
 
 
 def plan(seeds, first=0):
-    """Return all runs (cell, seed): 3 betas x 3 seeds, then all betas x 3 seeds, then all betas x all seeds.
-    Stopping early leaves a smaller but balanced experiment."""
-    few, every = range(first, first + min(3, seeds)), range(first, first + seeds)
-    stages = [(BETAS[:3], few), (BETAS, few), (BETAS, every)]
-    return list(dict.fromkeys((cell, s) for betas, some in stages for s in some for cell in cells(betas)))
+    """Return all runs (*cell, seed), one seed after another."""
+    return [(*cell, seed) for seed in range(first, first + seeds) for cell in CELLS]
 
 
 def load(path):
@@ -117,18 +110,17 @@ def gain(row, measure="reward"):
 
 
 def complete(rows):
-    """Return (betas of a KL, seeds) of the largest block in which every cell has a run."""
-    done, seeds = {key(r) for r in rows}, {r["seed"] for r in rows}
-    blocks = [(BETAS[:n], [s for s in sorted(seeds) if all((cell, s) in done for cell in cells(BETAS[:n]))])
-              for n in range(1, len(BETAS) + 1)]
-    return max(blocks, key=lambda block: (len(block[0]) >= 3, len(block[0]) * len(block[1])))
+    """Return the seeds for which every cell has a run. A sweep makes one seed after another, so a report of
+    an unfinished sweep compares fewer seeds."""
+    done = {key(r) for r in rows}
+    return [s for s in sorted({seed for _, seed in done}) if all((cell, s) in done for cell in CELLS)]
 
 
 def frontier(rows, seed, betas, measure, divergence, estimator, schedule="constant"):
     """Return points (diversity kept, gain) of a seed: base, `none`, and the runs with these betas of a KL."""
-    wanted = {(divergence, estimator, b * STRENGTH[divergence], schedule) for b in betas}
-    return [(1.0, 0.0)] + [(entropy_kept(r), gain(r, measure)) for r in rows if r["seed"] == seed
-                           and (r["divergence"] == "none" or key(r)[0] in wanted)]
+    wanted = {NONE, *((divergence, estimator, b * STRENGTH[divergence], schedule) for b in betas)}
+    return [(1.0, 0.0)] + [(entropy_kept(r), gain(r, measure)) for r in rows
+                           if r["seed"] == seed and key(r)[0] in wanted]
 
 
 def reachable(points, level):
@@ -144,33 +136,33 @@ def area(points, levels=LEVELS):
     return float(np.mean([reachable(points, level) for level in np.linspace(*levels, 51)]))
 
 
-def reach(rows, seed, forms, betas, measure, levels=LEVELS):
-    """Return the mean `area` of one seed over forms (divergence, estimator), or (.., schedule)."""
-    return np.mean([area(frontier(rows, seed, betas, measure, *form), levels) for form in forms])
+def reach(rows, forms, measure, betas=BETAS, levels=LEVELS):
+    """Return for each seed the mean `area` over forms (divergence, estimator), or (.., schedule)."""
+    return [np.mean([area(frontier(rows, s, betas, measure, *form), levels) for form in forms])
+            for s in complete(rows)]
 
 
 def compared(rows, pairs, levels=LEVELS):
     """Yield a line (*words, measure, difference, verdict) for each measure of REACHED and each of the pairs
     (*words, forms, other forms, betas of a KL). The difference is between what the two `reach`."""
-    seeds = complete(rows)[1]
     for measure, name in REACHED.items():
         for *words, one, other, betas in pairs:
-            a, b = ([reach(rows, s, forms, betas, measure, levels) for s in seeds] for forms in (one, other))
+            a, b = (reach(rows, forms, measure, betas, levels) for forms in (one, other))
             yield *words, name, *stats.say(np.subtract(a, b))
 
 
 def verdicts(rows, levels=LEVELS):
     """Return what the runs say about the claims: lines (claim, comparison, measure, difference, verdict)."""
-    (betas, seeds), at, out = complete(rows), {key(r): r for r in rows}, []
+    seeds, at, out = complete(rows), {key(r): r for r in rows}, []
     # (i): all three get the same beta. To beat a KL means more reward and no less diversity.
-    for b, kl in product(sorted(set(betas) & {STRENGTH["js"] * b for b in betas}), DIVERGENCES[:2]):
+    for b, kl in product(SAME, DIVERGENCES[:2]):
         for name, value in (("reward gained", gain), ("diversity kept", entropy_kept)):
             js, other = ([value(at[(d, "sampled", b, "constant"), s]) for s in seeds] for d in ("js", kl))
             words = "(i)", f"js - {kl}, sampled, both beta {b:g}", name
             out.append((*words, *stats.say(np.subtract(js, other))))
-    pairs = [("(ii)", f"js - {kl}, {e}", [("js", e)], [(kl, e)], betas)
+    pairs = [("(ii)", f"js - {kl}, {e}", [("js", e)], [(kl, e)], BETAS)
              for e in ESTIMATORS for kl in DIVERGENCES[:2]]
-    pairs += [(claim, f"{e} - sampled, {d}", [(d, e)], [(d, "sampled")], betas)
+    pairs += [(claim, f"{e} - sampled, {d}", [(d, e)], [(d, "sampled")], BETAS)
               for claim, e in (("(iii)", "exact"), ("(iv)", "unbiased")) for d in DIVERGENCES]
     pairs += [("(v)", f"falling - constant, {d}", [(d, "sampled", "linear")], [(d, "sampled")], [SCHEDULED])
               for d in DIVERGENCES]
@@ -179,7 +171,7 @@ def verdicts(rows, levels=LEVELS):
 
 def afterwards(rows):
     """Return comparisons that were chosen after the runs were seen: lines of `verdicts` without a claim."""
-    (betas, seeds), at = complete(rows), {key(r): r for r in rows}
+    seeds, at = complete(rows), {key(r): r for r in rows}
     twice = [("forward_kl", "unbiased"), ("reverse_kl", "sampled")]            # one method
     pairs = [("one method run twice: unbiased forward_kl - sampled reverse_kl", twice[:1], twice[1:]),
              ("the same function, less noise: exact forward_kl - the method run twice",
@@ -190,12 +182,12 @@ def afterwards(rows):
         pairs.append((f"{a} - {b}, mean over divergences", *([(d, e) for d in DIVERGENCES] for e in (a, b))))
     for a, b in (("reverse_kl", "js"), ("reverse_kl", "forward_kl"), ("js", "forward_kl")):
         pairs.append((f"{a} - {b}, mean over estimators", *([(d, e) for e in ESTIMATORS] for d in (a, b))))
-    out = list(compared(rows, [(*pair, betas) for pair in pairs]))
-    weak = [(d, "exact", b * STRENGTH[d], "constant") for d in DIVERGENCES for b in sorted(betas)[:2]]
+    out = list(compared(rows, [(*pair, BETAS) for pair in pairs]))
+    weak = [(d, "exact", b * STRENGTH[d], "constant") for d in DIVERGENCES for b in BETAS[:2]]
     for name, value in (("reward gained", gain), ("held-out reward gained",
                         lambda r: gain(r, "heldout_reward")), ("diversity kept", entropy_kept)):
         out.append((f"none - the {len(weak)} weakest exact cells", name, *stats.say([
-            value(at[("none", "sampled", 0.0, "constant"), s])
+            value(at[NONE, s])
             - np.mean([value(at[cell, s]) for cell in weak]) for s in seeds])))
     return out
 
@@ -218,13 +210,11 @@ def steps_to(row):
 
 def trace(axis, found, x, y, style="o-", legend=True):
     """Draw a line through the cells of each divergence, with crosses of one standard deviation."""
-    def deviation(values):
-        return np.nanstd(values, ddof=1) if np.isfinite(values).sum() > 1 else 0
     for d, color in COLORS.items():
-        if cells_of := [rs for (name, *_), rs in found if name == d]:
-            xs, ys, dx, dy = ([f([value(r) for r in rs]) for rs in cells_of]
-                              for f in (np.nanmean, deviation) for value in (x, y))
-            axis.errorbar(xs, ys, dy, dx, fmt=style, ms=3, lw=1, elinewidth=.6, color=color,
+        if cells := [rs for (name, *_), rs in found if name == d]:
+            xs, ys = (np.array([[value(r) for r in rs] for rs in cells]) for value in (x, y))  # [cells,seeds]
+            dx, dy = (values.std(1, ddof=min(1, len(cells[0]) - 1)) for values in (xs, ys))
+            axis.errorbar(xs.mean(1), ys.mean(1), dy, dx, fmt=style, ms=3, lw=1, elinewidth=.6, color=color,
                           label=d if legend else None)
 
 
@@ -232,9 +222,8 @@ def figures(rows, folder):
     """Write frontier.png, the main result, and frontier_more.png, further views, into `folder`."""
     kept, judged, strong = "open-attribute entropy kept", "judge reward gained", STRENGTH["js"]
     main_figure, more_views = (os.path.join(folder, name) for name in ("frontier.png", "frontier_more.png"))
-    betas, seeds = complete(rows)
-    known = set(product(cells(betas), seeds))
-    found = [*groups([r for r in rows if key(r) in known]).items()]
+    seeds = complete(rows)
+    found = [*groups([r for r in rows if r["seed"] in seeds]).items()]
 
     def pick(estimator=None, betas=None, js=strong):
         return [(cell, rs) for cell, rs in found if cell[0] == "none" or cell[3] == "constant"
@@ -249,11 +238,10 @@ def figures(rows, folder):
         axes[0].set_ylabel(judged)
         axes[0].legend(frameon=False)
 
-    same = set(BETAS) & {strong * b for b in BETAS}
     with stats.panels(more_views, 2, 3, (14, 8.4)) as axes:
         for axis, js, title in ((axes[0, 0], 1, "one beta for all"),
                                 (axes[0, 1], strong, f"matched strength (js x {strong})")):
-            trace(axis, pick("sampled", same, js), entropy_kept, gain)
+            trace(axis, pick("sampled", SAME, js), entropy_kept, gain)
             axis.set(title=f"sampled, {title}", xlabel=kept, ylabel=judged)
         trace(axes[0, 2], pick("sampled"), lambda r: r["kl_reverse"], gain)
         trace(axes[0, 2], pick("exact")[:-1], lambda r: r["kl_reverse"], gain, "o--", legend=False)
@@ -273,19 +261,18 @@ def figures(rows, folder):
 
 def report(rows):
     """Return the report: the verdicts, the figures, then every cell."""
-    betas, seeds = complete(rows)
     lines, others = verdicts(rows), verdicts(rows, OTHER_LEVELS)
-    means = [[e] + [" / ".join(f"{np.mean([reach(rows, s, [(d, e)], betas, m) for s in seeds]):.3f}"
-                               for m in REACHED) for d in DIVERGENCES] for e in ESTIMATORS]
+    means = [[e, *(" / ".join(f"{np.mean(reach(rows, [(d, e)], m)):.3f}" for m in REACHED)
+                   for d in DIVERGENCES)] for e in ESTIMATORS]
     changed = [f"{a[0]} {a[1]}, {a[2]}: {a[4]} -> {b[4]}" for a, b in zip(lines, others) if a[4] != b[4]]
     every = [[d, e, f"{b:g}", how, len(rs)] + [stats.spread([r[m] for r in rs]) for m in (
              "reward", "heldout_reward", "entropy_kept", "vendi", "kl_reverse")]
              for (d, e, b, how), rs in groups(rows).items()]
     return (f"# Performance against diversity\n\nMade by `python -m lab.frontier --only=figures` from "
             f"frontier.csv: {len(rows)} runs, device {rows[0]['device']}, base {rows[0]['base']}. Verdicts "
-            f"use the betas of a KL {sorted(betas)} (js x {STRENGTH['js']}) and the seeds {seeds}. The "
+            f"use the betas of a KL {[*BETAS]} (js x {STRENGTH['js']}) and the seeds {complete(rows)}. The "
             f"claims are stated in lab/frontier.py.\n\n![reward against diversity](frontier.png)\n\n"
-            f"{stats.judged(lines, len(seeds))}\n\n**Another range.** Frontiers are compared where "
+            f"{stats.judged(lines, len(complete(rows)))}\n\n**Another range.** Frontiers are compared where "
             f"{LEVELS[0]} to {LEVELS[1]} of the diversity is kept. From {OTHER_LEVELS[0]} to "
             f"{OTHER_LEVELS[1]} the verdicts are the same{' except for: ' * bool(changed)}"
             f"{'; '.join(changed)}.\n\n"
@@ -300,11 +287,10 @@ def report(rows):
 def main(argv):
     cfg, _ = config.load(Config, argv)
     if cfg.only != "figures":
-        sweep.make(cfg, load(cfg.csv), [(*cell, seed) for cell, seed in plan(cfg.seeds, cfg.first_seed)],
-                   FIELDS, command, row_of)
+        sweep.make(cfg, load(cfg.csv), plan(cfg.seeds, cfg.first_seed), FIELDS, command, row_of)
     if cfg.only != "runs":
         rows, folder = load(cfg.csv), os.path.dirname(cfg.csv) or "."
-        if not rows or not complete(rows)[1]:
+        if not complete(rows):
             raise UserError(f"{cfg.csv} has no seed with all cells yet. Continue with python -m lab.frontier")
         figures(rows, folder)
         stats.publish(report(rows), os.path.join(folder, "frontier.md"))

@@ -7,16 +7,15 @@
 """
 import contextlib
 import itertools
-import json
 import os
 import platform
 import statistics
 import subprocess
-import tempfile
 import time
 
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
 from common.config import UserError
 
@@ -58,29 +57,19 @@ def peak_bytes(f, device):
     # The CPU allocator keeps no peak, but the profiler records every allocation and every release.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
         f()
-    with tempfile.TemporaryDirectory() as folder:
-        p.export_chrome_trace(os.path.join(folder, "trace.json"))
-        with open(os.path.join(folder, "trace.json"), encoding="utf-8") as file:
-            events = [e for e in json.load(file)["traceEvents"] if e.get("name") == "[memory]"]
-    events.sort(key=lambda e: e["ts"])
-    return max(itertools.accumulate((e["args"]["Bytes"] for e in events), initial=0))
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(itertools.accumulate((e.nbytes() for e in events), initial=0))
 
 
-def ceilings(device, repeats):
+def ceilings(device):
     """Return {"copy": bytes/s read and written by a large copy, dtype: FLOP/s of a large product in it}."""
-    gpu = device.type == "cuda"
-    times = 20 if gpu else 1               # a GPU must work for longer than a call takes to start
-
     def fastest(f):
-        def many():
-            for _ in range(times):
-                f()
-        end = time.time() + gpu
-        while time.time() < end:           # a GPU leaves its idle clock within a second
-            many()
-            sync(device)
-        # A ceiling is what the machine can do, so the fastest round counts, not the median.
-        return seconds([many], device, 4 * repeats, min)[0] / times
+        # A GPU leaves its idle clock within a second. A ceiling is what the machine can do, so the fastest
+        # round counts, not the median.
+        timer = Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
+        return min(timer.blocked_autorange(min_run_time=3).times)
+    gpu = device.type == "cuda"
     big = torch.zeros(2 ** 28 if gpu else 2 ** 26, device=device)
     to, n = torch.empty_like(big), 8192 if gpu else 2048
     out = {"copy": 2 * big.nbytes / fastest(lambda: to.copy_(big))}

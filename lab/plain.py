@@ -6,24 +6,14 @@ it with `ImageTransformer.generate` in model.py, which leaves work out.
 
 R rows: B sequences, or 2B under guidance   L length of the prefix   S positions   D width
 """
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
-@contextlib.contextmanager
-def math_kernel():
-    """Use the math kernel for attention, as the released sampler does. The sampler is older than torch 2.5,
-    which computes half precision in fp32 there. This is switched off."""
-    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)               # on a CPU as well
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
+# The released sampler is older than torch 2.5, whose math kernel computes half precision in fp32. Switch this
+# off, on a CPU as well. model.py does not use this kernel.
+torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 
 class Plain:
@@ -59,7 +49,7 @@ class Plain:
             x = x + layer.feed_forward(layer.ffn_norm(x))
         return x
 
-    @math_kernel()
+    @sdpa_kernel(SDPBackend.MATH)
     def forward(self, tokens, cond, cond_mask, prompt, cfg_scale=1.0):
         x, mask, rotations = self.prefix(cond, cond_mask, prompt, cfg_scale)
         inputs = self.gpt.tok_embeddings(tokens[:, :-1]).repeat(len(x) // len(tokens), 1, 1)
@@ -67,7 +57,7 @@ class Plain:
         return self.gpt.logits(x[:, self.c.cls_token_num - 1:], cfg_scale)
 
     @torch.no_grad()
-    @math_kernel()
+    @sdpa_kernel(SDPBackend.MATH)
     def generate(self, cond, cond_mask, prompt, *, cfg_scale=1.0, generator=None):
         x, mask, rotations = self.prefix(cond, cond_mask, prompt, cfg_scale)
         shape = (len(x), self.c.n_head, mask.shape[3], self.c.dim // self.c.n_head)

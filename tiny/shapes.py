@@ -11,8 +11,6 @@ The five categories of captions are a miniature of GenEval, a benchmark of text-
   two       a circle and a square (open colors)    position  a red circle left of a blue square
   binding   a red circle and a blue square
 
-    python -m tiny.shapes          measures the reader on 2,000 rendered scenes
-
 Images are [B,3,H,W] in [-1,1] with H = W = 32. Sizes and places are in pixels. Places x and y start at the
 top left corner, and y points down. Symbols of the reader:
   B images   N connected regions of object pixels in all images   K = 4 colors of objects
@@ -20,7 +18,6 @@ top left corner, and y points down. Symbols of the reader:
   a          coverage: the fraction of a pixel that an object covers, so that p = g + a d
 """
 import itertools
-import random
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +35,7 @@ RADII = dict(small=5, large=7)                       # half the width of a shape
 NUMBERS = dict(two=2, three=3)
 GAP = 2                                              # least gap between two shapes
 MARGIN = 1                                           # least gap between a shape and the border
-GRID = 8                                             # distance between neighboring places of a center
+GRID = 8                                             # centers of shapes stand on a grid with this spacing
 RELATION_MARGIN = 4                                  # "left of" means left by at least this many pixels
 # Unseen pairs: no caption and no image in the training of policy and judge contains these pairs of color and
 # shape. So they test generalization.
@@ -166,7 +163,7 @@ def render(scenes, over=4):
 # ---- the reader --------------------------------------------------------------------------------------------
 WINDOW = 16                                     # side of a template
 SLACK = 2                                       # largest shift of a template in each direction
-ERROR_LIMIT = .35            # largest error of a readable region: squared, over its template's sum of squares
+ERROR_LIMIT = .35            # of squared error / sum of squares of its template, in a readable region
 TEMPLATES = list(itertools.product(SHAPES, RADII))
 
 
@@ -184,7 +181,8 @@ _COLORS, _BACKGROUNDS = (torch.tensor(list(p.values())) / 1. for p in (COLORS, B
 def _find_coverage(offset, g):
     """offset [B,3,H,W] is p - g, g [B,3] -> coverage [B,1,H,W] in [0,1], squared residual [B,K,H,W].
     For each color the least-squares solution of p - g = a d is a = <p - g, d> / <d, d>.
-    The residual of a color is |p - g - a d|^2. The coverage is the a of the color with the least residual."""
+    The residual of a color is |p - g - a d|^2. The coverage is the value a of the color with the least
+    residual."""
     d = _COLORS - g[:, None]                                                                      # [B,K,3]
     a = (torch.einsum("bchw,bkc->bkhw", offset, d) / (d * d).sum(2)[..., None, None]).clamp(0, 1)
     residual = (offset[:, None] - a[:, :, None] * d[..., None, None]).square().sum(2)
@@ -319,9 +317,3 @@ def random_scenes(n, rng, allow_unseen=False):
              for k in CATEGORIES}
     drawn = [rng.choice(pools[rng.choice(CATEGORIES)]) for _ in range(n)]
     return [(c, sample_scene(c, rng, allow_unseen)) for c in drawn]
-
-
-if __name__ == "__main__":
-    scenes = [scene for _, scene in random_scenes(2000, random.Random(0), allow_unseen=True)]
-    for name, fraction in reader_accuracy(scenes, render(scenes)).items():
-        print(f"{name:10s} {fraction:7.2%} correct, 2,000 rendered scenes")

@@ -304,7 +304,7 @@ PROCESSES = [                                  # (words, a part of the one line)
     ("evaluate.py BROKEN", "damaged"), ("evaluate.py assets/tiny_base.pt", "is a base"),
     ("evaluate.py x --runs=y", "words without dashes"), ("pretrain.py --scenes=0", "scenes must be"),
     ("pretrain.py --vq_lr={[]:1}", "vq_lr must be"), ("lab.figures BROKEN DIR", "a film needs two"),
-    ("lab.figures DIR --out=film", ".gif"), ("lab.figures DIR --demo", "--demo takes no runs"),
+    ("lab.figures DIR --demo", "--demo takes no runs"),
     ("lab.bench --repeats=0", "repeats must be"), ("lab.bench --only=all_", "one of"),
     ("full.weights --convert=README.md --to=FOLDER/x.pt", "damaged"),
     ("full.weights --export=BROKEN/ckpt.pt --to=FOLDER/x.pt", "damaged"),

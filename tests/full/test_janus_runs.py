@@ -87,9 +87,9 @@ def test_a_run_from_released_files_to_images(released, plain, tmp_path, capsys):
         assert a == pytest.approx(b, rel=5e-3, abs=1e-4)
     capsys.readouterr()
     hashes = []
-    for source in (f"--ckpt={out}", "--gpt_ckpt=Janus-Pro-1B"):
-        sample.main([source, "--world=janus", "--block_size=16", f"--weights={released}", "--n=2",
-                     "--prompt=a red cat; a dog", "--device=cpu", f"--out={tmp_path / 's.png'}"])
+    for source in ([f"--ckpt={out}"], ["--gpt_ckpt=Janus-Pro-1B", "--world=janus", "--block_size=16"]):
+        sample.main([*source, f"--weights={released}", "--n=2", "--prompt=a red cat; a dog", "--device=cpu",
+                     f"--out={tmp_path / 's.png'}"])
         hashes.append(re.search("64 tokens, .* hash (.*)", capsys.readouterr().out)[1])
     assert hashes[0] != hashes[1]
 

@@ -11,9 +11,10 @@ from lab import figures
 NAMES = list(DIVERGENCES)
 
 
-def test_curves_and_checks_of_the_gradients(tmp_path, capsys):
-    figures.main([f"--out={tmp_path / 'new' / 'd.png'}"])
-    assert (tmp_path / "new" / "d.png").stat().st_size > 10_000
+def test_curves_and_checks_of_the_gradients(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    figures.main([])
+    assert (tmp_path / "out" / "divergences.png").stat().st_size > 10_000
     assert capsys.readouterr().out.count("largest error") == 4 * len(NAMES)
 
 
@@ -57,29 +58,25 @@ def test_demo_is_an_animation(tmp_path):
         assert image.n_frames == 4
 
 
-def test_a_film_shows_the_steps_that_all_runs_have(tmp_path):
+def test_a_film_shows_the_steps_that_all_runs_have(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for run, width, steps in (("a", 30, (0, 10, 20)), ("b", 50, (0, 20, 40))):
         (tmp_path / run).mkdir()
         for step in steps:
             Image.new("RGB", (width, 40), (step * 5, 0, 0)).save(tmp_path / run / f"samples_{step:05d}.png")
-    runs = [str(tmp_path / "a"), str(tmp_path / "b")]
-    figures.main([*runs, f"--out={tmp_path / 'film.gif'}"])
-    with Image.open(tmp_path / "film.gif") as film:
+    figures.main(["a", "b"])
+    with Image.open(tmp_path / "out" / "film.gif") as film:
         assert film.n_frames == 2 and film.size == (80, 40 + LINE)
         film.seek(1)                                                          # step 20, of both
         assert {film.convert("RGB").getpixel((x, 40))[0] for x in (15, 60)} == {100}
     cut = tmp_path / "b" / "samples_00020.png"
     cut.write_bytes(cut.read_bytes()[:-30])
     with pytest.raises(UserError, match="samples_00020.png cannot be read as an image"):
-        figures.film(runs, tmp_path / "film.gif")
+        figures.main(["a", "b"])
     with pytest.raises(UserError, match="two sampled steps"):
         figures.main([str(tmp_path)])
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["run", "--out=a.mp4"], r"ends in \.gif, got 'a\.mp4'"), (["--demo", "--out=a.png"], r"ends in \.gif"),
-    (["--out=film.gif"], r"ends in \.png, got 'film\.gif'"),
-    (["--demo", "run"], "--demo takes no runs, got run")])
-def test_options_that_do_not_fit_are_refused(argv, message):
-    with pytest.raises(UserError, match=message):
-        figures.main(argv)
+def test_a_demo_takes_no_runs():
+    with pytest.raises(UserError, match="--demo takes no runs, got run"):
+        figures.main(["--demo", "run"])

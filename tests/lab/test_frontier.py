@@ -19,7 +19,7 @@ from common import config
 from common.config import Fault, UserError
 from common.run import schedule
 from lab import frontier, sweep
-from lab.frontier import area, cells, complete, key, load, plan, reachable, steps_to
+from lab.frontier import area, CELLS, complete, key, load, plan, reachable, steps_to
 from lab.stats import false_alarms, judged, say, student
 
 
@@ -31,17 +31,15 @@ def line(cell, seed, reward=.2, kept=.9, **more):
                       device="cpu", torch="2", base="abc", date="2026-01-01") | more
 
 
-def test_the_plan_has_every_cell_once_and_is_balanced_from_the_start():
+def test_the_plan_has_every_cell_once_and_finishes_one_seed_after_another():
     runs = plan(5)
     assert len(runs) == len(set(runs)) == 5 * (3 * 3 * 5 + 3 + 1)
-    first = runs[:3 * (3 * 3 * 3 + 4)]
-    assert {seed for _, seed in first} == {0, 1, 2}
+    assert [seed for *_, seed in runs] == sorted(seed for *_, seed in runs)
     for d, e in itertools.product(frontier.DIVERGENCES, frontier.ESTIMATORS):
-        betas = {c[2] for c, _ in first if c[:2] == (d, e) and c[3] == "constant"}
-        assert len(betas) == 3 and sum(c[:2] == (d, e) and c[3] == "constant" for c, _ in first) == 9
-    assert [(cell, seed + 5) for cell, seed in runs] == plan(5, first=5)
+        assert len({c[2] for c in CELLS if c[:2] == (d, e) and c[3] == "constant"}) == 5
+    assert [(*cell, seed + 5) for *cell, seed in runs] == plan(5, first=5)
     # claim (i) needs runs of all divergences at the same beta
-    assert {.125, .5} <= {c[2] for c, _ in first if c[0] == "js"} & {c[2] for c, _ in first if c[0] != "js"}
+    assert {.125, .25, .5} == {c[2] for c in CELLS if c[0] == "js"} & {c[2] for c in CELLS if c[0] != "js"}
 
 
 def test_reachable_gain_by_hand():
@@ -102,11 +100,10 @@ def test_steps_to_a_reward():
     assert steps("0.1 0.3 0.1 0.1") == 40                                # never twice: all steps
 
 
-def test_only_a_complete_block_is_compared():
-    rows = [line(c, s) for c, s in plan(5)[:93]]                        # three betas of seeds 0-2
-    assert complete(rows) == (frontier.BETAS[:3], [0, 1, 2])
-    assert complete(rows[:-1])[1] == [0, 1]
-    assert complete([line(c, s) for c, s in plan(2)]) == (frontier.BETAS, [0, 1])
+def test_only_complete_seeds_are_compared():
+    rows = [line(c, s) for *c, s in plan(3)]
+    assert complete(rows) == [0, 1, 2] and complete(rows[:-1]) == complete(rows[1:] + rows[:1])[:2] == [0, 1]
+    assert complete(rows[1:]) == [1, 2] and complete([]) == []
 
 
 @pytest.fixture
@@ -116,7 +113,7 @@ def finished(tmp_path):
     with open(path, "w", newline="", encoding="utf-8") as file:
         out = csv.DictWriter(file, frontier.FIELDS)
         out.writeheader()
-        for cell, seed in plan(3):
+        for *cell, seed in plan(3):
             b = cell[2] / (4 if cell[0] == "js" else 1)
             gain = .1 - .1 * b + .05 * (cell[0] == "js") + .02 * (cell[3] == "linear")
             out.writerow(line(cell, seed, reward=.1 + (gain if b else .2) + .001 * seed,
@@ -188,7 +185,7 @@ def test_runs_are_made_once_and_never_mixed(tmp_path, monkeypatch):
     frontier.main(options)
     assert len(commands) == 6 and {key(r) for r in load(path)} == set(commands[:4])    # in any order
     assert sorted(map(str, commands[4:])) == sorted(map(str, (key(r) for r in load(path)[2:])))
-    assert os.listdir(tmp_path / "out") == []
+    assert os.listdir(tmp_path / "out") == ["lock"]
     with pytest.raises(UserError, match="another device or another base"):
         frontier.main([*options, "--device=cuda"])
     # another sweep holds the lock; then lines that cannot be compared
@@ -224,7 +221,7 @@ def test_no_run_goes_on_without_its_sweep(tmp_path, monkeypatch):
 
 
 def test_commands_are_runs_that_train_understands():
-    for cell in cells(frontier.BETAS):
+    for cell in CELLS:
         cfg, _ = config.load(evaluate.options, frontier.command((*cell, 3), "out/x", "cpu")[2:])
         beta = [schedule(cfg.beta_schedule, cfg.beta, cfg.beta_end, s / 120) for s in range(121)]
         assert (cfg.divergence, cfg.estimator, cfg.seed) == (cell[0], cell[1], 3)
