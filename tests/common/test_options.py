@@ -264,7 +264,8 @@ def users(name):
     """Return the files that read the options of a script."""
     full = glob.glob("full/*.py", root_dir=config.locate("."))
     if name == "train.py":
-        return ["train.py", "evaluate.py", "vapi.py", "tiny/world.py", "common/run.py", *full]
+        return ["train.py", "evaluate.py", "vapi.py", "tiny/world.py", "common/run.py", "common/folder.py",
+                *full]
     if name.endswith(".py"):
         return [name] + full * (name == "sample.py")
     return [name.replace(".", "/") + ".py"] + ["lab/sweep.py"] * name.startswith("lab.")
