@@ -282,7 +282,7 @@ def report(verdicts, words):
         f"{datetime.date.today()}. Its docstring says what a mutant is.", "",
         f"**{killed + late} of {len(found)} mutants are killed: {share:.1%}.** "
         f"{late} of these ended in a time-out.", "",
-        "The first run, at commit 0e96a5a, killed 113 of 145 mutants (78 %). Each survivor led to a test.", "",
+        "The first run, at commit 0e96a5a, killed 113 of 145 (78 %). Each survivor led to a test.", "",
         "| mutant | file | old text | new text | verdict |", "|---|---|---|---|---|"]
     for name, verdict in verdicts.items():
         path, old, new, _ = MUTANTS[name]
