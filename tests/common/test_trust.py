@@ -23,6 +23,7 @@ from common.config import Fault, UserError, locate
 from common.folder import claim, open_run
 from common.run import BAR, SHOWN
 from lab import sweep
+from robustness import record
 from test_runs import metrics, same_runs
 from tiny import world
 
@@ -266,3 +267,28 @@ def test_only_one_process_of_torchrun_reports_what_all_found(tmp_path):
     assert ranks[1].poll() is None
     ranks[1].terminate()                                           # as torchrun does
     assert ranks[1].communicate()[1] == ""
+
+
+# ---- the rows of results/robustness.md ---------------------------------------------------------------------
+@pytest.mark.slow
+def test_rows_of_the_table(base, tmp_path, monkeypatch, capsys):
+    """Run the tests above once more, each in a folder of its own, and record how they ended."""
+    def fresh(name):
+        (tmp_path / name).mkdir()
+        return str(shutil.copy(base, tmp_path / name / "base.pt")), tmp_path / name
+    test_a_replaced_base_is_noticed_everywhere(*fresh("1"), capsys)
+    record("a run: another base, seen by --resume, evaluate.py and sample.py", 3, refused=3)
+    test_a_run_whose_steps_were_all_skipped_fails(*fresh("2"), monkeypatch)
+    record("a run: no step is finite", 1, refused=1)
+    for epochs, left in ((1, 2), (2, 0)):
+        test_a_step_that_fails_loses_only_itself(epochs, left, *fresh(f"3_{epochs}"), monkeypatch, capsys)
+    record("a run: a GPU without memory, in mid-step", 2, harmless=2,
+           lost="the step; with inner epochs, steps since the last checkpoint")
+    test_an_evaluation_that_fails_loses_no_step(*fresh("4"), monkeypatch)
+    record("a run: a reward that fails in an evaluation", 1, harmless=1)
+    garbage = (b"[1,2]", b'{"a": 1}', b'{"step": "x"}', b"\xff", b"null", b"12 x")
+    for i, text in enumerate(garbage):
+        path = tmp_path / f"{i}.jsonl"
+        path.write_bytes(text + b'\n{"step": 0}\n' + text + b'\n{"step": 1}\n')
+        assert [line["step"] for line in files.Log(str(path), 9).lines] == [0, 1]
+    record("a run: damaged lines in metrics.jsonl", len(garbage), harmless=len(garbage))
