@@ -13,10 +13,7 @@ Symbols
     boosted       a token with x < 0: the policy gives it more probability than the reference does
     D             a divergence, in nat per token (the unit of the natural logarithm)
     A, beta       the advantage of the token, and the weight of D in the loss
-    token of the reference
-                  a token sampled from rho. Training samples none of them. But a mean over pi can be rewritten
-                  as a mean over rho, and is then easier to read
-    U, force      Divergence.sampled defines them. The force U' says how strongly descent moves a token
+    U, force      U' = f'(w) as a function of x. We call it the force on a token: see Divergence.sampled
 
 Definition. Let f be a convex function with f(1) = 0. The f-divergence of pi and rho is
     D = sum_v pi_v f(rho_v / pi_v) = E_pi[f(w)].
@@ -27,8 +24,8 @@ order in w - 1, so an estimate of D from samples has less noise.
 Three divergences. KL(p || q) = sum_v p_v log(p_v / q_v), so E_pi[-log w] = KL(pi || rho), and E_pi[w log w] =
 KL(rho || pi). js is the Jensen-Shannon divergence (JS): the mean KL of pi and of rho to m = (pi + rho)/2. It
 lies between 0 and log 2, because pi/m and rho/m are at most 2. The gradients contain two more functions of w:
-    c = -w f'     of one sampled token: grad f(w) = c s, see Divergence.weight
-    g = f + c     of the mean: grad D = E_pi[g s], see Divergence.unbiased
+    c = -w f'     for one sampled token: grad f(w) = c s, see Divergence.weight
+    g = f + c     for the mean: grad D = E_pi[g s], see Divergence.unbiased
 With Lpi = log(pi/m) = log(2 / (1 + w)) and Lrho = log(rho/m) = log(2w / (1 + w)), the table is
     name         D                                f(w)                 f'(w)      c(w)          g(w)
     reverse_kl   KL(pi || rho)                    w - log w - 1        1 - 1/w    1 - w         -log w
@@ -58,9 +55,9 @@ CLAMP = 20.0                 # x is clamped to +-CLAMP, as in the paper's code: 
 # Strength. Near pi = rho, D is about f''(1)/2 E_pi[(w - 1)^2]. Both KLs have f''(1) = 1. JS has f''(1) = 1/4,
 # so JS is as strong as a KL if its beta is 4 times larger. STRENGTH holds these factors. Training does not
 # apply them: choose --beta yourself.                                         [test_strength_at_the_reference]
-# Further out the factor 4 is only a rule of thumb. The force (see Divergence.sampled) of forward_kl is x.
-# The force of reverse_kl is x - x^2/2 + .., and 4 times the force of js is x - x^2/4 + .. .
-# This is their relative distance from x, abs(force - x) / abs(x):                [test_strength_further_out]
+# Further out the factor 4 is only a rule of thumb. Divergence.sampled derives a force U' for each divergence.
+# For forward_kl it is x, for reverse_kl x - x^2/2 + .., and for js x/4 - x^2/16 + .. . The table compares the
+# other two forces with that of forward_kl, as abs(force - x) / abs(x):           [test_strength_further_out]
 #                   x = -1     -.4      .4       1
 #     4 times js      24 %    10 %    10 %    24 %
 #     reverse_kl      72 %    23 %    18 %    37 %
@@ -107,24 +104,24 @@ class Divergence(NamedTuple):
             forward_kl   U = x^2 / 2. E_rho[U] is half the mean square of x, which is neither KL
             js           U' = log(2 / (1 + e^-x)) / 2. E_rho[U] has no common name
 
-        The force. Descent moves the parameters along E_rho[U' s]. This is the policy gradient of tokens of
-        the reference with advantage U'. We call U' the force. For js, the force on suppressed tokens stays
-        below (log 2)/2. The force on boosted tokens is negative, and about x/2 for large -x. Since
+        The force. Descent moves the parameters along E_rho[U' s]. This is the policy gradient for tokens
+        sampled from rho, with advantage U'. We call U' the force. For js, the force on suppressed tokens
+        stays below (log 2)/2. The force on boosted tokens is negative, and about x/2 for large -x. Since
         c = -w U' and pi w = rho, every code has pi c = -rho U', which the next paragraph uses.
         [test_force_on_a_token_of_the_reference]
 
         In a logit. The mean gradient with respect to logit v of pi is
             pi_v (c_v - E_pi[c]) = -(rho_v U'_v - pi_v E_rho[U']).       [test_the_gradient_in_a_logit]
-        Descent moves logit v by rho_v U'_v - pi_v E_rho[U']. The second term makes all moves add up to 0. The
-        first:
+        Descent moves logit v by rho_v U'_v - pi_v E_rho[U']. The second term makes the moves add up to 0. The
+        first term:
             suppressed   The token is sampled rarely, but with a large -c. The product -pi c = rho U' does not
                          vanish when pi goes to 0.
             boosted      For js, rho U' is about rho x/2, which is tiny when rho is tiny. For reverse_kl,
                          rho U' = rho - pi is about -pi. It pushes the token down, however small rho is.
 
-        The paper speaks of a "uniform bias" of reverse_kl. We think it means another form of c. As E_pi[s] =
-        0, adding a constant to c changes no mean gradient, so c = -w may replace 1 - w. Then U' = 1: all
-        tokens of the reference have the same force. With E_pi[c] = -1, the gradient in logit v above becomes
+        The paper speaks of a "uniform bias" of reverse_kl. It may be using another form of c. As E_pi[s] = 0,
+        adding a constant to c changes no mean gradient, so c = -w may replace 1 - w. Then U' = 1: all tokens
+        sampled from rho have the same force. With E_pi[c] = -1, the gradient in logit v above becomes
         pi_v - rho_v. The two forms differ at single tokens. At pi = rho, c = 1 - w is 0 at every token, but
         the pulls of c = -w cancel only in the mean.
 
@@ -170,13 +167,14 @@ class Divergence(NamedTuple):
             dD/dz_v = sum_a pi_a g_a (1[a=v] - pi_v)
                     = pi_v (g_v - E_pi[g])                [test_all_gradients_are_as_claimed]
 
-        What `exact` and `unbiased` leave out. Their D is that of one token after a fixed prefix, the tokens
-        before it. But pi samples the prefix, too. So the gradient of E_pi[D_1 + .. + D_T] has one more term:
+        What `exact` and `unbiased` leave out. Their D is that of one token after fixed earlier tokens. But pi
+        samples these, too. So the gradient of E_pi[D_1 + .. + D_T] has one more term:
             E_pi[sum_t s_t (D_{t+1} + .. + D_T)],     s_t = grad log pi(a_t | a_1 .. a_{t-1}).
         We omit this term, as GRPO implementations do.    [test_what_per_token_leaves_out]
         For reverse_kl, E_pi[D_1 + .. + D_T] is the divergence of whole sequences, because log w of a sequence
-        is the sum of its tokens' x. For forward_kl this holds only if prefixes are sampled from rho. For js
-        it never holds. The w of a sequence is the product w_1 ... w_T, and log(1 + w_1 ... w_T) is no sum.
+        is the sum of its tokens' x. For forward_kl this holds only if earlier tokens are sampled from rho.
+        For js it never holds. The w of a sequence is the product w_1 ... w_T, and log(1 + w_1 ... w_T) is no
+        sum.
         """
         return self.total(log_pi, log_rho)
 
@@ -239,7 +237,7 @@ class Categorical:
         return self._of_samples(-(self.logp.exp() * self.logp).sum(-1))
 
     def divergence(self, name, other):
-        """Return the exact divergence `name` of DIVERGENCES to `other`, with the same rows: [b,T], in nat."""
+        """Return the exact divergence `name` to `other`, which must have equal `rows`: [b,T], in nat."""
         return self._of_samples(DIVERGENCES[name].exact(self.logp, other.logp))
 
     def _of_samples(self, values):

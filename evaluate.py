@@ -116,7 +116,7 @@ def open_world(options, device):
 
 
 def check_shares(cfg, size):
-    """Raise UserError unless a step's samples divide among `size` processes and there into batches."""
+    """Raise UserError unless a step's samples divide among `size` processes, and each share into batches."""
     B, at_once = cfg.prompts_per_step * cfg.group_size, getattr(cfg, "sample_batch", 0)
     if B % size:
         raise UserError(f"{cfg.prompts_per_step} prompts x {cfg.group_size} images do not divide evenly "
@@ -212,7 +212,7 @@ def table(rows, more=(), width=math.inf):
     """Turn [(name, results or a list of results)] into the text of a table. more: a world's own columns.
 
     A cell of several results shows their mean ± standard deviation. A cell without a number shows "-".
-    width: show only the columns of BRIEF, as many as fit into so many characters, and shorten long names.
+    width: show only columns of BRIEF that fit into this many characters, and shorten long names.
     """
     def cell(results, key):
         values = torch.tensor([r.get(key, math.nan) for r in results], dtype=torch.float64)
@@ -246,7 +246,7 @@ class Config:
     cfg_scale: float = option(0.0, "guidance, of images and KLs; 0 = as in training", low=0)
     temperature: float = option(0.0, "of images and KLs; 0 = as in training", low=0)
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, then mps, then cpu")
-    picture: str = option("out/compare.png", "the file of sample images; its table: .md", ending=".png")
+    picture: str = option("out/compare.png", "sample images; the table goes beside, as .md", ending=".png")
 
     def check(cfg):
         if not cfg.runs:
@@ -272,8 +272,8 @@ def what_decides(options, *without):
 
 
 def open_runs(cfg):
-    """Return [(row, run folder, options, checkpoint), ...]. Runs that differ only in their seed share a
-    row, which has the name of the first. Raises UserError for what is no run, or two runs that are one."""
+    """Return [(row, run folder, options, checkpoint), ...]. Runs that differ only in their seed share a row,
+    with the name of the first. Raises UserError for what is no run, or for equal runs of one seed."""
     opened, rows = [], {}
     for folder in cfg.runs:
         own, saved = options_of(folder)

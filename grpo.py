@@ -46,7 +46,7 @@ from divergences import CLAMP, DIVERGENCES
 @dataclass(frozen=True)
 class RolloutOptions:                    # its docstring is the heading of these options in --help
     """---- rollout"""
-    prompts_per_step: int = option(8, "P, prompts of a step; with VA-pi the number of images", low=1)
+    prompts_per_step: int = option(8, "P, prompts of a step; --algorithm=vapi: images", low=1)
     group_size: int = option(8, "G, samples of each prompt", low=2)
     temperature: float = option(1.0, "of rollout, loss and reference alike, above 0")
 
@@ -62,7 +62,7 @@ class LossOptions:
         "js", "which divergence to the reference is added to the loss (divergences.py)")
     estimator: Literal["sampled", "unbiased", "exact"] = option(
         "sampled", "how the divergence is estimated; sampled is the paper's form")
-    beta: float = option(0.4, "weight of the divergence; for equal strength, 4 times as large for JS", low=0)
+    beta: float = option(0.4, "weight of the divergence; JS at 4 times the beta is as strong as a KL", low=0)
     beta_schedule: Literal["constant", "linear", "cosine"] = option("constant", "from beta to beta_end")
     beta_end: float = option(0.0, "beta at the end of a linear or cosine schedule", low=0)
     clip_eps: float = option(0.2, "the ratio is clipped to 1 +- this; matters from inner epoch 2 on", low=0)

@@ -7,11 +7,11 @@
     P  prompts                       V  codes                  C  width of a prompt feature
     D  width                         hd  width of a head       n  visible rows of a prefix (not padding)
     R  sequences of a pass: B, or with guidance (see below) 2B, first all conditional, then all unconditional
-    S  image positions in one pass   p  positions of the prompt in the cache of keys and values: 1 here
+    S  image positions in one pass   p  positions of the prompt in the cache of keys and values: 1 by rule 1
 
 Row t of the logits predicts token t, and the last row of the prefix predicts token 0. The model is a Llama
 (common/llama.py) except for the prefix, the rotation by position (RoPE) in two dimensions, and guidance.
-Classifier-free guidance (CFG) computes logits cond with the prompt and uncond without the prompt, and uses
+Classifier-free guidance (CFG) computes two logits, `cond` with the prompt and `uncond` without it, and uses
 uncond + cfg_scale * (cond - uncond). Source: LlamaGen, arXiv 2406.06525. Modules have the names of
 LlamaGen's released checkpoints, so these load unchanged.
 
@@ -22,7 +22,7 @@ Three rules of the released model are unusual, and are kept exactly:
       - Claim: for an image token, the n visible prefix rows act as one token. Its key is the zero vector, log
         n is added to its score, and its value is the mean of their values v_j. Proof: each row has the weight
         exp(0) = 1, so together
-            sum_j 1 v_j = n mean_j v_j = exp(log n) * mean_j v_j          (in bf16, n is off by up to 1.5 %).
+            sum_j 1 v_j = n mean_j v_j = exp(log n) * mean_j v_j         (bf16 rounds log n: up to 1.5 % of n)
       - Consequence: the model reads its prompt as a bag of rows of equal weight. Word order reaches the image
         only through what the features themselves carry. The prompt is *one* vector per layer, and this vector
         does not depend on the image. So GPT.read_prompts computes it once per prompt. All images of a prompt
@@ -234,7 +234,7 @@ class ImageTransformer(nn.Module):
                 # random number from Exp(1), which is -log(u) of a uniform u. The largest quotient wins.
                 noise = torch.rand(part[1] * B, logits.shape[1], generator=generator, device=device)
                 token = (logp_all.exp() / -noise[part[0] * B:][:B].log()).argmax(1, keepdim=True)
-            logp[:, t:t + 1] = logp_all.gather(1, token) * (temperature > 0)       # NaN * 0 is NaN
+            logp[:, t:t + 1] = logp_all.gather(1, token) * (temperature > 0)       # NaN stays, for the check
             tokens[:, t:t + 1] = token
             if t < T - 1:                                                  # the last token predicts nothing
                 place = places[p + t:p + t + 1]

@@ -1,4 +1,4 @@
-"""GRPO post-training of a text-to-image policy, with a divergence that keeps it near the policy before it.
+"""GRPO post-training of a text-to-image policy, with a divergence that keeps it near its starting point.
 
     python train.py                                   the tiny world, 90 seconds on 2 CPU cores
     python train.py configs/tiny_none.py              the same without a divergence: watch the diversity fall
@@ -15,9 +15,9 @@ reference (divergences.py), such as JS, the Jensen-Shannon divergence. `grpo_loo
 algorithm. Method: "Balancing Performance and Diversity in GRPO Autoregressive Text-to-Image Post-Training",
 arXiv 2606.21498.
 
-The distribution that samples *is* the distribution that is trained: rollout, loss and reference have the same
+The distribution that samples *is* the distribution that is trained: sampler, loss and reference have the same
 temperature and the same classifier-free guidance (cfg_scale, see model.py). Only --score_cfg breaks this
-rule, to repeat a released script (full/janus.py). `max_ratio_error` in the log checks the rule at every step.
+rule, to reproduce the script of full/janus.py. `max_ratio_error` in the log checks the rule at every step.
 It is the largest abs(pi_loss / pi_sampler - 1) over all tokens. It is not 0, because rollout and loss add up
 the same numbers in different orders. In fp32 and without --score_cfg it stays below 1e-4. A larger value is
 then a bug: the loss trains another distribution than the one that samples.
@@ -27,8 +27,8 @@ samples_*.png, ckpt.pt, and at the end before_after.png, curves.png and table.md
 code that reads them, and `--help` prints them. With one process, `parallel` changes nothing, so ignore it
 when you read the code.
 
-The paper's released script uses two more tricks, critical tokens and a dynamic weight. Both are off by
-default (critical.py).
+The paper's released script also uses critical tokens and a dynamic weight. Both are off by default
+(critical.py).
 """
 import sys
 if sys.version_info < (3, 11):

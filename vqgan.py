@@ -8,8 +8,8 @@
 A convolutional encoder shrinks the image, 16 times per side in VQ-16, the released model. Each of its T
 output vectors is replaced by the nearest of V learned code vectors. A decoder turns the code vectors into an
 image. The policy in model.py sees only the indices of the codes. Modules have the released names, so
-`vq_ds16_t2i.pt` loads unchanged. Sources: VQGAN, arXiv 2012.09841; LlamaGen, arXiv 2406.06525 sec. 3.1; codes
-of unit length and few dimensions, ViT-VQGAN, arXiv 2110.04627 sec. 3.2.
+`vq_ds16_t2i.pt` loads unchanged. Sources: VQGAN, arXiv 2012.09841; LlamaGen, arXiv 2406.06525 sec. 3.1;
+ViT-VQGAN (unit codes of few dimensions), arXiv 2110.04627 sec. 3.2.
 
 Departures from LlamaGen's training:
  1. There is no perceptual loss (LPIPS, on features of a network) and no GAN loss. The flat shapes of the tiny
@@ -251,8 +251,7 @@ class VQGAN(nn.Module):
             # p = softmax(-distance / temperature). On the unit sphere the squared distance is 2 - 2 cosine.
             logp = F.log_softmax(2 * cosine / c.temperature, 2)            # [B or 2B,T,V]
         if c.entropy_weight:
-            # E[H(p)] - H(E[p]), with the entropy H. It is low if each choice is certain and all codes are
-            # used
+            # E[H(p)] - H(E[p]), H the entropy, is low if each choice is certain and all codes are used.
             mean = logp.exp().mean((0, 1))
             terms["entropy"] = (c.entropy_weight,
                                 -(logp.exp() * logp).sum(2).mean() + (mean * (mean + 1e-5).log()).sum())

@@ -38,7 +38,7 @@ def plot(path):
                 axis.plot(x, strength * y, label=label)
         axes[0].set(title="subtracted from the advantage: c(w), sampled", ylabel="c(w)", ylim=(-8, 6))
         axes[1].set(title="g(w), unbiased and exact", ylabel="g(w)", ylim=(-8, 6))
-        axes[2].set(title="force on a token of the reference, $U'(x)$, sampled", ylabel="U'(x)",
+        axes[2].set(title="force on a token sampled from the reference, $U'(x)$", ylabel="U'(x)",
                     ylim=(-6.5, 3))
         for axis in axes:
             axis.set_xlabel("x = log(reference / policy); x > 0: a suppressed token")

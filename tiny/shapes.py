@@ -163,7 +163,7 @@ def render(scenes, over=4):
 # ---- the reader --------------------------------------------------------------------------------------------
 WINDOW = 16                                     # side of a template
 SLACK = 2                                       # largest shift of a template in each direction
-ERROR_LIMIT = .35            # of squared error / sum of squares of its template, in a readable region
+ERROR_LIMIT = .35            # largest squared error / sum of squares of the template, of a readable region
 TEMPLATES = list(itertools.product(SHAPES, RADII))
 
 
