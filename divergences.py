@@ -1,6 +1,8 @@
 """Three divergences to a reference policy and three estimators of each: nine loss terms and their gradients.
 
-[test_name] after an equation names the test of tests/core/test_divergences.py that verifies the equation.
+An action of a policy is a token, with a `Categorical` distribution, or a vector, with a `Gaussian` one. What
+follows is about tokens. [test_name] after an equation names the test that verifies it, in
+tests/core/test_divergences.py or test_gaussians.py.
 
 Symbols
     pi, rho       the policy and the frozen reference: two distributions over the V codes of one token,
@@ -43,6 +45,7 @@ Three estimators. All have the mean D. `unbiased` and `exact` also have the grad
 The main finding. The mean gradient of `sampled` is not the gradient of D. Gradient descent on the sampled
 "reverse KL" of the paper and of GRPO lowers, on average, the forward KL. Divergence.sampled derives this.
 """
+import math
 from functools import cached_property
 from typing import Callable, NamedTuple
 
@@ -244,36 +247,75 @@ class Categorical:
         return values if self.rows is None else values[self.rows]                        # [r,T] -> [b,T]
 
 
-def check_gradients(vocab=50, seed=0):
-    """Return {claim: largest error} for the gradients derived above, in float64.
-    pi and rho are random distributions over `vocab` codes."""
-    random = torch.Generator().manual_seed(seed)
-    z, logq = (torch.randn(vocab, generator=random, dtype=torch.float64) * 1.5 for _ in range(2))
-    z, logq = z.requires_grad_(), logq.log_softmax(0)
-    logp = z.log_softmax(0)
-    pi, x = logp.detach().exp(), (logq - logp).detach()
+# ---- actions that are vectors: the policies of flow.py -----------------------------------------------------
+class GaussianJS(torch.autograd.Function):
+    """JS of two normal distributions with one standard deviation: q = d^2 >= 0, of any shape -> JS, in nat.
 
-    def grad(y):
-        return torch.autograd.grad(y, z, retain_graph=True)[0]
+    d is the distance of their means in standard deviations. Only the direction between the means matters.
+    Along it, let z be the standard normal number of a sample a of pi. The log-ratio of the sample is
+        x = log rho(a) - log pi(a) = -(q/2 + d z).
+    pi and rho are mirror images, so both halves of JS are equal:
+        JS = E_pi[log(pi/m)]
+           = E_z[log 2 - log(1 + e^x)].                               [test_js_of_gaussians_by_monte_carlo]
+    Near 0 it is q/8 - q^2/64, and it saturates at log 2.             [test_js_of_gaussians_near_and_far]
+    The integral over z is a trapezoid on [-8,8] with 65 points, whose error is 6e-9.
 
-    def js_potential(x):        # U of js: the integral of U' from 0 to x, by Simpson's rule
-        nodes, weights = torch.linspace(0, 1, 2001, dtype=torch.float64), torch.full((2001,), 2 / 6000.)
-        weights[1::2], weights[0], weights[-1] = 4 / 6000., 1 / 6000., 1 / 6000.
-        return x * ((LOG2 - F.softplus(-x[..., None] * nodes)) / 2 @ weights.double())
-    # U of each divergence. For reverse_kl, E_rho[e^-x] is the constant 1, so U = x gives the same gradient.
-    potential = {"reverse_kl": lambda x: x, "forward_kl": lambda x: x * x / 2, "js": js_potential}
-    out = {}
-    for name, d in DIVERGENCES.items():
-        # Only x = log rho - log pi enters, so take log rho = 0 and any y for log pi.
-        y = torch.linspace(-15, 15, 301, dtype=torch.float64, requires_grad=True)
-        auto = torch.autograd.grad(d.sampled(y, torch.zeros_like(y)).sum(), y)[0]
-        out[f"{name}: c = autograd of sampled"] = ((auto - d.weight(-y)).abs() / (1 + auto.abs())).max()
-        out[f"{name}: E_pi[sampled] descends E_rho[U]"] = \
-            (grad((pi * d.sampled(logp, logq)).sum())
-             - grad((logq.exp() * potential[name](logq - logp)).sum())).abs().max()
-        out[f"{name}: E_pi[unbiased] = exact"] = \
-            (grad((pi * d.unbiased(logp, logq)).sum()) - grad(d.exact(logp, logq))).abs().max()
-        g = d.f(x) + d.c(x)
-        out[f"{name}: dD/dz = pi (g - E_pi[g])"] = \
-            (grad(d.exact(logp, logq)) - pi * (g - (pi * g).sum())).abs().max()
-    return {claim: error.item() for claim, error in out.items()}
+    Autograd would fail at q = 0, where every run starts: d = sqrt(q) has no derivative there. With s the
+    logistic function, s = 1/(1 + e^-x), and E_z[z h(z)] = E_z[h'(z)]:
+        dJS/dq = -E_z[s dx/dq]
+               = E_z[s/2] + E_z[z s] / (2d)
+               = E_z[s/2] - E_z[s (1 - s)] / 2
+               = E_z[s^2] / 2.                                        [test_gradient_of_js_of_gaussians]
+    At q = 0 this is 1/8.
+    """
+    @staticmethod
+    def forward(ctx, q):
+        ctx.save_for_backward(q)
+        x, density = GaussianJS.log_ratio(q)
+        return -(torch.log1p(torch.expm1(x) / 2) * density).sum(-1)   # log 2 - log(1 + e^x), exact near x = 0
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, density = GaussianJS.log_ratio(*ctx.saved_tensors)
+        return grad * (x.sigmoid() ** 2 * density).sum(-1) / 2
+
+    @staticmethod
+    def log_ratio(q):
+        """Return x [..,65] at the points z of the trapezoid, and the density of z times their distance."""
+        z = torch.linspace(-8, 8, 65, dtype=q.dtype, device=q.device)
+        return -(q[..., None] / 2 + q.sqrt()[..., None] * z), (-z * z / 2).exp() / (2 * math.pi) ** .5 / 4
+
+
+class Gaussian:
+    """The distribution of vectors: one normal distribution with independent components for each action.
+
+    mean [b,K,*n]: K actions of a sample, each of shape n, such as an image of latents. std [K]: the standard
+    deviation of each action, the same for all components. All results are sums over the components of an
+    action, so they are true densities and true divergences.
+    """
+
+    def __init__(self, mean, std):
+        self.mean, self.std = mean, std.view(-1, *[1] * (mean.dim() - 2))                        # [K,1,..]
+
+    def at(self, start, stop):
+        return Gaussian(self.mean[:, start:stop], self.std[start:stop])
+
+    def log_prob(self, actions):
+        """Return the log-densities [b,K] of actions [b,K,*n]. Their precision must be that of the sampler."""
+        z = (actions - self.mean) / self.std
+        return (-z * z / 2 - self.std.log() - math.log(2 * math.pi) / 2).flatten(2).sum(2)
+
+    def entropy(self):
+        """Return the differential entropy of each action, [b,K], in nat. It does not depend on the mean."""
+        return (torch.zeros_like(self.mean) + self.std.log() + math.log(2 * math.pi * math.e) / 2).flatten(
+            2).sum(2)
+
+    def divergence(self, name, other):
+        """Return the exact divergence `name` to a Gaussian with equal std, [b,K], in nat.
+
+        log pi(a) - log rho(a) is linear in a, so both KLs are half the squared distance of the means:
+            KL(pi || rho) = KL(rho || pi) = d^2 / 2.                  [test_kl_of_gaussians]
+        So the two KLs differ only in how they are estimated: `exact` gives one method for both names.
+        """
+        q = ((self.mean - other.mean) / self.std).square().flatten(2).sum(2)                     # d^2, [b,K]
+        return GaussianJS.apply(q) if name == "js" else q / 2
