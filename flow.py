@@ -14,13 +14,13 @@ Symbols
     D width, L prompt tokens      T patches of an image, p pixels per side of a patch
     s noise level, z ~ N(0, 1)    p(x) density of x at time t
 
-Why noise. A policy gradient needs the probability of what was sampled. Following v is deterministic, so it has
-no density. Flow-GRPO (arXiv 2505.05470) samples a stochastic differential equation (SDE) that has the *same*
-density of x at every t. Sampling runs backwards, so let r = 1 - t be its time.
+Why noise. A policy gradient needs the probability of what was sampled. Following v is deterministic, so it
+has no density. Flow-GRPO (arXiv 2505.05470) samples a stochastic differential equation (SDE) that has the
+*same* density of x at every t. Sampling runs backwards, so let r = 1 - t be its time.
   1. Following v moves density:    dp/dr = div(v p)                                the continuity equation
   2. Noise s dw diffuses it:       dp/dr = (s^2/2) div(grad p)                     Fokker-Planck
   3. A further drift u moves it:   dp/dr = -div(u p)
-  4. With u = (s^2/2) grad log p, u p is (s^2/2) grad p. So lines 2 and 3 add up to 0, and only line 1 remains.
+  4. With u = (s^2/2) grad log p, u p is (s^2/2) grad p. Then lines 2 and 3 add up to 0, and line 1 remains.
   5. Given x0, x is normal with mean (1 - t) x0 and standard deviation t. So the score is
      grad log p = -E[eps | x] / t = -(x + (1 - t) v) / t.                          [test_score_of_a_gaussian]
   6. One step from t to t' < t is, with dt = t' - t < 0,
@@ -33,8 +33,8 @@ activations (adaLN-zero, arXiv 2212.09748). Modules have the official names, so 
 
 Departures:
  1. Released SiT files have t = 1 at the image. `from_sit` turns them to the convention above.
- 2. A prompt is read as tokens beside the patches, and its mean is added to the embedding of time. Official SiT
-    reads class labels only.
+ 2. A prompt is read as tokens beside the patches, and its mean is added to the embedding of time. Official
+    SiT reads class labels only.
 """
 import math
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ def step_table(times, sampler="sde", noise=.7, noisy=None):
         return ((1 - end) + rest).float(), (rest * (1 - t) - (1 - end) * t).float(), std.float()
     s2 = level ** 2
     if sampler == "sde":
-        s2 = s2 * t / (1 - torch.where(t == 1, end, t))                # t = 1: the next time, as in their code
+        s2 = s2 * t / (1 - torch.where(t == 1, end, t))               # t = 1: the next time, as in their code
     return ((1 + s2 / (2 * t) * dt).float(), ((1 + s2 * (1 - t) / (2 * t)) * dt).float(),
             (s2 * -dt).sqrt().float())
 
@@ -102,8 +102,8 @@ PRESETS = {"S/2": (12, 384, 6), "B/2": (12, 768, 12), "L/2": (24, 1024, 16), "XL
 def sincos_2d(side, dim):
     """Return the fixed positions [side * side,dim] of a grid: first half of the columns, then of the rows."""
     rates = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * rates                            # [side,dim/4]
-    one = torch.cat([angles.sin(), angles.cos()], 1)                                             # [side,dim/2]
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * rates                           # [side,dim/4]
+    one = torch.cat([angles.sin(), angles.cos()], 1)                                            # [side,dim/2]
     return torch.cat([one.repeat(side, 1), one.repeat_interleave(side, 0)], 1).float()
 
 
@@ -232,7 +232,7 @@ class SiT(nn.Module):
         words, pooled = self.y_embedder(cond, mask)
         time = self.t_embedder(1 - t if c.reverse_time else t) + pooled                          # [B,D]
         x, sees = self.x_embedder(x) + self.pos_embed, None
-        if words is not None:                              # every row sees all patches and the prompt's tokens
+        if words is not None:                             # every row sees all patches and the prompt's tokens
             x = torch.cat([x, words], 1)
             sees = F.pad(mask.bool(), (side * side, 0), value=True)[:, None, None]               # [B,1,1,T+L]
         for block in self.blocks:

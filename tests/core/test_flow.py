@@ -201,7 +201,8 @@ def test_states_of_lower_precision_spoil_the_ratio(policy, conditions):
 def test_samples_depend_neither_on_batches_nor_on_processes(policy, conditions):
     whole = sample(policy, conditions)
     assert torch.allclose(sample(policy, conditions, at_once=2).actions, whole.actions, atol=1e-5)
-    parts = [sample(policy, conditions, prompt, part=(i, 2)) for i, prompt in enumerate([(0, 0, 1), (1, 2, 2)])]
+    parts = [sample(policy, conditions, (0, 0, 1), part=(0, 2)),
+             sample(policy, conditions, (1, 2, 2), part=(1, 2))]
     assert torch.allclose(torch.cat([part.actions for part in parts]), whole.actions, atol=1e-5)
     assert torch.allclose(torch.cat([part.logp for part in parts]), whole.logp, atol=1e-3)
 
