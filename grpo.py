@@ -82,10 +82,29 @@ def advantages(rewards, group_size, eps=1e-4):
     return (adv * spread[:, None]).flatten(), int((~spread).sum())
 
 
-def policy_loss(logp, logp_old, adv, clip_eps):
-    """Turn logp, logp_old [b,T] and adv [b] into (clipped surrogate loss [b,T], ratio [b,T])."""
-    ratio, adv = (logp - logp_old).exp(), adv[:, None]
-    return -torch.minimum(ratio * adv, ratio.clamp(1 - clip_eps, 1 + clip_eps) * adv), ratio
+def policy_loss(logp, logp_old, adv, clip_eps, chunks=()):
+    """Turn logp, logp_old [b,T] and adv [b] into (clipped surrogate loss [b,T], ratio [b,T]).
+
+    chunks: sizes c_1 .. c_J of consecutive chunks of actions, which add up to T. () means single actions.
+    This is Chunk-GRPO (arXiv 2510.21583). All actions of chunk j share one ratio, their geometric mean
+        r_j  = (prod_{t in chunk j} pi(a_t) / pi_old(a_t))^(1 / c_j)
+             = exp( mean_{t in chunk j} (log pi(a_t) - log pi_old(a_t)) ),
+        loss = -(1/J) sum_j min(r_j A, clip(r_j) A).
+    The result has the loss of chunk j at each of its c_j actions, times T / (J c_j). So its mean over T is
+    this loss. One chunk of all actions has the ratio of GSPO (arXiv 2507.18071). On the first pass r_j = 1,
+    and the gradient is that of single actions with weights T / (J c_j). [test_chunks_on_the_first_pass]
+    So chunks weigh actions. From the second pass on, they also average the noise of the ratios.
+    """
+    log_ratio, adv = logp - logp_old, adv[:, None]
+    if chunks:
+        sizes = torch.tensor(chunks, device=logp.device)
+        pooled = torch.stack([part.mean(1) for part in log_ratio.split(list(chunks), 1)], 1)     # [b,J]
+        log_ratio = pooled.repeat_interleave(sizes, 1)
+    ratio = log_ratio.exp()
+    loss = -torch.minimum(ratio * adv, ratio.clamp(1 - clip_eps, 1 + clip_eps) * adv)
+    if chunks:
+        loss = loss * (logp.shape[1] / (len(chunks) * sizes)).repeat_interleave(sizes)
+    return loss, ratio
 
 
 def loss(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, logit_chunk=0, **options):
@@ -123,14 +142,14 @@ def loss(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, logit_chun
 
 
 def loss_at(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, divergence="js", estimator="sampled",
-            beta=0.0, clip_eps=0.2, dynamic=False):
-    """Compute `loss` without chunks, for all positions that pi and rho hold.
+            beta=0.0, clip_eps=0.2, dynamic=False, chunks=()):
+    """Compute `loss` for all positions that pi and rho hold, with all logits at once.
 
     divergence: a name of DIVERGENCES, or "none". estimator: sampled, unbiased or exact. dynamic: multiply the
-    policy term by a factor (critical.py).
+    policy term by a factor (critical.py). chunks: as in `policy_loss`; they need logit_chunk = 0.
     """
     logp, logp_ref = pi.log_prob(actions), rho.log_prob(actions)                                 # [b,T]
-    per_action, ratio = policy_loss(logp, logp_old, adv, clip_eps)                               # [b,T]
+    per_action, ratio = policy_loss(logp, logp_old, adv, clip_eps, chunks)                       # [b,T]
     if dynamic:
         per_action = per_action * dynamic_weight(logp, logp_ref)
     if divergence != "none" and beta:

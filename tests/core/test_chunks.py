@@ -1,0 +1,106 @@
+"""Run: python -m pytest tests/core/test_chunks.py
+
+Chunk-GRPO (grpo.policy_loss): consecutive actions share one ratio.
+"""
+import pytest
+import torch
+
+import grpo
+from divergences import Categorical, Gaussian
+
+B, T, EPS = 5, 9, .1
+CHUNKS = (2, 3, 4)
+
+
+def numbers(*shape, seed=0, scale=1.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+@pytest.fixture
+def pair():
+    """Return logp and logp_old [B,T] of an update off the policy that sampled, and advantages [B]."""
+    old = numbers(B, T) - 3
+    return old + numbers(B, T, seed=1, scale=.4), old, numbers(B, seed=2)
+
+
+def by_hand(logp, old, adv, chunks):
+    """The published objective, with loops and products of probabilities."""
+    total = 0.0
+    for i in range(B):
+        start = 0
+        for size in chunks:
+            ratio = 1.0
+            for t in range(start, start + size):
+                ratio *= (logp[i, t].exp() / old[i, t].exp()).item()
+            ratio, a, start = ratio ** (1 / size), adv[i].item(), start + size
+            total -= min(ratio * a, min(max(ratio, 1 - EPS), 1 + EPS) * a) / len(chunks) / B
+    return total
+
+
+@pytest.mark.parametrize("chunks", [CHUNKS, (1,) * T, (9,), (1, 8)])
+def test_the_loss_is_the_published_one(chunks, pair):
+    loss, ratio = grpo.policy_loss(*pair, EPS, chunks)
+    assert loss.shape == ratio.shape == (B, T)
+    assert loss.mean().item() == pytest.approx(by_hand(*pair, chunks))
+    assert ((ratio - 1).abs() > EPS).any() and ((ratio - 1).abs() < EPS).any()     # some are clipped
+
+
+def test_chunks_of_one_action_change_nothing(pair):
+    for one, other in zip(grpo.policy_loss(*pair, EPS), grpo.policy_loss(*pair, EPS, (1,) * T)):
+        assert torch.equal(one, other)
+
+
+def test_chunks_on_the_first_pass(pair):
+    """The gradient is that of single actions, each with the weight T / (J c_j)."""
+    logp, _, adv = pair
+
+    def gradient(chunks, weights):
+        x = logp.clone().requires_grad_()
+        loss, _ = grpo.policy_loss(x, logp, adv, EPS, chunks)
+        return torch.autograd.grad((loss * weights).mean(), x)[0]
+    weights = torch.tensor([T / (len(CHUNKS) * c) for c in CHUNKS for _ in range(c)], dtype=torch.float64)
+    assert torch.allclose(gradient(CHUNKS, 1), gradient((), weights), atol=1e-15)
+    assert not torch.allclose(gradient(CHUNKS, 1), gradient((), 1), atol=1e-3)
+
+
+def test_off_the_policy_chunks_are_more_than_weights(pair):
+    logp, old, adv = pair
+
+    def gradient(chunks, weights):
+        x = logp.clone().requires_grad_()
+        return torch.autograd.grad((grpo.policy_loss(x, old, adv, EPS, chunks)[0] * weights).mean(), x)[0]
+    weights = torch.tensor([T / (len(CHUNKS) * c) for c in CHUNKS for _ in range(c)], dtype=torch.float64)
+    assert not torch.allclose(gradient(CHUNKS, 1), gradient((), weights), atol=1e-3)
+
+
+def test_chunks_average_the_noise_of_the_ratio():
+    """Independent noise of the log-ratios falls with the root of the size of a chunk, so few are clipped."""
+    old = numbers(4000, 8)
+    logp, adv = old + numbers(4000, 8, seed=1, scale=.1), torch.ones(4000, dtype=torch.float64)
+    spread = [grpo.policy_loss(logp, old, adv, EPS, chunks)[1].log().std().item()
+              for chunks in ((), (4, 4), (8,))]
+    assert spread == pytest.approx([.1, .05, .1 / 8 ** .5], rel=.05)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "vectors"])
+def test_micro_batches_add_up(kind, pair):
+    """For tokens, chunks may be the rows of an image. For vectors, they are steps of a flow policy."""
+    logp, old, adv = pair
+    if kind == "tokens":
+        pi, rho = (Categorical(numbers(B, T, 7, seed=s)) for s in (3, 4))
+        actions = torch.randint(7, (B, T), generator=torch.Generator().manual_seed(5))
+    else:
+        std = torch.full((T,), .5, dtype=torch.float64)
+        pi, rho = (Gaussian(numbers(B, T, 2, seed=s, scale=.3), std) for s in (3, 4))
+        actions = numbers(B, T, 2, seed=5)
+    old = pi.log_prob(actions) + numbers(B, T, seed=6, scale=.2)
+
+    def some(rows):
+        parts = (Categorical(p.hidden[rows]) if kind == "tokens" else Gaussian(p.mean[rows], p.std.flatten())
+                 for p in (pi, rho))
+        return grpo.loss(*parts, actions[rows], old[rows], adv[rows], B * T, divergence="js",
+                         estimator="exact", beta=.3, clip_eps=EPS, chunks=CHUNKS)
+    whole, stats = some(slice(None))
+    parts = [some(slice(0, 2)), some(slice(2, 5))]
+    assert sum(loss for loss, _ in parts).item() == pytest.approx(whole.item())
+    assert sum(found["clip_share"] for _, found in parts).item() == pytest.approx(stats["clip_share"].item())
