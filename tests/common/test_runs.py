@@ -230,7 +230,7 @@ def test_real_processes_stop_and_lock(whole, mini_base, tmp_path):
     assert first.poll() is None and code == 2 and "another process works in" in said
     first.send_signal(signal.SIGTERM)
     code, said = end(first)
-    assert code == 1 and "Traceback" not in said and "continue with --resume" in said
+    assert code == 1 and "Traceback" not in said and "continue with `python train.py --resume" in said
     code, said = end(start(folder, None, "--resume", "--stop_after=1"))    # the system released the lock
     assert code == 0, said
     record("a run: SIGTERM, and a second process on its folder", 1, refused=1, harmless=1)
