@@ -260,8 +260,9 @@ class GaussianJS(torch.autograd.Function):
     Near 0 it is q/8 - q^2/64, and it saturates at log 2.             [test_js_of_gaussians_near_and_far]
     The integral over z is a trapezoid on [-8,8] with 65 points, whose error is 6e-9.
 
-    Autograd would fail at q = 0, where every run starts: d = sqrt(q) has no derivative there. With s the
-    logistic function, s = 1/(1 + e^-x), and E_z[z h(z)] = E_z[h'(z)]:
+    Autograd would fail at q = 0, where every run starts: d = sqrt(q) has no derivative there. By hand,
+    let s = 1/(1 + e^-x), so ds/dx = s (1 - s). And dx/dq = -(1/2 + z/(2d)). Integration by parts gives
+    E_z[z h(z)] = E_z[h'(z)], here for h = s with ds/dz = -d s (1 - s):
         dJS/dq = -E_z[s dx/dq]
                = E_z[s/2] + E_z[z s] / (2d)
                = E_z[s/2] - E_z[s (1 - s)] / 2
@@ -307,8 +308,8 @@ class Gaussian:
 
     def entropy(self):
         """Return the differential entropy of each action, [b,K], in nat. It does not depend on the mean."""
-        return (torch.zeros_like(self.mean) + self.std.log() + math.log(2 * math.pi * math.e) / 2).flatten(
-            2).sum(2)
+        of_a_component = self.std.flatten().log() + math.log(2 * math.pi * math.e) / 2           # [K]
+        return (self.mean[0, 0].numel() * of_a_component).expand(self.mean.shape[:2])
 
     def divergence(self, name, other):
         """Return the exact divergence `name` to a Gaussian with equal std, [b,K], in nat.

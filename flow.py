@@ -26,7 +26,7 @@ has no density. Flow-GRPO (arXiv 2505.05470) samples a stochastic differential e
   6. One step from t to t' < t is, with dt = t' - t < 0,
      x' = x + [v + s^2/(2t) (x + (1 - t) v)] dt + s sqrt(-dt) z.                   [test_steps_keep_the_data]
 So each noisy step is a Gaussian whose mean is c_x x + c_v v. `step_table` lists c_x, c_v and the standard
-deviation for four samplers.
+deviation for four samplers. [test_name] names a test of tests/core/test_flow.py.
 
 The network is SiT (arXiv 2401.08740), a transformer over patches. Time and prompt scale and shift its
 activations (adaLN-zero, arXiv 2212.09748). Modules have the official names, so that released files load.
@@ -302,7 +302,10 @@ class FlowPolicy(SiT):
     @torch.no_grad()
     def rollout(self, conditions, prompt, *, cfg_scale=1.0, temperature=1.0, at_once=0, generator=None,
                 part=(0, 1)):
-        """Sample an image for each entry of prompt [b]. actions: the K + 1 states [b,K+1,C,H,W]."""
+        """Sample an image for each entry of prompt [b]. actions: the K + 1 states [b,K+1,C,H,W]. A flow
+        policy has no temperature: raises ValueError unless it is 1."""
+        if temperature != 1:
+            raise ValueError(f"a flow policy has no temperature; it must be 1, got {temperature}")
         c, b, device = self.config, len(prompt), prompt.device
         cond, mask = conditions.cond[prompt], conditions.mask[prompt]
 

@@ -167,7 +167,7 @@ def loss_at(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, diverge
             # the share of actions where the min takes the clipped term: there the policy term has no gradient
             "clip_share": ((ratio - 1) * adv[:, None].sign() > clip_eps).sum() / n_actions,
             "clamp_share": ((logp_ref - logp).abs() > CLAMP).sum() / n_actions,
-            "max_ratio_error": (ratio - 1).abs().max(),
+            "max_ratio_error": ((logp - logp_old).exp() - 1).abs().max(),       # of actions, not of chunks
         }
     return per_action.sum() / n_actions, stats
 

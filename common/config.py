@@ -203,18 +203,19 @@ def load(choose, argv, positional=None):
 def restore(choose, stored, where):
     """Return the config that a checkpoint keeps as {key: value}, each value checked. Raises UserError.
 
-    Checkpoints from before options had parts hold the options of all worlds. What this run does not need is
-    dropped, unless its value would change the run.
+    Checkpoints from before options had parts hold the options of all worlds. Others hold an option that is a
+    constant now. What this run does not need is dropped, unless its value would change the run.
     """
     if not isinstance(stored, dict):
         raise UserError(f"{where} keeps no options: it is another kind of file, or of another version")
     stored = {RENAMED.get(str(key), str(key)): value for key, value in stored.items()}
     cls = choose if isinstance(choose, type) else choose(stored)
-    for key in [k for k in stored if "top_k" in stored and k not in fields(cls)]:
+    gone = [k for k in stored if k not in fields(cls) and ("top_k" in stored or hasattr(cls, k))]
+    for key in gone:
         if hasattr(cls, key) and _shown(stored[key]) != _shown(getattr(cls, key)):
             raise UserError(f"{where}: this version has no option {key!r} for such a run, "
                             f"and it was {_shown(stored[key])}")
-    known = {k: v for k, v in stored.items() if k in fields(cls) or "top_k" not in stored}
+    known = {k: v for k, v in stored.items() if k not in gone}
     cfg = cls(**{key: _checked(cls, key, value, where) for key, value in known.items()})
     try:
         validate(cfg)

@@ -45,6 +45,7 @@ class Options:
     n_head: int = option(0, "attention heads of gpt_ckpt; 0 = by the table of released sizes", low=0)
     block_size: int = option(0, "image tokens of gpt_ckpt; 0 = by its name: _256, _384, _512 pixels", low=0)
     prompts: str = option("assets/prompts.txt", ".txt, .json, .jsonl, .csv or .tsv", ending="")
+    antialias = True            # was an option: of HPS's resize to 224 pixels
     lora_rank: int = option(0, "above 0: train adapters of this rank, not the weights (lora.py)", low=0)
 
     def check(cfg):

@@ -49,7 +49,7 @@ def plot(path):
 
 
 def check_gradients(vocab=50, seed=0):
-    """Return {claim: largest error} for the gradients derived above, in float64.
+    """Return {claim: largest error} for the gradients derived in divergences.py, in float64.
     pi and rho are random distributions over `vocab` codes."""
     random = torch.Generator().manual_seed(seed)
     z, logq = (torch.randn(vocab, generator=random, dtype=torch.float64) * 1.5 for _ in range(2))

@@ -17,6 +17,7 @@ import evaluate
 import sample
 import train
 from common import config, files
+from common.config import UserError
 
 OLD = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data", "run_640fa36")
 
@@ -77,3 +78,12 @@ def test_an_option_that_this_version_lacks_is_refused_if_it_changes_the_run(old)
         files.save(saved | {"config": saved["config"] | {key: value}}, "run/ckpt.pt")
         with pytest.raises(config.UserError, match=f"no option '{key}' for such a run, and it was {value}"):
             train.main(["--out_dir=run", "--resume"])
+
+
+def test_an_option_that_is_a_constant_now_may_stand_in_a_checkpoint():
+    stored = {"world": "llamagen", "antialias": True}
+    assert config.restore(evaluate.options, stored, "run").world == "llamagen"
+    with pytest.raises(UserError, match="no option 'antialias' for such a run, and it was False"):
+        config.restore(evaluate.options, stored | {"antialias": False}, "run")
+    with pytest.raises(UserError, match="no option 'antialiaz'"):
+        config.restore(evaluate.options, {"world": "llamagen", "antialiaz": True}, "run")

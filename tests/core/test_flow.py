@@ -182,6 +182,8 @@ def sample(policy, conditions, prompt=(0, 0, 1, 1, 2, 2), **options):
 @pytest.mark.parametrize("cfg_scale", [1., 2.5])
 def test_the_loss_sees_the_distribution_that_sampled(cfg_scale, policy, conditions):
     rollout = sample(policy, conditions, cfg_scale=cfg_scale)
+    with pytest.raises(ValueError, match="no temperature"):
+        sample(policy, conditions, temperature=.5)
     assert rollout.actions.shape == (6, 7, 3, 4, 4) and rollout.logp.shape == (6, 4)
     pi = policy.distribution(rollout, conditions, torch.arange(6), cfg_scale=cfg_scale)
     assert ((pi.log_prob(rollout.actions) - rollout.logp).exp() - 1).abs().max() < 1e-4

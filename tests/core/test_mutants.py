@@ -1,6 +1,6 @@
 """python -m pytest -m slow tests/core/test_mutants.py
 
-Do the tests notice errors? tests/helpers/mutants.py puts errors into a copy of the project. An hour.
+Do the tests notice errors? tests/helpers/mutants.py puts errors into a copy of the project. 25 minutes.
 """
 import os
 import subprocess

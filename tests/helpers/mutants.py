@@ -1,6 +1,6 @@
 """Do the tests notice errors? Put one error at a time into a copy of this project, and run its tests there.
 
-    python tests/helpers/mutants.py                            all mutants, and results/mutants.md; an hour
+    python tests/helpers/mutants.py                            all mutants, and results/mutants.md; 25 minutes
     python tests/helpers/mutants.py metrics-pairs lora-scale   two of them, and no file
 
 A mutant is one error: in one file, one text becomes another. It is *killed* if the test files that cover it
