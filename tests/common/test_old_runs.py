@@ -81,7 +81,7 @@ def test_an_option_that_this_version_lacks_is_refused_if_it_changes_the_run(old)
 
 
 def test_an_option_that_is_a_constant_now_may_stand_in_a_checkpoint():
-    stored = {"world": "llamagen", "antialias": True}
+    stored = {"world": "llamagen", "reward": "hps", "heldout_reward": "clipscore", "antialias": True}
     assert config.restore(evaluate.options, stored, "run").world == "llamagen"
     with pytest.raises(UserError, match="no option 'antialias' for such a run, and it was False"):
         config.restore(evaluate.options, stored | {"antialias": False}, "run")
