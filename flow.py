@@ -11,7 +11,8 @@ and noises that mix to x. Sampling starts from noise at t = 1 and follows v to t
 Symbols
     B samples, P prompts          C H W  channels, height and width of x
     K denoising steps             N <= K noisy steps, the first ones. They are the actions that are trained
-    D width, L prompt tokens      T patches of an image, p pixels per side of a patch
+    L prompt tokens               n = C H W components of x
+    J chunks of steps             c_x, c_v, std: of a step from x to N(c_x x + c_v v, std^2)
     s noise level, z ~ N(0, 1)    p(x) density of x at time t
 
 Why noise. A policy gradient needs the probability of what was sampled. Following v is deterministic, so it
@@ -26,24 +27,19 @@ has no density. Flow-GRPO (arXiv 2505.05470) samples a stochastic differential e
   6. One step from t to t' < t is, with dt = t' - t < 0,
      x' = x + [v + s^2/(2t) (x + (1 - t) v)] dt + s sqrt(-dt) z.                   [test_steps_keep_the_data]
 So each noisy step is a Gaussian whose mean is c_x x + c_v v. `step_table` lists c_x, c_v and the standard
-deviation for four samplers. [test_name] names a test of tests/core/test_flow.py.
-
-The network is SiT (arXiv 2401.08740), a transformer over patches. Time and prompt scale and shift its
-activations (adaLN-zero, arXiv 2212.09748). Modules have the official names, so that released files load.
-
-Departures:
- 1. Released SiT files have t = 1 at the image. `from_sit` turns them to the convention above.
- 2. A prompt is read as tokens beside the patches, and its mean is added to the embedding of time. Official
-    SiT reads class labels only.
+deviation for four samplers. [test_name] names a test of tests/core/test_flow.py. The network that predicts
+v is in common/sit.py.
 """
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
+from common.config import UserError, option
 from common.interfaces import Rollout
+from common.sit import SiT
 from divergences import Gaussian
 
 
@@ -82,250 +78,230 @@ def step_table(times, sampler="sde", noise=.7, noisy=None):
             (s2 * -dt).sqrt().float())
 
 
-# ---- the network -------------------------------------------------------------------------------------------
-@dataclass
-class SiTConfig:
-    depth: int = 12
-    dim: int = 768                # D
-    heads: int = 12
-    patch: int = 2                # p
-    channels: int = 4             # C
-    side: int = 32                # H = W
-    num_classes: int = 1000       # used if caption_dim is 0; class `num_classes` stands for "no class"
-    caption_dim: int = 0          # width of prompt features, or 0 for class labels
-    reverse_time: bool = False    # True: the weights read 1 - t, as released SiT files do
+# ---- options and chunks ------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Options:
+    """---- flow matching"""
+    denoise_steps: int = option(8, "K, steps from noise to an image in training", low=2)
+    noisy_steps: int = option(5, "N, the first steps, which have noise and are trained; below K", low=1)
+    eval_steps: int = option(10, "steps of the ODE, which draws the images of evaluations", low=1)
+    shift: float = option(3.0, "above 1: more steps near the noise", low=1)
+    sampler: Literal["sde", "constant", "cps"] = option("sde", "where the noise goes (flow.step_table)")
+    noise: float = option(0.7, "its level", low=0)
+    likelihood: Literal["transitions", "elbo"] = option("transitions", "of what the ratio is; see FlowPolicy")
+    step_weights: Literal["equal", "noise"] = option("equal", "noise: weigh a step by std/abs(c_v), mean 1")
+    logp_per_dim: bool = option(True, "the ratio is of the mean over components, and clipped to c/sqrt(n)")
+    chunks: tuple = option((), "sizes of consecutive steps that share a ratio, such as (2, 3); () = single")
+    adaptive_chunks: bool = option(False, "find the sizes by flow.adaptive_chunks")
+    chunk_share: float = option(1.0, "share of the chunks that a sample trains in each step", high=1)
+    chunk_draw: Literal["uniform", "change"] = option("uniform", "change: rather where x changes much")
+    step_batch: int = option(0, "noisy steps in one forward pass, cut between chunks; 0 = all; memory", low=0)
+    cfg_scale: float = option(1.0, "guidance of rollout, loss and reference; 1 = none, half the cost", low=1)
+    sample_batch: int = option(0, "images sampled at once; 0 = all; changes memory, not the result", low=0)
+    # Options of token policies, which a flow policy does not have.
+    uncond_grad, score_cfg, critical_tokens, dynamic_weight, logit_chunk = True, 0.0, False, False, 0
+
+    def check(cfg):
+        if cfg.temperature != 1:
+            raise UserError(f"a flow policy has no temperature: leave --temperature at 1, got "
+                            f"{cfg.temperature}")
+        if cfg.noisy_steps >= cfg.denoise_steps or not cfg.noise:
+            raise UserError("--noisy_steps must be below --denoise_steps, and --noise above 0: noise in the "
+                            "last step would stay in the image, and without noise nothing can be learned")
+        if cfg.chunks and (cfg.adaptive_chunks or sum(cfg.chunks) != cfg.noisy_steps or min(cfg.chunks) < 1):
+            raise UserError(f"--chunks must add up to --noisy_steps={cfg.noisy_steps}, got {cfg.chunks}; "
+                            f"--adaptive_chunks finds other sizes by itself")
+        if not 0 < cfg.chunk_share <= 1:
+            raise UserError(f"--chunk_share must be above 0 and at most 1, got {cfg.chunk_share}")
 
 
-PRESETS = {"S/2": (12, 384, 6), "B/2": (12, 768, 12), "L/2": (24, 1024, 16), "XL/2": (28, 1152, 16)}
+def relative_change(states):
+    """Return |x_{k+1} - x_k| / |x_{k+1}|, in L1 norm, of states [b,K+1,..] at each step: [b,K]."""
+    states = states.flatten(2)
+    return states.diff(dim=1).abs().sum(2) / states[:, 1:].abs().sum(2)
 
 
-def sincos_2d(side, dim):
-    """Return the fixed positions [side * side,dim] of a grid: first half of the columns, then of the rows."""
-    rates = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * rates                           # [side,dim/4]
-    one = torch.cat([angles.sin(), angles.cos()], 1)                                            # [side,dim/2]
-    return torch.cat([one.repeat(side, 1), one.repeat_interleave(side, 0)], 1).float()
+def adaptive_chunks(change, least=.02):
+    """Return sizes of chunks for the relative changes [N] of N steps, by the rule of Chunk-GRPO.
+
+    The paper cuts where the first difference of the change turns its sign, then inside each chunk by higher
+    differences, until they are "sufficiently small", without a number. Its code has only fixed sizes. Our
+    reading: cut a chunk at the first turn of its differences. If they have one sign and differ by more than
+    `least`, cut the chunk in the middle. A chunk of up to two steps stays whole.
+    """
+    slopes = [b - a for a, b in zip(change, change[1:])]
+    if len(change) < 3 or max(map(abs, slopes)) <= least:
+        return (len(change),)
+    turns = [i + 1 for i in range(len(slopes) - 1) if slopes[i] * slopes[i + 1] < 0]
+    if turns:
+        cut = turns[0]
+    elif max(slopes) - min(slopes) > least:
+        cut = len(change) // 2
+    else:
+        return (len(change),)
+    return adaptive_chunks(change[:cut], least) + adaptive_chunks(change[cut:], least)
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.proj = nn.Conv2d(c.channels, c.dim, c.patch, c.patch)
+def chunk_weights(states, chunks, share, draw, u):
+    """Draw which chunks each sample trains -> weights of its actions [b,N], with mean 1 over all draws.
 
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)                                           # [B,T,D]
-
-
-class TimestepEmbedder(nn.Module):
-    """Embed times in [0,1]: 128 cosines and 128 sines, then two linear layers."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
-
-    def forward(self, t):
-        rates = (-math.log(10000) / 128 * torch.arange(128, device=t.device)).exp()
-        angles = t[:, None].float() * rates
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).type_as(self.mlp[0].weight))  # [B,D]
-
-
-class ClassEmbedder(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.embedding_table = nn.Embedding(c.num_classes + 1, c.dim)
-
-    def forward(self, labels, mask):
-        """Return (no tokens beside the patches, [B,D] to add to the time)."""
-        return None, self.embedding_table(labels)
-
-
-class TextEmbedder(nn.Module):
-    """Read features [B,L,C] of a prompt: tokens beside the patches, and their mean, added to the time."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(c.caption_dim, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
-
-    def forward(self, cond, mask):
-        mask = mask[..., None].type_as(cond)
-        words = self.mlp(cond) * mask                                                            # [B,L,D]
-        return words, words.sum(1) / mask.sum(1).clamp_min(1)
-
-
-class Attention(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.heads, self.qkv, self.proj = c.heads, nn.Linear(c.dim, 3 * c.dim), nn.Linear(c.dim, c.dim)
-
-    def forward(self, x, mask):
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, 2))
-        return self.proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(c.dim, 4 * c.dim), nn.Linear(4 * c.dim, c.dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-def modulate(x, shift, scale):
-    """Normalize rows [B,S,D] without learned weights, then scale and shift them by [B,1,D] each."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
-
-
-class SiTBlock(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.attn, self.mlp = Attention(c), Mlp(c)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
-
-    def forward(self, x, c, mask):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, 2)
-        x = x + gate1 * self.attn(modulate(x, shift1, scale1), mask)
-        return x + gate2 * self.mlp(modulate(x, shift2, scale2))
-
-
-class FinalLayer(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.linear = nn.Linear(c.dim, c.patch ** 2 * c.channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 2 * c.dim))
-
-    def forward(self, x, c):
-        return self.linear(modulate(x, *self.adaLN_modulation(c)[:, None].chunk(2, 2)))
-
-
-class SiT(nn.Module):
-    """The velocity network. All gates and the output start at zero, so v = 0 at first."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = c = config
-        self.x_embedder, self.t_embedder = PatchEmbed(c), TimestepEmbedder(c.dim)
-        self.y_embedder = TextEmbedder(c) if c.caption_dim else ClassEmbedder(c)
-        self.register_buffer("pos_embed", sincos_2d(c.side // c.patch, c.dim)[None])             # [1,T,D]
-        self.blocks = nn.ModuleList(SiTBlock(c) for _ in range(c.depth))
-        self.final_layer = FinalLayer(c)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for module in (*self.t_embedder.mlp[::2], *self.y_embedder.modules()):
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=.02)
-        for module in (*(b.adaLN_modulation[1] for b in self.blocks), self.final_layer.adaLN_modulation[1],
-                       self.final_layer.linear):
-            nn.init.zeros_(module.weight)
-
-    def forward(self, x, t, cond, mask=None):
-        """Return the velocity [B,C,H,W] at x [B,C,H,W] and times t [B].
-
-        cond, mask: features [B,L,caption_dim] and 1 where the prompt has a token [B,L], or labels [B].
-        """
-        c = self.config
-        side = c.side // c.patch
-        words, pooled = self.y_embedder(cond, mask)
-        time = self.t_embedder(1 - t if c.reverse_time else t) + pooled                          # [B,D]
-        x, sees = self.x_embedder(x) + self.pos_embed, None
-        if words is not None:                             # every row sees all patches and the prompt's tokens
-            x = torch.cat([x, words], 1)
-            sees = F.pad(mask.bool(), (side * side, 0), value=True)[:, None, None]               # [B,1,1,T+L]
-        for block in self.blocks:
-            x = block(x, time, sees)
-        x = self.final_layer(x[:, :side * side], time)                                           # [B,T,p*p*C]
-        x = x.view(-1, side, side, c.patch, c.patch, c.channels).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(-1, c.channels, c.side, c.side)
-
-
-def from_sit(state):
-    """Turn the state dict of an official SiT to this file's convention. The official v is x0 - eps, so the
-    output is negated. Its unused half (learn_sigma) is dropped. Use it with SiTConfig(reverse_time=True)."""
-    state = dict(state)
-    channels, patch = state["x_embedder.proj.weight"].shape[1:3]
-    rows = torch.arange(len(state["final_layer.linear.bias"])).view(patch ** 2, -1)[:, :channels].flatten()
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        state[name] = -state[name][rows]
-    return state
+    states [b,K+1,..]. u [b,J]: uniform random numbers in (0,1]. A sample trains k = max(1, int(J * share)) of
+    its J chunks, without repetition. draw = "change" prefers chunks whose relative change is large (arXiv
+    2510.21583 sec. 3.3): the weight of a chunk is the mean of its steps. Their preference is part of the
+    method, so the loss does not correct for it: every drawn chunk weighs J / k.
+    """
+    sizes, k = torch.tensor(chunks, device=u.device), max(1, int(len(chunks) * share))
+    preferred = torch.ones_like(u)
+    if draw == "change":
+        change = relative_change(states)[:, :sum(chunks)]
+        preferred = torch.stack([part.mean(1) for part in change.split(list(chunks), 1)], 1)     # [b,J]
+    # The smallest of exponential times with rates w: this draws without repetition, in proportion to w.
+    order = (-u.log() / preferred).argsort(1).argsort(1)
+    return ((order < k) * (len(chunks) / k)).repeat_interleave(sizes, 1)
 
 
 # ---- the policy --------------------------------------------------------------------------------------------
 class Transitions(Gaussian):
-    """The Gaussians of the N noisy steps of b samples. Actions are all states [b,K+1,C,H,W] of a rollout."""
+    """The Gaussians of noisy steps `start` to `stop` of b samples. Actions are all states [b,K+1,C,H,W] of a
+    rollout. means(start, stop) computes the means [b,stop-start,C,H,W]. target: of each step, the index of
+    the state it led to."""
+
+    def __init__(self, means, std, target, start=0):
+        self.means, self.stds, self.target, self.start = means, std, target, start
+        self.std = std.view(-1, 1, 1, 1)
+
+    @cached_property
+    def mean(self):
+        return self.means(self.start, self.start + len(self.stds))
 
     def at(self, start, stop):
-        return self
+        return Transitions(self.means, self.stds[start:stop], self.target[start:stop], self.start + start)
 
     def log_prob(self, states):
         """Return the log-densities [b,N] of the states that the noisy steps led to."""
-        return super().log_prob(states[:, 1:len(self.std) + 1])
+        return super().log_prob(states[:, self.target])
 
 
-class FlowPolicy(SiT):
-    """A SiT that samples: the Policy of common/interfaces.py. times [K+1] and table: as above."""
+class FlowPolicy:
+    """The Policy of common/interfaces.py for a velocity network. A subclass is a torch.nn.Module with
+        shape                          (C, H, W) of x
+        predict(x, t, cond, mask)      the velocity [B,C,H,W] at x and times t [B]
+        without(cond, mask)            (cond, mask) of no prompt, for guidance
+    and calls set_sampler.
+
+    likelihood = "elbo" (arXiv 2602.04663): images are sampled by following v, without noise. A sample's
+    log-probability is estimated afterwards, at N times t_k with new noises eps_k:
+        -|x0(x_k) - x0|^2 / (2 s_k^2),     x_k = (1 - t_k) x0 + t_k eps_k,
+    up to a constant. With s_k = t_k / sqrt(2) this is -|v - (eps_k - x0)|^2, the negative loss of flow
+    matching. It is also the log-density of x0 under N(x_k - t_k v, s_k^2): a transition from x_k to x0 with
+    c_x = 1 and c_v = -t_k. So only the table and the states differ.       [test_elbo_is_the_pretraining_loss]
+    """
+    generates_actions = False                              # `generate` follows the ODE, which has no density
     bf16 = False
 
-    def __init__(self, config, times, table):
-        super().__init__(config)
-        self.times, (self.c_x, self.c_v, self.std) = times.float(), table
-        self.noisy = int((self.std > 0).sum())                                                   # N
+    def set_sampler(self, o):
+        """Set the sampler to the Options o."""
+        self.elbo, N = o.likelihood == "elbo", o.noisy_steps
+        self.ode = time_grid(o.eval_steps, o.shift).float()
+        self.times = time_grid(o.denoise_steps, o.shift)
+        self.table = step_table(self.times, o.sampler, 0 if self.elbo else o.noise, N)
+        self.times = self.times.float()
+        c_x, c_v, std = (y[:N] for y in self.table)
+        if self.elbo:
+            c_x, c_v, std = torch.ones(N), -self.times[:N], self.times[:N] / 2 ** .5
+        self.trained = c_x, c_v, std
+        self.target = [-1] * N if self.elbo else list(range(1, N + 1))
 
     def autocast(self):
-        device = self.pos_embed.device.type
+        device = next(self.parameters()).device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.bf16)
 
     def velocity(self, x, t, cond, mask, cfg_scale=1.0, uncond_grad=True):
         """Return the velocity [B,C,H,W], in fp32, with guidance: v_u + cfg_scale (v_c - v_u)."""
         with self.autocast():
             if cfg_scale == 1:
-                return self(x, t, cond, mask).float()
-            empty = (cond, torch.zeros_like(mask)) if self.config.caption_dim else (
-                torch.full_like(cond, self.config.num_classes), mask)
+                return self.predict(x, t, cond, mask).float()
             with torch.set_grad_enabled(torch.is_grad_enabled() and uncond_grad):
-                without = self(x, t, *empty).float()
-            return without + cfg_scale * (self(x, t, cond, mask).float() - without)
+                without = self.predict(x, t, *self.without(cond, mask)).float()
+            return without + cfg_scale * (self.predict(x, t, cond, mask).float() - without)
 
-    def means(self, states, cond, mask, **guidance):
-        """Return the means [b,N,C,H,W] of the noisy steps from states [b,N,C,H,W], in one forward pass."""
-        N = states.shape[1]
-        of_steps = lambda values: values[:N].to(states.device)
-        t = of_steps(self.times).repeat(len(states))
-        cond, mask = (y.repeat_interleave(N, 0) for y in (cond, mask))
-        v = self.velocity(states.flatten(0, 1), t, cond, mask, **guidance)
-        return (of_steps(self.c_x).view(-1, 1, 1, 1) * states
-                + of_steps(self.c_v).view(-1, 1, 1, 1) * v.view_as(states))
+    def means(self, states, cond, mask, start, stop, **guidance):
+        """Return the means [b,n,C,H,W] of the n noisy steps from `start` on, from all states [b,K+1,..]."""
+        x, n, where = states[:, start:stop], stop - start, states.device
+        t, c_x, c_v = (y[start:stop].to(where) for y in (self.times, *self.trained[:2]))
+        cond, mask = (y.repeat_interleave(n, 0) for y in (cond, mask))
+        v = self.velocity(x.flatten(0, 1), t.repeat(len(x)), cond, mask, **guidance)
+        return c_x.view(-1, 1, 1, 1) * x + c_v.view(-1, 1, 1, 1) * v.view_as(x)
+
+    def transitions(self, states, cond, mask, **guidance):
+        return Transitions(lambda *span: self.means(states, cond, mask, *span, **guidance),
+                           self.trained[2].to(states.device), self.target)
 
     @torch.no_grad()
     def rollout(self, conditions, prompt, *, cfg_scale=1.0, temperature=1.0, at_once=0, generator=None,
                 part=(0, 1)):
-        """Sample an image for each entry of prompt [b]. actions: the K + 1 states [b,K+1,C,H,W]. A flow
-        policy has no temperature: raises ValueError unless it is 1."""
+        """Sample an image for each entry of prompt [b]. actions: the states, the last of them is the image.
+        [b,K+1,C,H,W], or with elbo [b,N+1,C,H,W]: the N mixtures x_k, then x0. A flow policy has no
+        temperature: raises ValueError unless it is 1."""
         if temperature != 1:
             raise ValueError(f"a flow policy has no temperature; it must be 1, got {temperature}")
-        c, b, device = self.config, len(prompt), prompt.device
+        b, where = len(prompt), prompt.device
         cond, mask = conditions.cond[prompt], conditions.mask[prompt]
 
         def noise():                                       # of the whole step, of which b rows are ours
-            return torch.randn(part[1] * b, c.channels, c.side, c.side, generator=generator,
-                               device=device)[part[0] * b:][:b]
+            return torch.randn(part[1] * b, *self.shape, generator=generator, device=where)[part[0] * b:][:b]
+
+        def in_parts(f, *tensors):
+            return torch.cat([f(*some) for some in zip(*(y.split(at_once or b) for y in tensors))])
         states, means = [noise()], []
-        for k, (c_x, c_v, std) in enumerate(zip(*(y.tolist() for y in (self.c_x, self.c_v, self.std)))):
-            x, t = states[-1], self.times[k].to(device).expand(b)
-            v = torch.cat([self.velocity(*some, cfg_scale) for some in zip(
-                *(y.split(at_once or b) for y in (x, t, cond, mask)))])
+        for k, (c_x, c_v, std) in enumerate(zip(*(y.tolist() for y in self.table))):
+            x = states[-1]
+            v = in_parts(lambda *some: self.velocity(*some, cfg_scale), x, self.times[k].to(where).expand(b),
+                         cond, mask)
             means.append(c_x * x + c_v * v)
             states.append(means[-1] + std * noise() if std else means[-1])
-        states, means = torch.stack(states, 1), torch.stack(means[:self.noisy], 1)
-        logp = Transitions(means, self.std[:self.noisy].to(device)).log_prob(states)
-        return Rollout(states, logp, prompt)
+        if self.elbo:
+            t = self.times.tolist()
+            states = [(1 - t[k]) * states[-1] + t[k] * noise() for k in range(len(self.target))] + states[-1:]
+            states = torch.stack(states, 1)
+            logp = in_parts(lambda *some: self.transitions(*some, cfg_scale=cfg_scale).log_prob(some[0]),
+                            states, cond, mask)
+            return Rollout(states, logp, prompt)
+        states, means = torch.stack(states, 1), torch.stack(means[:len(self.target)], 1)
+        return Rollout(states, Transitions(lambda start, stop: means, self.trained[2].to(where),
+                                           self.target).log_prob(states), prompt)
 
     def distribution(self, rollout, conditions, rows, *, cfg_scale=1.0, temperature=1.0, uncond_grad=True):
         """Return the Transitions of rows [r] of a rollout."""
-        prompt, states = rollout.prompt[rows], rollout.actions[rows, :self.noisy]
-        means = self.means(states, conditions.cond[prompt], conditions.mask[prompt], cfg_scale=cfg_scale,
-                           uncond_grad=uncond_grad)
-        return Transitions(means, self.std[:self.noisy].to(means.device))
+        prompt = rollout.prompt[rows]
+        return self.transitions(rollout.actions[rows], conditions.cond[prompt], conditions.mask[prompt],
+                                cfg_scale=cfg_scale, uncond_grad=uncond_grad)
+
+    @torch.no_grad()
+    def generate(self, cond, mask, prompt, *, cfg_scale=1.0, temperature=1.0, generator=None, noise=None):
+        """Draw an image for each entry of prompt [b], without noise on the way -> [b,1,C,H,W].
+        noise [b,C,H,W]: where to start; by default new noise. temperature must be 1."""
+        if temperature != 1:
+            raise ValueError(f"a flow policy has no temperature; it must be 1, got {temperature}")
+        cond, mask = cond[prompt], mask[prompt]
+        x = noise if noise is not None else torch.randn(len(prompt), *self.shape, generator=generator,
+                                                        device=prompt.device)
+        for t, end in zip(self.ode.tolist(), self.ode.tolist()[1:]):
+            x = x + (end - t) * self.velocity(x, torch.full_like(x[:, 0, 0, 0], t), cond, mask, cfg_scale)
+        return x[:, None]
+
+
+class SiTPolicy(FlowPolicy, SiT):
+    """A SiT that samples, with the sampler of the Options o."""
+
+    def __init__(self, config, o=Options()):
+        super().__init__(config)
+        self.shape = config.channels, config.side, config.side
+        self.set_sampler(o)
+
+    predict = SiT.forward
+
+    def without(self, cond, mask):
+        if self.config.caption_dim:
+            return cond, torch.zeros_like(mask)
+        return torch.full_like(cond, self.config.num_classes), mask

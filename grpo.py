@@ -82,8 +82,27 @@ def advantages(rewards, group_size, eps=1e-4):
     return (adv * spread[:, None]).flatten(), int((~spread).sum())
 
 
-def policy_loss(logp, logp_old, adv, clip_eps, chunks=()):
+def spans(n, chunks, at_once):
+    """Return [(start, stop), ...]: which of n actions share a forward pass. At most `at_once` do (0: all), but
+    a chunk is never cut."""
+    sizes, out = list(chunks) or [1] * n, [[0, 0]]
+    for size in sizes:
+        start, stop = out[-1]
+        if at_once and stop > start and stop + size - start > at_once:
+            out.append([stop, stop])
+        out[-1][1] += size
+    return out if at_once else [[0, n]]
+
+
+def policy_loss(logp, logp_old, adv, clip_eps, chunks=(), total=None, per=1):
     """Turn logp, logp_old [b,T] and adv [b] into (clipped surrogate loss [b,T], ratio [b,T]).
+
+    total: (number of actions, number of chunks) of a whole sample, where logp holds only some. per: divide
+    the log-ratio by this number. With n, the number of components of an action, the ratio is
+        w^(1/n) = exp( mean over the components of (log pi - log pi_old) ),
+    as in the published code of Flow-GRPO. It is no density ratio: its mean over pi_old is below 1. For two
+    Gaussians whose means are q standard deviations apart (q: root mean square over the components), the log
+    of the ratio has mean -q^2/2 and standard deviation q/sqrt(n).          [test_the_ratio_per_component]
 
     chunks: sizes c_1 .. c_J of consecutive chunks of actions, which add up to T. () means single actions.
     This is Chunk-GRPO (arXiv 2510.21583). All actions of chunk j share one ratio, their geometric mean
@@ -95,7 +114,7 @@ def policy_loss(logp, logp_old, adv, clip_eps, chunks=()):
     and the gradient is that of single actions with weights T / (J c_j). [test_chunks_on_the_first_pass]
     So chunks weigh actions. From the second pass on, they also average the noise of the ratios.
     """
-    log_ratio, adv = logp - logp_old, adv[:, None]
+    log_ratio, adv = (logp - logp_old) / per, adv[:, None]
     if chunks:
         sizes = torch.tensor(chunks, device=logp.device)
         pooled = torch.stack([part.mean(1) for part in log_ratio.split(list(chunks), 1)], 1)     # [b,J]
@@ -103,7 +122,8 @@ def policy_loss(logp, logp_old, adv, clip_eps, chunks=()):
     ratio = log_ratio.exp()
     loss = -torch.minimum(ratio * adv, ratio.clamp(1 - clip_eps, 1 + clip_eps) * adv)
     if chunks:
-        loss = loss * (logp.shape[1] / (len(chunks) * sizes)).repeat_interleave(sizes)
+        T, J = total or (logp.shape[1], len(chunks))
+        loss = loss * (T / (J * sizes)).repeat_interleave(sizes)
     return loss, ratio
 
 
@@ -124,16 +144,15 @@ def loss(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, logit_chun
     result is the same:
     test_chunks_do_not_change_loss_gradient_or_statistics.
     """
-    T = actions.shape[1]
+    if not logit_chunk:
+        return loss_at(pi, rho, actions, logp_old, adv, n_actions, weights, **options)
 
     def part(start, stop):
         return loss_at(pi.at(start, stop), rho.at(start, stop), actions[:, start:stop],
                        logp_old[:, start:stop], adv, n_actions,
                        None if weights is None else weights[:, start:stop], **options)
-    if not logit_chunk:
-        return part(0, T)
     total, stats = 0.0, {}
-    for start in range(0, T, logit_chunk):
+    for start in range(0, actions.shape[1], logit_chunk):
         some, found = checkpoint(part, start, start + logit_chunk, use_reentrant=False,
                                  preserve_rng_state=False)                  # nothing random is inside
         total = total + some
@@ -142,21 +161,24 @@ def loss(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, logit_chun
 
 
 def loss_at(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, divergence="js", estimator="sampled",
-            beta=0.0, clip_eps=0.2, dynamic=False, chunks=()):
+            beta=0.0, clip_eps=0.2, dynamic=False, chunks=(), total=None, per=1):
     """Compute `loss` for all positions that pi and rho hold, with all logits at once.
 
     divergence: a name of DIVERGENCES, or "none". estimator: sampled, unbiased or exact. dynamic: multiply the
-    policy term by a factor (critical.py). chunks: as in `policy_loss`; they need logit_chunk = 0.
+    policy term by a factor (critical.py). chunks, total, per: as in `policy_loss`; chunks need
+    logit_chunk = 0. With `per`, the penalty is divided by it too, so that beta has the same effect. And
+    clip_eps is divided by sqrt(per): see the standard deviation in `policy_loss`.
     """
     logp, logp_ref = pi.log_prob(actions), rho.log_prob(actions)                                 # [b,T]
-    per_action, ratio = policy_loss(logp, logp_old, adv, clip_eps, chunks)                       # [b,T]
+    clip_eps = clip_eps / per ** .5
+    per_action, ratio = policy_loss(logp, logp_old, adv, clip_eps, chunks, total, per)           # [b,T]
     if dynamic:
         per_action = per_action * dynamic_weight(logp, logp_ref)
     if divergence != "none" and beta:
         penalty = (pi.divergence(divergence, rho) if estimator == "exact" else
                    DIVERGENCES[divergence].unbiased(logp, logp_ref, logp_old) if estimator == "unbiased" else
                    DIVERGENCES[divergence].sampled(logp, logp_ref))
-        per_action = per_action + beta * penalty
+        per_action = per_action + beta / per * penalty
     if weights is not None:
         per_action = per_action * weights
     with torch.no_grad():
@@ -166,6 +188,7 @@ def loss_at(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, diverge
             "entropy": pi.entropy().sum() / n_actions,
             # the share of actions where the min takes the clipped term: there the policy term has no gradient
             "clip_share": ((ratio - 1) * adv[:, None].sign() > clip_eps).sum() / n_actions,
+            "outside": ((ratio - 1).abs() > clip_eps).sum() / n_actions,      # on either side
             "clamp_share": ((logp_ref - logp).abs() > CLAMP).sum() / n_actions,
             "max_ratio_error": ((logp - logp_old).exp() - 1).abs().max(),       # of actions, not of chunks
         }

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from common.interfaces import Conditions
-from flow import PRESETS, FlowPolicy, SiT, SiTConfig, Transitions, from_sit, sincos_2d, step_table, time_grid
+from common.sit import PRESETS, SiT, SiTConfig, from_sit, sincos_2d
+from flow import Options, SiTPolicy, Transitions, step_table, time_grid
 
 TINY = SiTConfig(depth=2, dim=32, heads=2, channels=3, side=4, caption_dim=6)
+OPTIONS = Options(denoise_steps=6, noisy_steps=4, shift=1.0)
 SPREAD = .64                                               # standard deviation of the normal data
 
 
@@ -37,8 +39,7 @@ def randomized(module, seed=0):
 
 @pytest.fixture
 def policy():
-    times = time_grid(6)
-    return randomized(FlowPolicy(TINY, times, step_table(times, noisy=4)))
+    return randomized(SiTPolicy(TINY, OPTIONS))
 
 
 @pytest.fixture
@@ -231,7 +232,8 @@ def test_the_divergence_to_the_reference_has_a_gradient_and_is_zero_there(policy
     rollout, rows = sample(policy, conditions), torch.arange(6)
     with torch.no_grad():
         rho = policy.distribution(rollout, conditions, rows)
-        moved = Transitions(rho.mean + .1, rho.std)
+        mean = rho.mean + .1
+    moved = Transitions(lambda *span: mean, rho.stds, rho.target)
     pi = policy.distribution(rollout, conditions, rows)
     for name in ("reverse_kl", "forward_kl", "js"):
         assert pi.divergence(name, rho).abs().max() < 1e-6
