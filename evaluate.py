@@ -13,7 +13,9 @@ Every prompt is sampled `draws` times. Reported, as means over prompts:
   pairwise            mean of 1 - cosine between images of one prompt, in features of the judge (tiny world)
                       or of CLIP (full size)
   vendi               an effective number of distinct images, between 1 and the number of images (metrics.py)
-  token_entropy       of the policy on its own samples, nat per token
+  token_entropy       of the policy on its own samples, nat per token; a flow policy has none
+  sampler_reward, sampler_heldout_reward   flow policies: of images drawn with noise, as in training. All
+                      other measurements are of images that the ODE draws, as users do
   kl_reverse          KL(policy || base) on the policy's samples, nat per *image* (metrics.jsonl: per token)
   kl_forward          KL(base || policy) on the base's samples, nat per image
 and what only the world of the run can measure (for example tiny/world.py). For the base there is also
@@ -23,7 +25,6 @@ the sampling and no training. So compare a run with it before you praise the run
 This file also says what a run consists of: `options` composes the options of a run, `open_world` opens its
 world and its models.
 """
-import itertools
 import math
 import os
 from dataclasses import dataclass, fields, replace
@@ -32,6 +33,7 @@ from typing import Literal, NamedTuple
 import torch
 from tqdm import tqdm, trange
 
+import flow
 import full.world
 import grpo
 import metrics
@@ -42,7 +44,9 @@ from common import config, device, files, run
 from common.config import UserError, option
 from common.folder import FREE, checkpoint_of
 from common.interfaces import Rollout
+from common.tables import TERMINAL, best_of_n, table
 
+FLOWS = ("tiny_flow", "sd3", "sana")      # worlds whose policy is of flow.py, not of model.py
 BEST_OF = 8                     # N of best-of-N
 VENDI_OF = 64                   # images of each prompt, at most, that enter pairwise and vendi
 KL_DRAWS = 16                   # samples of each prompt, at most, that enter the KLs and the token entropy
@@ -53,7 +57,7 @@ TOKENS_AT_ONCE = 2 ** 14        # tokens of the images that are sampled at once
 @dataclass(frozen=True)
 class Kind:
     """---- what is trained, and how"""
-    world: Literal["tiny", "llamagen", "janus"] = option("tiny", "prompts, rewards and models")
+    world: Literal["tiny", "tiny_flow", "llamagen", "janus"] = option("tiny", "prompts, rewards and models")
     algorithm: Literal["grpo", "vapi"] = option("grpo", "its loop is in train.py or vapi.py")
 
 
@@ -77,6 +81,7 @@ class Sampling:
     compile: bool = option(False, "compile a sampling step by torch.compile; not yet measured on a GPU")
     # These are constants in the tiny world. For released models, Extras turns them into options.
     uncond_grad, score_cfg, critical_tokens, dynamic_weight = True, 0.0, False, False
+    action_batch = 0                # an option of flow policies
 
 
 @dataclass(frozen=True)
@@ -99,19 +104,23 @@ def options(values):
 
     Only values["world"] and values["algorithm"] are read. Other values are not checked here.
     """
-    full_size = values.get("world", "tiny") in ("llamagen", "janus")
+    kind = values.get("world", "tiny")
+    full_size, flows = kind in full.world.PIPELINES, kind in FLOWS
     parts = [run.Files, Kind, run.Machine, run.Length, Evaluation, grpo.RolloutOptions, reward.Options]
     if values.get("algorithm") == "vapi":
         parts += [vapi.Options, full.world.ImageOptions if full_size else tiny.world.ImageOptions]
+    elif flows:
+        parts += [flow.Options]
     else:
         parts += [Sampling] + [Extras] * full_size
-    parts += [grpo.LossOptions, run.Optimizer, full.world.Options if full_size else tiny.world.Options]
+    parts += [grpo.LossOptions, run.Optimizer, full.world.Options if full_size else
+              tiny.world.FlowOptions if flows else tiny.world.Options]
     return config.compose(*parts)
 
 
 def open_world(options, device):
     """Return (World, Pipeline) of a run (common/interfaces.py). Raises UserError for missing files."""
-    kind = tiny.world if options.world == "tiny" else full.world
+    kind = full.world if options.world in full.world.PIPELINES else tiny.world
     return kind.open_world(options, device, with_images=options.algorithm == "vapi")
 
 
@@ -129,13 +138,13 @@ def check_shares(cfg, size):
 # ---- the evaluation ----------------------------------------------------------------------------------------
 class Evaluated(NamedTuple):
     results: dict               # {name of a measurement: number, or a list with an entry per prompt}
-    tokens: torch.Tensor        # [P*draws,T], the samples of a prompt are consecutive
+    actions: torch.Tensor       # [P*n,..], n samples of a prompt are consecutive; the KLs are along them
     images: torch.Tensor        # [P*draws,3,H,W]
 
 
 @torch.no_grad()
 def sample(pipeline, policy, prompts, draws, *, cfg_scale=1.0, temperature=1.0, seed=0, **cut):
-    """Sample each prompt `draws` times -> tokens [P*draws,T], images [P*draws,3,H,W].
+    """Sample each prompt `draws` times -> tokens [P*draws,T] (or latents), images [P*draws,3,H,W].
 
     The samples of one prompt are consecutive. cut: top_k and top_p of `generate`.
     """
@@ -154,17 +163,30 @@ def sample(pipeline, policy, prompts, draws, *, cfg_scale=1.0, temperature=1.0, 
 
 
 @torch.no_grad()
-def divergence_to(pipeline, policy, other, prompts, tokens, **sampling):
-    """Return (KL(policy || other) in nat per image, entropy of the policy in nat per token) along `tokens`
-    [P*n,T]. Both are exact sums over the codes at every position."""
-    kl = entropy = 0.0
-    for prompt, own in zip(prompts, tokens.chunk(len(prompts))):
+def divergence_to(pipeline, policy, other, prompts, actions, **sampling):
+    """Return (KL(policy || other) in nat per image, entropy of the policy in nat per action) along `actions`
+    [P*n,..]. Both are exact: sums over the codes at every token, or closed forms of Gaussians."""
+    kl = entropy = n = 0.0
+    for prompt, own in zip(prompts, actions.chunk(len(prompts))):
         conditions, rows = pipeline.encode([prompt]), torch.arange(len(own), device=own.device)
         along = Rollout(own, None, torch.zeros_like(rows))
-        logp, logq = (m.distribution(along, conditions, rows, **sampling).logp for m in (policy, other))
-        kl += (logp.exp() * (logp - logq)).sum().item()
-        entropy -= (logp.exp() * logp).sum().item()
-    return kl / len(tokens), entropy / tokens.numel()
+        pi, rho = (m.distribution(along, conditions, rows, **sampling) for m in (policy, other))
+        of_actions = pi.divergence("reverse_kl", rho)                                            # [n,T]
+        kl += of_actions.sum().item()
+        entropy += pi.entropy().sum().item()
+        n += of_actions.numel()
+    return kl / len(actions), entropy / n
+
+
+@torch.no_grad()
+def trajectories(pipeline, policy, prompts, n, **sampling):
+    """Sample each prompt n times as in training -> actions [P*n,K+1,C,H,W] of a flow policy."""
+    conditions = pipeline.encode(prompts)
+    where = conditions.cond.device
+    rows = torch.arange(len(prompts), device=where).repeat_interleave(n)
+    generator = torch.Generator(where).manual_seed(2)
+    return policy.rollout(conditions, rows, generator=generator, at_once=max(8, TOKENS_AT_ONCE // (
+        pipeline.tokens)), **sampling).actions
 
 
 @torch.no_grad()
@@ -194,47 +216,20 @@ def evaluate(world, pipeline, policy, base=None, *, prompts=3, draws=96, cfg_sca
     out["pairwise"] = metrics.pairwise(features)
     out["vendi"] = sum(metrics.vendi(f) for f in features) / P
 
-    def some(t):
-        return t.view(P, draws, -1)[:, :KL_DRAWS].flatten(0, 1)
-    out["kl_reverse"], out["token_entropy"] = divergence_to(
-        pipeline, policy, pipeline.reference, prompts, some(tokens), **sampling)
-    out["kl_forward"] = divergence_to(pipeline, pipeline.reference, policy, prompts, some(base.tokens),
+    n = min(draws, KL_DRAWS)
+    if pipeline.generates_actions:
+        actions = tokens.view(P, draws, -1)[:, :n].flatten(0, 1)
+    else:                           # images come from the ODE, but only the noisy sampler has probabilities
+        actions = trajectories(pipeline, policy, prompts, n, **sampling)
+        noisy, asked = pipeline.decode(actions), [p for p in prompts for _ in range(n)]
+        out |= {"sampler_reward": world.reward(noisy, asked).mean().item(),
+                "sampler_heldout_reward": world.heldout(noisy, asked).mean().item()}
+    out["kl_reverse"], entropy = divergence_to(pipeline, policy, pipeline.reference, prompts, actions,
+                                               **sampling)
+    out |= {"token_entropy": entropy} if pipeline.generates_actions else {}
+    out["kl_forward"] = divergence_to(pipeline, pipeline.reference, policy, prompts, base.actions,
                                       **sampling)[0] if base else 0.0
-    return Evaluated(out, tokens, images)
-
-
-COLUMNS = ["reward", "heldout_reward", "pairwise", "vendi", "token_entropy", "kl_reverse", "kl_forward"]
-BRIEF = ["reward", "heldout_reward", "entropy_kept", "reconstruction", "vendi", "kl_reverse"]
-TERMINAL = 100                  # characters of a line
-
-
-def table(rows, more=(), width=math.inf):
-    """Turn [(name, results or a list of results)] into the text of a table. more: a world's own columns.
-
-    A cell of several results shows their mean ± standard deviation. A cell without a number shows "-".
-    width: show only columns of BRIEF that fit into this many characters, and shorten long names.
-    """
-    def cell(results, key):
-        values = torch.tensor([r.get(key, math.nan) for r in results], dtype=torch.float64)
-        if values.isnan().any():
-            return "-"
-        return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
-    rows = [(name, r if isinstance(r, list) else [r]) for name, r in rows]
-    columns = COLUMNS[:2] + list(more) + COLUMNS[2:]
-    if width < math.inf:
-        columns = [key for key in BRIEF if key in columns]
-        rows = [(name if len(name) <= 34 else name[:15] + "..." + name[-16:], r) for name, r in rows]
-    body = [["run"] + columns] + [[name] + [cell(r, key) for key in columns] for name, r in rows]
-    widths = [max(map(len, column)) for column in zip(*body)]
-    fitting = sum(end < width for end in itertools.accumulate(w + 3 for w in widths))
-    body.insert(1, ["-" * w for w in widths])
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line[:fitting], widths)) + " |"
-                     for line in body)
-
-
-def best_of_n(base):
-    """Return the table row of best-of-N, from the base's own results."""
-    return {"reward": base["best_of_n_reward"], "heldout_reward": base["best_of_n_heldout_reward"]}
+    return Evaluated(out, actions, images)
 
 
 # ---- the program -------------------------------------------------------------------------------------------

@@ -93,9 +93,10 @@ class Options:
     logp_per_dim: bool = option(True, "the ratio is of the mean over components, and clipped to c/sqrt(n)")
     chunks: tuple = option((), "sizes of consecutive steps that share a ratio, such as (2, 3); () = single")
     adaptive_chunks: bool = option(False, "find the sizes by flow.adaptive_chunks")
+    chunk_ratio: bool = option(True, "False: chunks only weigh their steps, each of which has its own ratio")
     chunk_share: float = option(1.0, "share of the chunks that a sample trains in each step", high=1)
     chunk_draw: Literal["uniform", "change"] = option("uniform", "change: rather where x changes much")
-    step_batch: int = option(0, "noisy steps in one forward pass, cut between chunks; 0 = all; memory", low=0)
+    action_batch: int = option(0, "steps of a sample per forward pass; 0 = all; memory only", low=0)
     cfg_scale: float = option(1.0, "guidance of rollout, loss and reference; 1 = none, half the cost", low=1)
     sample_batch: int = option(0, "images sampled at once; 0 = all; changes memory, not the result", low=0)
     # Options of token policies, which a flow policy does not have.
@@ -111,8 +112,9 @@ class Options:
         if cfg.chunks and (cfg.adaptive_chunks or sum(cfg.chunks) != cfg.noisy_steps or min(cfg.chunks) < 1):
             raise UserError(f"--chunks must add up to --noisy_steps={cfg.noisy_steps}, got {cfg.chunks}; "
                             f"--adaptive_chunks finds other sizes by itself")
-        if not 0 < cfg.chunk_share <= 1:
-            raise UserError(f"--chunk_share must be above 0 and at most 1, got {cfg.chunk_share}")
+        if not 0 < cfg.chunk_share <= 1 or cfg.chunk_share < 1 and not (cfg.chunks or cfg.adaptive_chunks):
+            raise UserError(f"--chunk_share must be above 0 and at most 1, and below 1 it needs --chunks; got "
+                            f"{cfg.chunk_share}")
 
 
 def relative_change(states):
@@ -160,6 +162,33 @@ def chunk_weights(states, chunks, share, draw, u):
     return ((order < k) * (len(chunks) / k)).repeat_interleave(sizes, 1)
 
 
+def sizes(o, reference, conditions):
+    """Return the sizes of the chunks that the Options o ask for. conditions: of some prompts."""
+    if not o.adaptive_chunks:
+        return tuple(o.chunks)
+    where = conditions.cond.device
+    rollout = reference.rollout(conditions, torch.arange(len(conditions.mask), device=where),
+                                generator=torch.Generator(where).manual_seed(0))
+    return adaptive_chunks(relative_change(rollout.actions)[:, :o.noisy_steps].mean(0).tolist())
+
+
+def action_weights(o, policy, chunks, rollout, rows, B, generator):
+    """Return the weights [b,N] of the actions of a rollout. rows [b]: which of the step's B samples they are.
+    All processes draw the random numbers of the whole step, so that nothing depends on their number."""
+    c_x, c_v, std = policy.trained
+    weights = torch.ones(len(std))
+    if o.step_weights == "noise":
+        weights = std / c_v.abs()
+    weights = (weights / weights.mean()).to(rollout.logp.device).expand(rollout.logp.shape)
+    if chunks and not o.chunk_ratio:
+        of_chunk = torch.tensor([len(std) / (len(chunks) * c) for c in chunks for _ in range(c)])
+        weights = weights * of_chunk.to(weights.device)
+    if o.chunk_share < 1:
+        u = 1 - torch.rand(B, len(chunks), generator=generator, device=weights.device)[rows]
+        weights = weights * chunk_weights(rollout.actions, chunks, o.chunk_share, o.chunk_draw, u)
+    return weights
+
+
 # ---- the policy --------------------------------------------------------------------------------------------
 class Transitions(Gaussian):
     """The Gaussians of noisy steps `start` to `stop` of b samples. Actions are all states [b,K+1,C,H,W] of a
@@ -196,8 +225,7 @@ class FlowPolicy:
     matching. It is also the log-density of x0 under N(x_k - t_k v, s_k^2): a transition from x_k to x0 with
     c_x = 1 and c_v = -t_k. So only the table and the states differ.       [test_elbo_is_the_pretraining_loss]
     """
-    generates_actions = False                              # `generate` follows the ODE, which has no density
-    bf16 = False
+    bf16 = compile_step = False
 
     def set_sampler(self, o):
         """Set the sampler to the Options o."""

@@ -82,22 +82,30 @@ def advantages(rewards, group_size, eps=1e-4):
     return (adv * spread[:, None]).flatten(), int((~spread).sum())
 
 
-def spans(n, chunks, at_once):
-    """Return [(start, stop), ...]: which of n actions share a forward pass. At most `at_once` do (0: all), but
-    a chunk is never cut."""
-    sizes, out = list(chunks) or [1] * n, [[0, 0]]
-    for size in sizes:
-        start, stop = out[-1]
-        if at_once and stop > start and stop + size - start > at_once:
-            out.append([stop, stop])
-        out[-1][1] += size
-    return out if at_once else [[0, n]]
+def micro_batches(b, T, samples, actions=0, chunks=()):
+    """Cut b samples of T actions into micro-batches: yield (rows, (start, stop), chunks inside).
+
+    A micro-batch has at most `samples` samples and `actions` actions of each (0: all), but at least a chunk.
+    chunks: sizes of consecutive chunks, which are never cut, or () for single actions.
+    """
+    parts = [(0, T, tuple(chunks))]
+    if actions:
+        parts, at = [], 0
+        for size in chunks or (1,) * T:
+            start, stop, inside = parts.pop() if parts else (0, 0, ())
+            if stop > start and stop + size - start > actions:
+                parts.append((start, stop, inside))
+                start, inside = stop, ()
+            parts.append((start, at := stop + size, inside + (size,) * bool(chunks)))
+    for rows in torch.arange(b).split(samples):
+        for start, stop, inside in parts:
+            yield rows, (start, stop), inside
 
 
-def policy_loss(logp, logp_old, adv, clip_eps, chunks=(), total=None, per=1):
+def policy_loss(logp, logp_old, adv, clip_eps, chunks=(), whole=None, per=1):
     """Turn logp, logp_old [b,T] and adv [b] into (clipped surrogate loss [b,T], ratio [b,T]).
 
-    total: (number of actions, number of chunks) of a whole sample, where logp holds only some. per: divide
+    whole: (number of actions, number of chunks) of a sample, where logp holds only some of them. per: divide
     the log-ratio by this number. With n, the number of components of an action, the ratio is
         w^(1/n) = exp( mean over the components of (log pi - log pi_old) ),
     as in the published code of Flow-GRPO. It is no density ratio: its mean over pi_old is below 1. For two
@@ -122,7 +130,7 @@ def policy_loss(logp, logp_old, adv, clip_eps, chunks=(), total=None, per=1):
     ratio = log_ratio.exp()
     loss = -torch.minimum(ratio * adv, ratio.clamp(1 - clip_eps, 1 + clip_eps) * adv)
     if chunks:
-        T, J = total or (logp.shape[1], len(chunks))
+        T, J = whole or (logp.shape[1], len(chunks))
         loss = loss * (T / (J * sizes)).repeat_interleave(sizes)
     return loss, ratio
 
@@ -161,17 +169,17 @@ def loss(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, logit_chun
 
 
 def loss_at(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, divergence="js", estimator="sampled",
-            beta=0.0, clip_eps=0.2, dynamic=False, chunks=(), total=None, per=1):
+            beta=0.0, clip_eps=0.2, dynamic=False, chunks=(), whole=None, per=1):
     """Compute `loss` for all positions that pi and rho hold, with all logits at once.
 
     divergence: a name of DIVERGENCES, or "none". estimator: sampled, unbiased or exact. dynamic: multiply the
-    policy term by a factor (critical.py). chunks, total, per: as in `policy_loss`; chunks need
+    policy term by a factor (critical.py). chunks, whole, per: as in `policy_loss`; chunks need
     logit_chunk = 0. With `per`, the penalty is divided by it too, so that beta has the same effect. And
     clip_eps is divided by sqrt(per): see the standard deviation in `policy_loss`.
     """
     logp, logp_ref = pi.log_prob(actions), rho.log_prob(actions)                                 # [b,T]
     clip_eps = clip_eps / per ** .5
-    per_action, ratio = policy_loss(logp, logp_old, adv, clip_eps, chunks, total, per)           # [b,T]
+    per_action, ratio = policy_loss(logp, logp_old, adv, clip_eps, chunks, whole, per)           # [b,T]
     if dynamic:
         per_action = per_action * dynamic_weight(logp, logp_ref)
     if divergence != "none" and beta:
@@ -188,7 +196,7 @@ def loss_at(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, diverge
             "entropy": pi.entropy().sum() / n_actions,
             # the share of actions where the min takes the clipped term: there the policy term has no gradient
             "clip_share": ((ratio - 1) * adv[:, None].sign() > clip_eps).sum() / n_actions,
-            "outside": ((ratio - 1).abs() > clip_eps).sum() / n_actions,      # on either side
+            "outside_share": ((ratio - 1).abs() > clip_eps).sum() / n_actions,      # on either side
             "clamp_share": ((logp_ref - logp).abs() > CLAMP).sum() / n_actions,
             "max_ratio_error": ((logp - logp_old).exp() - 1).abs().max(),       # of actions, not of chunks
         }

@@ -2,23 +2,28 @@
 
     python pretrain.py                                writes out/tiny_base.pt, about 13 minutes on 2 CPU cores
     python pretrain.py --out=assets/tiny_base.pt --overwrite     replaces the base of the repository
+    python pretrain.py --policy=flow --out=out/flow.pt           a flow policy, on a tokenizer that exists
 
  1. The tokenizer (vqgan.py) learns to reconstruct an image from 64 tokens.
  2. The policy (model.py) learns to predict the tokens of an image from its caption, by maximum likelihood. On
     purpose a fifth of the captions belongs to another image, as many captions on the web do. So the base
     draws a wrong image more often than a right one, and reinforcement learning has something to fix.
  3. The judge (tiny/judge.py) learns to tell true captions of an image from false captions.
+With --policy=flow, only a flow policy (flow.py) is trained. It learns to turn noise into latents, which are
+the tokenizer's vectors before they are rounded to codes. Its loss is the squared error of the velocity.
 Policy and judge see no captions and no images with an unseen pair of color and shape (shapes.UNSEEN). The
 tokenizer reads no captions. It does see images of unseen pairs, because the policy should later generate
 them. The same seed on the same machine gives the same file, bit for bit.
 
 Shapes: n images, B images of a batch, T = 64 tokens of an image, V codes, H = W = 32.
 """
+import copy
 import math
 import os
 import random
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +32,12 @@ from tqdm import trange
 from common import config, device, files
 from common.config import UserError, option
 from common.device import batched
+from common.sit import SiTConfig
+from flow import SiTPolicy
 from model import GPT, GPTConfig
 from tiny import shapes, text
 from tiny.judge import Judge
+from tiny.world import FLOW_TIMES, Latents, load_models
 from vqgan import VQGAN, VQConfig
 
 VQ = VQConfig(codebook_size=256, codebook_embed_dim=8, ch=24, ch_mult=(1, 2, 2), num_res_blocks=1,
@@ -40,16 +48,22 @@ AR = GPTConfig(dim=128, n_layer=4, n_head=4, multiple_of=32, vocab_size=VQ.codeb
                # no dropout: training passes over the images only 3.3 times
                token_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0)
 
+FLOW = SiTConfig(depth=5, dim=128, heads=4, patch=2, channels=VQ.codebook_embed_dim, side=8,
+                 caption_dim=text.DIM)
+
 
 @dataclass(frozen=True)
 class Config:
     out: str = option("out/tiny_base.pt", "file to write", ending=".pt")
+    policy: Literal["tokens", "flow"] = option("tokens", "flow: train only a flow policy, see --tokenizer")
+    tokenizer: str = option("assets/tiny_base.pt", "with --policy=flow: a base that has one", ending="")
     overwrite: bool = option(False, "replace the file if it exists; runs of the old base cannot go on then")
     seed: int = option(0, "seed of scenes, weights and batches", low=0)
     scenes: int = option(24000, "number of images for training", low=2)
     wrong_captions: float = option(0.2, "fraction of captions that belong to another image", low=0, high=1)
     vq_steps: int = option(2400, "steps of the tokenizer, each on 4 images and 4 collages", low=1)
     vq_lr: float = option(1e-3, "peak learning rate of the tokenizer: 50 steps up, then cosine to 2 %", low=0)
+    flow_steps: int = option(5000, "steps of the flow policy, each on 64 images", low=1)
     gpt_steps: int = option(5000, "steps of the policy, each on 16 images", low=1)
     gpt_lr: float = option(2e-3, "peak learning rate of the policy with AdamW, same schedule", low=0)
     muon_lr: float = option(1e-2, "peak learning rate of the policy with Muon, same schedule", low=0)
@@ -135,6 +149,60 @@ def pretrain_policy(cfg, tokens, captions, rng):
     return gpt.eval()
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan 2024) in fp32. torch.optim.Muon computes in bf16, 12 times as slow on a CPU without bf16.
+    The step of a matrix is its averaged gradient with all singular values moved to about 1. Five rounds of
+    X <- a X + b (X X') X + c (X X')^2 X do that, for a, b, c as published."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, .05)
+                x = p.grad.lerp(average, .95)                                # Nesterov's look ahead
+                x = (x.T if len(p) > p.shape[1] else x) / x.norm().clamp_min(1e-7)
+                for _ in range(5):
+                    square = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+                p -= group["lr"] * max(1, len(p) / p.shape[1]) ** .5 * (x.T if len(p) > p.shape[1] else x)
+
+
+def pretrain_flow(cfg, vqgan, images, captions, rng):
+    """Train a flow policy on the latents of images [n,3,H,W] -> (SiTPolicy, tiny.world.Latents).
+
+    The loss of flow matching (arXiv 2210.02747 eq. 23) is |v(x, t) - (eps - x0)|^2 at a random time t.
+    What an image shows is decided near the noise: with a wrong prompt, the estimate of x0 gets worse by .10
+    at t = .8 and by .005 at t = .5. So t is drawn near 1: t = 1/(1 + e^-u), u ~ N(1, 1). The result is an
+    exponential moving average of the weights, whose images are better than those of the last weights.
+    """
+    latents = Latents(VQ.codebook_embed_dim)
+    x0 = batched(lambda some: latents.encode(vqgan, some), images, 250)
+    latents.mean.copy_(x0.mean((0, 2, 3)).view(-1, 1, 1))
+    latents.std.copy_(x0.std((0, 2, 3)).view(-1, 1, 1))
+    x0 = (x0 - latents.mean) / latents.std
+    policy = SiTPolicy(FLOW)
+    average = copy.deepcopy(policy).requires_grad_(False)
+    hidden = [p for k, p in policy.blocks.named_parameters() if p.dim() == 2 and "adaLN" not in k]
+    rest = [p for p in policy.parameters() if all(p is not h for h in hidden)]
+
+    def loss(step):
+        for mean, p in zip(average.parameters(), policy.parameters()):
+            mean.lerp_(p.detach(), 1 - min(.999, (1 + step) / (10 + step)))
+        i = torch.randint(len(x0), (64,))
+        wrong = torch.rand(64) < cfg.wrong_captions
+        texts = [rng.choice(captions) if w else captions[j] for j, w in zip(i.tolist(), wrong.tolist())]
+        t, eps = torch.sigmoid(1 + torch.randn(64)), torch.randn(64, *policy.shape)
+        x = (1 - t.view(-1, 1, 1, 1)) * x0[i] + t.view(-1, 1, 1, 1) * eps
+        error = F.mse_loss(policy(x, t, *text.encode(texts, times=FLOW_TIMES)), eps - x0[i])
+        return error, {"error": error.detach()}
+    train("flow policy", [Muon(hidden, cfg.muon_lr), adamw(rest, cfg.gpt_lr)], cfg.flow_steps, loss)
+    return average.eval(), latents
+
+
 def near_miss(caption, rng):
     """Return a caption of the same form that differs in one color, shape, number or direction.
     It names no unseen pair: the judge would learn to reject unseen pairs, because captions with one are false
@@ -179,6 +247,12 @@ def main(argv):
     with_unseen = shapes.random_scenes(cfg.scenes // 2, rng, allow_unseen=True)
     captions, scenes = zip(*shapes.random_scenes(cfg.scenes, rng))
     captions, images = [c.text for c in captions], shapes.render(scenes)
+    if cfg.policy == "flow":
+        _, vq, judge, _ = load_models(cfg.tokenizer, "cpu")
+        policy, latents = pretrain_flow(cfg, vq, images, captions, rng)
+        files.save({"flow": files.pack(policy, FLOW, torch.float16), "latents": files.pack(latents, None),
+                    "made_by": config.show(cfg)}, cfg.out)
+        return print(f"wrote {cfg.out} in {(time.time() - start) / 60:.1f} minutes")
 
     vq = pretrain_tokenizer(cfg, shapes.render([scene for _, scene in with_unseen]))
     tokens = batched(vq.encode, images, 250)

@@ -84,34 +84,37 @@ def grpo_loop(cfg, run, world, pipeline):
         # 3. advantage: each image against the other images of its prompt
         all_advantages, zero_spread = grpo.advantages(rewards, G)                                # [B]
         advantages = all_advantages[mine]                                                        # [b]
-        weights = None
+        weights = pipeline.weights(rollout, mine, B, run.generator)      # [b,T], or None: all weigh the same
         if cfg.critical_tokens:
             weights = token_weights(cfg, mine, pipeline, rollout, conditions, scoring)           # [b,T]
         run.phase("advantage")
 
         # 4. update: a gradient step on the clipped loss, in micro-batches that add up to the loss of the step
         beta = schedule(cfg.beta_schedule, cfg.beta, cfg.beta_end, step / cfg.max_steps)
+        T = rollout.logp.shape[1]
         epochs = []                                                   # statistics of each pass over the batch
         for _ in range(cfg.inner_epochs):
             epochs.append({})
-            for rows in torch.arange(len(mine), device=mine.device).split(cfg.micro_batch):
+            for rows, part, chunks in grpo.micro_batches(len(mine), T, cfg.micro_batch, cfg.action_batch,
+                                                         pipeline.chunks):
                 pi = policy.distribution(rollout, conditions, rows, uncond_grad=cfg.uncond_grad, **scoring)
                 with torch.no_grad():
                     rho = reference.distribution(rollout, conditions, rows, **scoring)
                 loss, stats = grpo.loss(
-                    pi, rho, rollout.actions[rows], rollout.logp[rows], advantages[rows], B * pipeline.tokens,
-                    None if weights is None else weights[rows], divergence=cfg.divergence,
-                    estimator=cfg.estimator, beta=beta, clip_eps=cfg.clip_eps, dynamic=cfg.dynamic_weight,
-                    logit_chunk=cfg.logit_chunk)
+                    pi.at(*part), rho.at(*part), rollout.actions[rows], rollout.logp[rows, slice(*part)],
+                    advantages[rows], B * T, None if weights is None else weights[rows, slice(*part)],
+                    divergence=cfg.divergence, estimator=cfg.estimator, beta=beta, clip_eps=cfg.clip_eps,
+                    dynamic=cfg.dynamic_weight, logit_chunk=cfg.logit_chunk, chunks=chunks,
+                    whole=(T, len(pipeline.chunks)), per=pipeline.per)
                 loss.backward()
                 grpo.accumulate(epochs[-1], stats)
             run.optimizer_step(step)
         run.phase("update")
 
-        # 5. log: statistics of the first pass, where the policy still is the sampler. Only clip_share is that
-        # of the last pass, because in the first pass all ratios are 1.
-        stats = epochs[0] | {"clip_share": epochs[-1]["clip_share"],
-                             "max_ratio_error": epochs[0]["max_ratio_error"].clamp_min(mismatch)}
+        # 5. log: statistics of the first pass, where the policy still is the sampler. Shares of ratios are
+        # those of the last pass, because in the first pass all ratios are 1.
+        stats = epochs[0] | {key: epochs[-1][key] for key in ("clip_share", "outside_share")} | {
+            "max_ratio_error": epochs[0]["max_ratio_error"].clamp_min(mismatch)}
         run.log(step, {"reward": rewards.mean().item(), "heldout_reward": heldout.mean().item(),
                        "reward_std": rewards.view(-1, G).std(1).mean().item(), "zero_spread": zero_spread,
                        "diversity": metrics.pairwise(features), "beta": beta}, stats)

@@ -2,7 +2,7 @@
 
     World      prompts, rewards, and what can be measured      tiny/world.py, full/world.py
     Pipeline   policy, reference and image tokenizer           tiny/world.py, full/llamagen.py, full/janus.py
-    Policy     samples images, and knows their probabilities   model.py, full/janus.py
+    Policy     samples images, and knows their probabilities   model.py, flow.py, full/janus.py
     Reward     rates images                                    reward.py
 
 An algorithm (train.py, vapi.py) uses only what stands here, so a new world or a new policy needs no change
@@ -35,9 +35,9 @@ class Conditions:
 
 @dataclass
 class Rollout:
-    """What a policy sampled."""
-    actions: Tensor     # tokens [b,T]; a token is the number of one of V codes
-    logp: Tensor        # [b,T], log-probability of each token under the distribution that sampled it
+    """What a policy sampled: T actions for each sample."""
+    actions: Tensor     # tokens [b,T], each the number of one of V codes; or the states of a flow policy
+    logp: Tensor        # [b,T], log-probability of each action under the distribution that sampled it
     prompt: Tensor      # [b], not a text: the row of the conditions that each sample belongs to
 
 
@@ -57,7 +57,7 @@ class Policy(Protocol):
 
     def distribution(self, rollout: Rollout, conditions: Conditions, rows: Tensor, *, cfg_scale=1.0,
                      temperature=1.0, uncond_grad=True):
-        """Return the distribution over every action of some rows of a rollout: a Categorical
+        """Return the distribution over every action of some rows of a rollout: a Categorical or a Gaussian
         (divergences.py)."""
 
     def generate(self, cond, mask, prompt, *, cfg_scale, temperature, generator, top_k, top_p) -> Tensor:
@@ -68,17 +68,32 @@ class Pipeline(Protocol):
     """Models that were released or pretrained together (the word of the library diffusers)."""
     policy: Policy          # trained
     reference: Policy       # its frozen copy
-    tokens: int             # T, tokens of an image
-    codebook: Tensor        # [V,n], the unit vector of each code
+    tokens: int             # tokens of an image, or patches that a flow policy reads
+    codebook: Tensor        # [V,n], the unit vector of each code; flow policies have none
     made_from: dict         # {name: path} of its files of weights
+    generates_actions: bool # are samples of policy.generate actions, whose probability is known?
+    chunks: tuple           # sizes of chunks of actions that share a ratio (grpo.policy_loss), or ()
+    per: int                # numbers in an action over which its log-ratio is averaged; 1 for tokens
+
+    def weights(self, rollout: Rollout, rows: Tensor, B: int, generator: torch.Generator):
+        """Return the weights of actions in the loss [b,T] with mean 1, or None. rows [b]: which of the step's
+        B samples the rollout holds."""
 
     def encode(self, prompts: list) -> Conditions: ...
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """tokens [b,T] -> images [b,3,H,W], about [-1,1]."""
+    def decode(self, actions: Tensor) -> Tensor:
+        """tokens [b,T], or states of which the last is the image -> images [b,3,H,W], about [-1,1]."""
 
     def encode_images(self, images: Tensor) -> Tensor:
         """images [b,3,H,W] in [-1,1] -> tokens [b,T]."""
+
+
+class SingleActions:
+    """What pipelines of tokens inherit: every token has its own ratio, and all tokens weigh the same."""
+    generates_actions, chunks, per = True, (), 1
+
+    def weights(self, rollout, rows, B, generator):
+        return None
 
 
 class World(Protocol):

@@ -12,7 +12,7 @@ import torch
 from common import lora
 from common.config import UserError
 from common.device import batched, freeze
-from common.interfaces import Conditions
+from common.interfaces import Conditions, SingleActions
 from full import t5
 from model import GPT
 from vqgan import VQGAN
@@ -36,7 +36,7 @@ class Classes:
         return torch.tensor(labels, device=device), torch.ones(len(names), 1, device=device)     # [P], [P,1]
 
 
-class Pipeline:
+class Pipeline(SingleActions):
     """The models of LlamaGen. o: full.world.Options. found: {name: path} of its files. text: an encoder of
     prompts, an object with encode(prompts, device). Raises UserError."""
 

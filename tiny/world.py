@@ -3,6 +3,8 @@
     World       prompts and rewards; common/interfaces.py says what a world offers
     Pipeline    policy, reference and tokenizer, from a run or from a base. A base is the file of
                 pretrained models that pretrain.py writes
+    FlowPipeline   the same with a flow policy (flow.py), which writes latents: the vectors of the tokenizer
+                before they are rounded to codes
     Images      rendered images with their captions, for algorithms that learn from images (vapi.py)
 
 Every attribute of a tiny image can be read exactly. So this world adds to an evaluation:
@@ -26,13 +28,17 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
+
+import flow
 import metrics
 import reward
-from common import files, images
+from common import files, images, sit
 from common.config import UserError, option
 from common.device import freeze
 from common.folder import checkpoint_of
-from common.interfaces import Conditions
+from common.interfaces import Conditions, SingleActions
 from model import GPT, GPTConfig
 from tiny import shapes, text
 from tiny.judge import Judge, reader
@@ -41,6 +47,7 @@ from vqgan import VQGAN, VQConfig
 REWARDS = ("judge", "reader")
 COUNTED = 64                    # readable images of a prompt that enter open_entropy
 FIXED_IMAGES = 128              # images for `reconstruction` in vapi.py
+FLOW_TIMES = 2                  # how often a flow policy reads a prompt (text.py says why more than once)
 UNSEEN_DRAWS = 8                # images of each prompt with an unseen pair
 
 
@@ -54,6 +61,13 @@ class Options:
         if cfg.eval_draws < COUNTED:
             raise UserError(f"--eval_draws must be at least {COUNTED} in the tiny world, got "
                             f"{cfg.eval_draws}: fewer images give no open_entropy")
+
+
+@dataclass(frozen=True)
+class FlowOptions(Options):
+    """---- tiny world, with a flow policy"""
+    init_from: str = option("assets/tiny_flow_base.pt", "a flow base of pretrain.py, or a run", ending="")
+    tokenizer: str = option("assets/tiny_base.pt", "a base: its tokenizer and judge", ending="")
 
 
 @dataclass(frozen=True)
@@ -200,7 +214,7 @@ class Images:
         return metrics.lpips(self.world.judge.activations, images, originals)
 
 
-class Pipeline:
+class Pipeline(SingleActions):
     """Policy, reference and tokenizer of the tiny world, and the features of its prompts."""
 
     def __init__(self, policy, vqgan, device, dtype="float32"):
@@ -220,9 +234,71 @@ class Pipeline:
         return self.vqgan.encode(images)
 
 
+class Latents(torch.nn.Module):
+    """What a flow base holds beside the network: mean and standard deviation [8,1,1] of latents [b,8,8,8]."""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+
+    def encode(self, vqgan, images):
+        """Turn images [b,3,H,W] into latents, each channel with mean 0 and standard deviation 1."""
+        return (F.normalize(vqgan.quant_conv(vqgan.encoder(images)), dim=1) - self.mean) / self.std
+
+    def decode(self, vqgan, latents):
+        vectors = latents * self.std + self.mean
+        return vqgan.decode_vectors(vectors.flatten(2).transpose(1, 2), *latents.shape[2:])
+
+
+def load_flow(path, device, o=flow.Options(), depth=0):
+    """Return (SiTPolicy, Latents) of a flow base or of a run, as `load_models` does for tokens."""
+    path = checkpoint_of(path)
+    parts = files.load(path, device)
+    if {"flow", "latents"} <= set(parts):
+        policy = files.unpack(lambda c: flow.SiTPolicy(c, o), sit.SiTConfig, parts["flow"], device, path)
+        return policy, files.unpack(lambda _: Latents(), None, parts["latents"], device, path)
+    config = parts.get("config", {})
+    if depth > 9 or not {"init_from", "tokenizer"} <= set(config):
+        raise UserError(f"{path} is neither a flow base nor a run of one: see --init_from")
+    policy, latents = load_flow(config["init_from"], device, o, depth + 1)
+    files.check_made_from(parts, {"init_from": checkpoint_of(config["init_from"])}, path)
+    files.load_weights(policy, parts["model"], path)
+    return policy, latents
+
+
+class FlowPipeline:
+    """Policy, reference, latents and tokenizer of the tiny world with a flow policy. o: flow.Options."""
+    codebook, generates_actions = None, False      # `generate` follows the ODE, which has no density
+
+    def __init__(self, o, policy, latents, vqgan, device, dtype="float32"):
+        self.options, self.policy, self.latents, self.device = o, policy, freeze(latents), device
+        self.reference, self.vqgan = freeze(copy.deepcopy(policy), dtype), freeze(vqgan)
+        policy.bf16 = self.reference.bf16 = dtype == "bfloat16"
+        self.tokens = (policy.config.side // policy.config.patch) ** 2 + FLOW_TIMES * text.MAX_WORDS
+        self.per = math.prod(policy.shape) if o.logp_per_dim else 1
+        self.sizes = flow.sizes(o, self.reference, self.encode(fixed_prompts(3)))
+        self.chunks = self.sizes if o.chunk_ratio else ()
+
+    def encode(self, prompts):
+        return Conditions(*text.encode(prompts, self.device, FLOW_TIMES))
+
+    def decode(self, states):
+        return self.latents.decode(self.vqgan, states[:, -1])
+
+    def weights(self, rollout, rows, B, generator):
+        return flow.action_weights(self.options, self.policy, self.sizes, rollout, rows, B, generator)
+
+
 def open_world(options, device, with_images=False):
     """Return (World, Pipeline) of the options of a run. Raises UserError for a base that cannot be loaded."""
     path = checkpoint_of(options.init_from)
+    if options.world == "tiny_flow":
+        tokenizer = checkpoint_of(options.tokenizer)
+        _, vqgan, judge, _ = load_models(tokenizer, device)
+        pipeline = FlowPipeline(options, *load_flow(path, device, options), vqgan, device, options.dtype)
+        pipeline.made_from = {"init_from": path, "tokenizer": tokenizer}
+        return World(options, freeze(judge), device), pipeline
     policy, vqgan, judge, _ = load_models(path, device)
     pipeline = Pipeline(policy, vqgan, device, options.dtype)
     pipeline.made_from = {"init_from": path}

@@ -18,7 +18,7 @@ import pretrain
 import reward
 import sample
 import train
-from common import config, files
+from common import config, files, tables
 from common.config import Fault, UserError, locate
 from common.folder import claim, open_run
 from common.run import BAR, SHOWN
@@ -36,7 +36,7 @@ QUICK = ["--eval_interval=9", "--prompts_per_step=2", "--group_size=4",
 def quiet(monkeypatch):
     """Skip evaluations and figures, and restore the signal handlers that a run replaces."""
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    found = dict.fromkeys((*evaluate.COLUMNS, "best_of_n_reward", "best_of_n_heldout_reward"), .5)
+    found = dict.fromkeys((*tables.COLUMNS, "best_of_n_reward", "best_of_n_heldout_reward"), .5)
     monkeypatch.setattr(evaluate, "evaluate", lambda *args, **options: evaluate.Evaluated(found, None, None))
     monkeypatch.setattr(world.World, "picture", lambda *args: None)
     monkeypatch.setattr(train, "report", lambda *args: None)

@@ -14,7 +14,7 @@ import torch
 import evaluate
 import sample
 import train
-from common import config, files, images
+from common import config, files, images, tables
 from common.config import UserError
 from common.folder import checkpoint_of
 from tiny import shapes
@@ -111,7 +111,7 @@ def test_images_in_the_folders_of_geneval(mini_base, tmp_path, capsys, small_eva
 
 
 # ---- which runs share a row, and what is printed -----------------------------------------------------------
-RESULTS = dict.fromkeys(evaluate.COLUMNS + ["best_of_n_reward", "best_of_n_heldout_reward", "open_entropy",
+RESULTS = dict.fromkeys(tables.COLUMNS + ["best_of_n_reward", "best_of_n_heldout_reward", "open_entropy",
                                             "unseen", "entropy_kept", "unreadable"], .125)
 
 

@@ -8,7 +8,7 @@ import random
 
 import torch
 
-from common.interfaces import Conditions, Rollout
+from common.interfaces import Conditions, Rollout, SingleActions
 from divergences import Categorical
 
 SIDE, V, FIRST = 4, 5, 5                    # FIRST: what stands before the first token
@@ -55,7 +55,7 @@ class Table(torch.nn.Module):
         return Categorical(self.logits(rollout.actions[rows], prompt, cfg_scale, temperature, uncond_grad))
 
 
-class Pipeline:
+class Pipeline(SingleActions):
     tokens = SIDE * SIDE
     codebook = torch.nn.functional.normalize(normal(V, 3, seed=9), dim=1)
 

@@ -146,7 +146,7 @@ GROUPS = [        # (file, tests that cover it: words behind `python -m pytest`,
         "reward-copy": ("images.clone()", "images"),
         "reward-heldout": ("& set(parse(cfg.reward, known))", "& set()")}),
     ("evaluate.py", EVALUATE, {
-        "evaluate-forward-kl": ("some(base.tokens)", "some(tokens)"),
+        "evaluate-forward-kl": ("prompts, base.actions", "prompts, actions"),
         "evaluate-forward-swapped": (
             "pipeline, pipeline.reference, policy, prompts",
             "pipeline, policy, pipeline.reference, prompts"),
