@@ -306,11 +306,13 @@ class FlowPolicy:
                                 cfg_scale=cfg_scale, uncond_grad=uncond_grad)
 
     @torch.no_grad()
-    def generate(self, cond, mask, prompt, *, cfg_scale=1.0, temperature=1.0, generator=None, noise=None):
+    def generate(self, cond, mask, prompt, *, cfg_scale=1.0, temperature=1.0, generator=None, noise=None,
+                 top_k=0, top_p=1.0):
         """Draw an image for each entry of prompt [b], without noise on the way -> [b,1,C,H,W].
-        noise [b,C,H,W]: where to start; by default new noise. temperature must be 1."""
-        if temperature != 1:
-            raise ValueError(f"a flow policy has no temperature; it must be 1, got {temperature}")
+        noise [b,C,H,W]: where to start; by default new noise. A flow policy has no codes, so temperature,
+        top_k and top_p must be as above, or it raises ValueError."""
+        if (temperature, top_k, top_p) != (1, 0, 1):
+            raise ValueError("a flow policy has no temperature, top_k or top_p: leave them out")
         cond, mask = cond[prompt], mask[prompt]
         x = noise if noise is not None else torch.randn(len(prompt), *self.shape, generator=generator,
                                                         device=prompt.device)

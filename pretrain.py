@@ -37,7 +37,7 @@ from flow import SiTPolicy
 from model import GPT, GPTConfig
 from tiny import shapes, text
 from tiny.judge import Judge
-from tiny.world import FLOW_TIMES, Latents, load_models
+from tiny.world import Latents, load_models
 from vqgan import VQGAN, VQConfig
 
 VQ = VQConfig(codebook_size=256, codebook_embed_dim=8, ch=24, ch_mult=(1, 2, 2), num_res_blocks=1,
@@ -48,7 +48,7 @@ AR = GPTConfig(dim=128, n_layer=4, n_head=4, multiple_of=32, vocab_size=VQ.codeb
                # no dropout: training passes over the images only 3.3 times
                token_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0)
 
-FLOW = SiTConfig(depth=5, dim=128, heads=4, patch=2, channels=VQ.codebook_embed_dim, side=8,
+FLOW = SiTConfig(depth=4, dim=128, heads=4, patch=2, channels=VQ.codebook_embed_dim, side=8,
                  caption_dim=text.DIM)
 
 
@@ -197,7 +197,7 @@ def pretrain_flow(cfg, vqgan, images, captions, rng):
         texts = [rng.choice(captions) if w else captions[j] for j, w in zip(i.tolist(), wrong.tolist())]
         t, eps = torch.sigmoid(1 + torch.randn(64)), torch.randn(64, *policy.shape)
         x = (1 - t.view(-1, 1, 1, 1)) * x0[i] + t.view(-1, 1, 1, 1) * eps
-        error = F.mse_loss(policy(x, t, *text.encode(texts, times=FLOW_TIMES)), eps - x0[i])
+        error = F.mse_loss(policy(x, t, *text.encode(texts, times=1)), eps - x0[i])
         return error, {"error": error.detach()}
     train("flow policy", [Muon(hidden, cfg.muon_lr), adamw(rest, cfg.gpt_lr)], cfg.flow_steps, loss)
     return average.eval(), latents

@@ -1,6 +1,7 @@
 """Images for your own prompts.
 
     python sample.py --ckpt=out/tiny_js --prompt="two blue squares"
+    python sample.py --ckpt=assets/tiny_flow_base.pt         a flow policy (flow.py)
     python sample.py --prompt="three blue crosses; a circle and a square" --temperature=0.8
     python sample.py --gpt_ckpt=t2i_XL_stage1_256.pt --vq_ckpt=vq_ds16_t2i.pt --prompt="a fox in the snow"
     python sample.py --gpt_ckpt=c2i_L_384.pt --vq_ckpt=vq_ds16_c2i.pt --prompt="207; 360; 387"
@@ -25,7 +26,7 @@ precision and recall; github.com/openai/guided-diffusion): one array of bytes, a
 images are resized as in LlamaGen's scripts, bicubic without antialias. 50,000 images are 9.8 GB, which are
 written as they are sampled.
 
-Also printed: how many different codes were used, and a hash of them. Two runs that print the same hash
+Also printed: how many different codes were used, and a hash of them (of a flow policy: of its latents). Two runs that print the same hash
 sampled the same tokens. On another machine or a GPU the last bit of a sum may differ, and then the tokens
 differ.
 """
@@ -54,7 +55,7 @@ from tiny import shapes, text
 from tiny.judge import reader
 
 # (cfg_scale, top_k) of LlamaGen's and Janus's own samplers
-USUAL = {"tiny": (1.0, 0), "t2i": (7.5, 1000), "c2i": (4.0, 2000), "janus": (5.0, 0)}
+USUAL = {"tiny": (1.0, 0), "tiny_flow": (1.0, 0), "t2i": (7.5, 1000), "c2i": (4.0, 2000), "janus": (5.0, 0)}
 FREE = ("prompt", "prompts", "out", "save", "npz", "device", "weights")    # may differ when --save continues
 
 
@@ -115,6 +116,8 @@ def open_pipeline(cfg, prompts, where):
         options = None                                     # of a base
         if {"config", "model"} <= set(saved):
             options = config.restore(evaluate.options, saved["config"], path)
+        if "flow" in saved or options and options.world == "tiny_flow":
+            return tiny.world.open_flow(path, options, where), "tiny_flow"
         if options is None or options.world == "tiny":
             policy, vqgan, *_ = tiny.world.load_models(path, where)
             pipeline = tiny.world.Pipeline(policy, vqgan, where, cfg.dtype)
@@ -219,11 +222,13 @@ def main(argv):
         raise UserError("--npz samples random classes, and this model reads prompts: see --save")
     if kind == "c2i" and not cfg.npz:
         pipeline.text.check(prompts, policy.config.num_classes)
-    if kind == "tiny":
+    if kind.startswith("tiny"):
         prompts = [text.normalize(prompt) for prompt in prompts]
         text.encode(prompts)                               # raises UserError now, not after hours of images
     scale, top_k = USUAL[kind]
     scale, top_k = cfg.cfg_scale or scale, top_k if cfg.top_k < 0 else cfg.top_k
+    if not pipeline.generates_actions and (cfg.temperature, top_k, cfg.top_p) != (1, 0, 1):
+        raise UserError("a flow policy draws no codes: leave --temperature, --top_k and --top_p out")
 
     def sample(prompts, seed, n=cfg.n):
         return evaluate.sample(pipeline, policy, prompts, n, seed=seed, temperature=cfg.temperature,
@@ -238,14 +243,15 @@ def main(argv):
     if cfg.npz:
         return save_npz(sample, policy.config, cfg)
     tokens, pixels = sample(prompts, cfg.seed)
-    rows = [(p, [group], [reader(group, [p] * cfg.n)] if kind == "tiny" and p in shapes.CAPTIONS else None)
+    rows = [(p, [group], [reader(group, [p] * cfg.n)] if kind.startswith("tiny") and p in shapes.CAPTIONS else None)
             for p, group in zip(prompts, pixels.split(cfg.n))]
     os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
     images.grid(rows, cfg.out)
-    for prompt, _, right in rows if kind == "tiny" else ():
+    for prompt, _, right in rows if kind.startswith("tiny") else ():
         print(f"{prompt}: "
               + (f"{right[0].mean():.0%} right" if right else "not of the grammar, so not rated"))
-    print(f"{tokens.numel()} tokens, {len(tokens.unique())} different codes, hash "
+    kinds = f"tokens, {len(tokens.unique())} different codes" if pipeline.generates_actions else "numbers"
+    print(f"{tokens.numel()} {kinds}, hash "
           + hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()[:16])
     print(f"wrote {cfg.out}")
 

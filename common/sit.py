@@ -6,12 +6,11 @@ transformer without causal mask. Time and prompt scale and shift the activations
 
 Symbols
     B samples                     C H W  channels, height and width of x
-    D width, L prompt tokens      T patches of an image, p pixels per side of a patch, S = T + L rows
+    D width, L prompt tokens      T patches of an image, p pixels per side of a patch
 
 Departures from the official code:
  1. Released SiT files have t = 1 at the image. `from_sit` turns them to the convention of flow.py.
- 2. A prompt is read as tokens beside the patches, and its mean is added to the embedding of time. Official
-    SiT reads class labels only.
+ 2. Official SiT reads class labels only. A prompt is read as the mean of its tokens, in place of a label.
 """
 import math
 from dataclasses import dataclass
@@ -72,13 +71,15 @@ class ClassEmbedder(nn.Module):
         super().__init__()
         self.embedding_table = nn.Embedding(c.num_classes + 1, c.dim)
 
-    def forward(self, labels, mask):
-        """Return (no tokens beside the patches, [B,D] to add to the time)."""
-        return None, self.embedding_table(labels)
+    def forward(self, labels, mask):                                                             # [B] -> [B,D]
+        return self.embedding_table(labels)
 
 
 class TextEmbedder(nn.Module):
-    """Read features [B,L,C] of a prompt: tokens beside the patches, and their mean, added to the time."""
+    """Turn features [B,L,C] of prompts into [B,D]: a small network for each token, then the mean over tokens.
+
+    It is normalized, so that the prompt matters from the first step of pretraining on. Without, a tiny model
+    draws long before it reads."""
 
     def __init__(self, c):
         super().__init__()
@@ -86,8 +87,8 @@ class TextEmbedder(nn.Module):
 
     def forward(self, cond, mask):
         mask = mask[..., None].type_as(cond)
-        words = self.mlp(cond) * mask                                                            # [B,L,D]
-        return words, words.sum(1) / mask.sum(1).clamp_min(1)
+        mean = (self.mlp(cond) * mask).sum(1) / mask.sum(1).clamp_min(1)
+        return F.layer_norm(mean, mean.shape[1:])
 
 
 class Attention(nn.Module):
@@ -95,9 +96,9 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.qkv, self.proj = c.heads, nn.Linear(c.dim, 3 * c.dim), nn.Linear(c.dim, c.dim)
 
-    def forward(self, x, mask):
+    def forward(self, x):
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, 2))
-        return self.proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -110,7 +111,7 @@ class Mlp(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """Normalize rows [B,S,D] without learned weights, then scale and shift them by [B,1,D] each."""
+    """Normalize rows [B,T,D] without learned weights, then scale and shift them by [B,1,D] each."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
@@ -120,9 +121,9 @@ class SiTBlock(nn.Module):
         self.attn, self.mlp = Attention(c), Mlp(c)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
 
-    def forward(self, x, c, mask):
+    def forward(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, 2)
-        x = x + gate1 * self.attn(modulate(x, shift1, scale1), mask)
+        x = x + gate1 * self.attn(modulate(x, shift1, scale1))
         return x + gate2 * self.mlp(modulate(x, shift2, scale2))
 
 
@@ -167,15 +168,11 @@ class SiT(nn.Module):
         """
         c = self.config
         side = c.side // c.patch
-        words, pooled = self.y_embedder(cond, mask)
-        time = self.t_embedder(1 - t if c.reverse_time else t) + pooled                          # [B,D]
-        x, sees = self.x_embedder(x) + self.pos_embed, None
-        if words is not None:                             # every row sees all patches and the prompt's tokens
-            x = torch.cat([x, words], 1)
-            sees = F.pad(mask.bool(), (side * side, 0), value=True)[:, None, None]               # [B,1,1,T+L]
+        time = self.t_embedder(1 - t if c.reverse_time else t) + self.y_embedder(cond, mask)     # [B,D]
+        x = self.x_embedder(x) + self.pos_embed                                                  # [B,T,D]
         for block in self.blocks:
-            x = block(x, time, sees)
-        x = self.final_layer(x[:, :side * side], time)                                           # [B,T,p*p*C]
+            x = block(x, time)
+        x = self.final_layer(x, time)                                                            # [B,T,p*p*C]
         x = x.view(-1, side, side, c.patch, c.patch, c.channels).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(-1, c.channels, c.side, c.side)
 

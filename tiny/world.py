@@ -47,7 +47,6 @@ from vqgan import VQGAN, VQConfig
 REWARDS = ("judge", "reader")
 COUNTED = 64                    # readable images of a prompt that enter open_entropy
 FIXED_IMAGES = 128              # images for `reconstruction` in vapi.py
-FLOW_TIMES = 2                  # how often a flow policy reads a prompt (text.py says why more than once)
 UNSEEN_DRAWS = 8                # images of each prompt with an unseen pair
 
 
@@ -275,13 +274,13 @@ class FlowPipeline:
         self.options, self.policy, self.latents, self.device = o, policy, freeze(latents), device
         self.reference, self.vqgan = freeze(copy.deepcopy(policy), dtype), freeze(vqgan)
         policy.bf16 = self.reference.bf16 = dtype == "bfloat16"
-        self.tokens = (policy.config.side // policy.config.patch) ** 2 + FLOW_TIMES * text.MAX_WORDS
+        self.tokens = (policy.config.side // policy.config.patch) ** 2
         self.per = math.prod(policy.shape) if o.logp_per_dim else 1
         self.sizes = flow.sizes(o, self.reference, self.encode(fixed_prompts(3)))
         self.chunks = self.sizes if o.chunk_ratio else ()
 
     def encode(self, prompts):
-        return Conditions(*text.encode(prompts, self.device, FLOW_TIMES))
+        return Conditions(*text.encode(prompts, self.device, times=1))
 
     def decode(self, states):
         return self.latents.decode(self.vqgan, states[:, -1])
@@ -290,15 +289,22 @@ class FlowPipeline:
         return flow.action_weights(self.options, self.policy, self.sizes, rollout, rows, B, generator)
 
 
+def open_flow(path, o, device):
+    """Return the FlowPipeline of a flow base or a run at `path`. o: its options, or None for the defaults."""
+    tokenizer = checkpoint_of(o.tokenizer if o else FlowOptions.tokenizer)
+    _, vqgan, judge, _ = load_models(tokenizer, device)
+    o = o or flow.Options()
+    pipeline = FlowPipeline(o, *load_flow(path, device, o), vqgan, device, getattr(o, "dtype", "float32"))
+    pipeline.judge, pipeline.made_from = judge, {"init_from": path, "tokenizer": tokenizer}
+    return pipeline
+
+
 def open_world(options, device, with_images=False):
     """Return (World, Pipeline) of the options of a run. Raises UserError for a base that cannot be loaded."""
     path = checkpoint_of(options.init_from)
     if options.world == "tiny_flow":
-        tokenizer = checkpoint_of(options.tokenizer)
-        _, vqgan, judge, _ = load_models(tokenizer, device)
-        pipeline = FlowPipeline(options, *load_flow(path, device, options), vqgan, device, options.dtype)
-        pipeline.made_from = {"init_from": path, "tokenizer": tokenizer}
-        return World(options, freeze(judge), device), pipeline
+        pipeline = open_flow(path, options, device)
+        return World(options, freeze(pipeline.judge), device), pipeline
     policy, vqgan, judge, _ = load_models(path, device)
     pipeline = Pipeline(policy, vqgan, device, options.dtype)
     pipeline.made_from = {"init_from": path}

@@ -82,6 +82,44 @@ def test_chunks_average_the_noise_of_the_ratio():
     assert spread == pytest.approx([.1, .05, .1 / 8 ** .5], rel=.05)
 
 
+def test_micro_batches_cut_no_chunk():
+    batches = list(grpo.micro_batches(5, 8, 3, 4, (1, 2, 2, 3)))
+    assert [(rows.tolist(), span, inside) for rows, span, inside in batches] == [
+        (rows, *part) for rows in ([0, 1, 2], [3, 4])
+        for part in (((0, 3), (1, 2)), ((3, 5), (2,)), ((5, 8), (3,)))]
+    assert [span for _, span, _ in grpo.micro_batches(1, 5, 1, 2)] == [(0, 2), (2, 4), (4, 5)]
+    assert [span for _, span, _ in grpo.micro_batches(1, 5, 1, 2, (4, 1))] == [(0, 4), (4, 5)]
+    assert [(span, inside) for _, span, inside in grpo.micro_batches(1, 5, 1, 0, (4, 1))] == [((0, 5), (4, 1))]
+
+
+def test_parts_of_the_actions_add_up(pair):
+    """Micro-batches of actions, cut between chunks, have the loss and the gradient of the whole."""
+    logp, old, adv = pair
+    grads = []
+    for actions in (0, 3):
+        x, total = logp.clone().requires_grad_(), 0.
+        for rows, (start, stop), inside in grpo.micro_batches(B, T, 2, actions, CHUNKS):
+            loss, _ = grpo.policy_loss(x[rows, start:stop], old[rows, start:stop], adv[rows], EPS, inside,
+                                       (T, len(CHUNKS)))
+            total = total + loss.sum()
+        grads.append(torch.autograd.grad(total, x)[0])
+    assert torch.allclose(*grads)
+
+
+@pytest.mark.parametrize("n", [32, 512])
+def test_the_ratio_per_component(n):
+    """Log-ratio per component: mean -q^2/2, standard deviation q/sqrt(n). Its ratio is no density ratio."""
+    q, std = .3, torch.ones(1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    old = Gaussian(torch.zeros(4000, 1, n, dtype=torch.float64), std)
+    new = Gaussian(torch.full((4000, 1, n), q, dtype=torch.float64), std)
+    actions = torch.randn(4000, 1, n, dtype=torch.float64, generator=generator)
+    _, ratio = grpo.policy_loss(new.log_prob(actions), old.log_prob(actions), torch.ones(4000), EPS, per=n)
+    assert ratio.log().mean().item() == pytest.approx(-q ** 2 / 2, abs=4 * q / (n * 4000) ** .5)
+    assert ratio.log().std().item() == pytest.approx(q / n ** .5, rel=.05)
+    assert ratio.mean() < 1
+
+
 @pytest.mark.parametrize("kind", ["tokens", "vectors"])
 def test_micro_batches_add_up(kind, pair):
     """For tokens, chunks may be the rows of an image. For vectors, they are steps of a flow policy."""

@@ -3,13 +3,17 @@
 The steps of a flow-matching policy are checked on normal data, where the best velocity is known.
 """
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from common.config import UserError
 from common.interfaces import Conditions
 from common.sit import PRESETS, SiT, SiTConfig, from_sit, sincos_2d
-from flow import Options, SiTPolicy, Transitions, step_table, time_grid
+from flow import (Options, SiTPolicy, Transitions, action_weights, adaptive_chunks, chunk_weights,
+                  relative_change, step_table, time_grid)
 
 TINY = SiTConfig(depth=2, dim=32, heads=2, channels=3, side=4, caption_dim=6)
 OPTIONS = Options(denoise_steps=6, noisy_steps=4, shift=1.0)
@@ -241,3 +245,81 @@ def test_the_divergence_to_the_reference_has_a_gradient_and_is_zero_there(policy
         gradient = policy.final_layer.linear.weight.grad
         assert gradient.isfinite().all() and gradient.abs().max() > 0
         policy.zero_grad()
+
+
+def test_the_distribution_is_computed_in_parts(policy, conditions):
+    rollout, rows = sample(policy, conditions), torch.arange(6)
+    whole = policy.distribution(rollout, conditions, rows)
+    parts = [policy.distribution(rollout, conditions, rows).at(*span) for span in ((0, 1), (1, 4))]
+    assert torch.allclose(torch.cat([part.mean for part in parts], 1), whole.mean, atol=1e-6)
+    logp = torch.cat([part.log_prob(rollout.actions) for part in parts], 1)
+    assert torch.allclose(logp, whole.log_prob(rollout.actions), atol=1e-4)
+
+
+def test_elbo_is_the_pretraining_loss(conditions):
+    policy = randomized(SiTPolicy(TINY, replace(OPTIONS, likelihood="elbo")))
+    rollout, rows = sample(policy, conditions), torch.arange(6)
+    assert rollout.actions.shape == (6, 5, 3, 4, 4)        # 4 mixtures and the image
+    x0, (cond, mask) = rollout.actions[:, -1], (conditions.cond[rollout.prompt], conditions.mask[rollout.prompt])
+    pi = policy.distribution(rollout, conditions, rows)
+    constant = [-48 * math.log(t.item() * math.pi ** .5) for t in policy.times[:4]]
+    for k, t in enumerate(policy.times[:4]):
+        x = rollout.actions[:, k]
+        eps = (x - (1 - t) * x0) / t
+        error = (policy(x, t.expand(6), cond, mask) - (eps - x0)).square().flatten(1).sum(1)
+        assert torch.allclose(rollout.logp[:, k], constant[k] - error, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(pi.log_prob(rollout.actions), rollout.logp, rtol=1e-4, atol=1e-3)
+    noise = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(7))
+    policy.ode = policy.times                              # images come from the ODE
+    images = policy.generate(conditions.cond, conditions.mask, rollout.prompt, noise=noise)
+    assert torch.allclose(images[:, 0], x0, atol=1e-4)
+
+
+# ---- chunks ------------------------------------------------------------------------------------------------
+def test_the_adaptive_rule_cuts_where_the_change_turns():
+    assert adaptive_chunks([.5, .5, .5, .5]) == (4,)
+    assert adaptive_chunks([.77, .84, .61, .55, .55]) == (1, 2, 2)
+    assert adaptive_chunks([.9, .5, .3, .2, .15, .1]) == (1, 2, 3)
+    assert sum(adaptive_chunks([.75, .77, .53, .45, .40, .37, .36])) == 7
+
+
+def test_relative_change():
+    states = torch.tensor([4., 2., 1.]).view(1, 3, 1, 1, 1).expand(2, 3, 3, 4, 4)
+    assert relative_change(states).tolist() == [[1, 1]] * 2
+
+
+@pytest.mark.parametrize("draw", ["uniform", "change"])
+def test_drawn_chunks(draw):
+    """Each sample trains half of its chunks; the mean weight is 1, and `change` prefers the first chunk."""
+    n, generator = 4000, torch.Generator().manual_seed(0)
+    states = torch.tensor([1., 2, 1, 1.25, 1, 1.25, 1, 1.25, 1]).view(1, 9, 1).expand(n, 9, 2)
+    u = 1 - torch.rand(n, 4, generator=generator)
+    weights = chunk_weights(states, (2, 2, 2, 2), .5, draw, u)
+    assert weights.shape == (n, 8) and (weights.sum(1) == 8).all() and set(weights.unique().tolist()) == {0, 2}
+    assert torch.equal(weights[:, ::2], weights[:, 1::2])                          # whole chunks
+    first = (weights[:, 0] > 0).float().mean().item()
+    assert first == pytest.approx(.5, abs=.03) if draw == "uniform" else first > .75
+
+
+def test_weights_of_actions(policy, conditions):
+    rollout, rows = sample(policy, conditions), torch.arange(6)
+
+    def weights(chunks=(), part=rows, **options):
+        few = replace(rollout, actions=rollout.actions[part], logp=rollout.logp[part])
+        return action_weights(replace(OPTIONS, **options), policy, chunks, few, part, 6,
+                              torch.Generator().manual_seed(3))
+    assert torch.equal(weights(), torch.ones(6, 4))
+    std, c_v = policy.table[2][:4], policy.table[1][:4]
+    assert torch.allclose(weights(step_weights="noise")[2], std / c_v.abs() / (std / c_v.abs()).mean())
+    assert torch.allclose(weights((1, 3), chunk_ratio=False)[0], torch.tensor([2, 2 / 3, 2 / 3, 2 / 3]))
+    half = dict(chunks=(2, 2), chunk_share=.5)
+    assert torch.equal(torch.cat([weights(part=rows[:3], **half), weights(part=rows[3:], **half)]),
+                       weights(**half))                    # the same on two processes
+
+
+@pytest.mark.parametrize("wrong", [dict(temperature=.5), dict(noisy_steps=8), dict(noise=0.), dict(
+    chunks=(2, 2)), dict(chunks=(5,), adaptive_chunks=True), dict(chunk_share=.5), dict(chunk_share=0.)])
+def test_options_are_checked(wrong):
+    cfg = SimpleNamespace(**{"temperature": 1.0} | vars(Options()) | wrong)
+    with pytest.raises(UserError):
+        Options.check(cfg)
