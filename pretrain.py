@@ -199,7 +199,7 @@ def pretrain_flow(cfg, vqgan, images, captions, rng):
         x = (1 - t.view(-1, 1, 1, 1)) * x0[i] + t.view(-1, 1, 1, 1) * eps
         error = F.mse_loss(policy(x, t, *text.encode(texts, times=1)), eps - x0[i])
         return error, {"error": error.detach()}
-    train("flow policy", [Muon(hidden, cfg.muon_lr), adamw(rest, cfg.gpt_lr)], cfg.flow_steps, loss)
+    train("flow policy", [Muon(hidden, 2 * cfg.muon_lr), adamw(rest, 1.5 * cfg.gpt_lr)], cfg.flow_steps, loss)
     return average.eval(), latents
 
 
