@@ -32,3 +32,21 @@ def mini_base(tmp_path_factory):
     files.save({"gpt": files.pack(policy, gpt), "vqgan": files.pack(VQGAN(vq), vq),
                 "judge": files.pack(Judge(), None)}, str(path))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def mini_flow_base(mini_base):
+    """Return the path of a small flow base with random weights, for the tokenizer of `mini_base`."""
+    from common import files
+    from common.sit import SiTConfig
+    from flow import SiTPolicy
+    from tiny import text
+    from tiny.world import Latents
+    torch.manual_seed(0)
+    config = SiTConfig(depth=1, dim=32, heads=2, channels=8, side=4, caption_dim=text.DIM)
+    policy = SiTPolicy(config)
+    for p in policy.parameters():
+        torch.nn.init.normal_(p, std=.1)
+    path = os.path.join(os.path.dirname(mini_base), "mini_flow_base.pt")
+    files.save({"flow": files.pack(policy, config), "latents": files.pack(Latents(), None)}, path)
+    return path

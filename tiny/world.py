@@ -255,8 +255,9 @@ def load_flow(path, device, o=flow.Options(), depth=0):
     path = checkpoint_of(path)
     parts = files.load(path, device)
     if {"flow", "latents"} <= set(parts):
-        policy = files.unpack(lambda c: flow.SiTPolicy(c, o), sit.SiTConfig, parts["flow"], device, path)
-        return policy, files.unpack(lambda _: Latents(), None, parts["latents"], device, path)
+        policy = files.unpack(flow.SiTPolicy, sit.SiTConfig, parts["flow"], device, path)
+        policy.set_sampler(o)
+        return policy, files.unpack(Latents, None, parts["latents"], device, path)
     config = parts.get("config", {})
     if depth > 9 or not {"init_from", "tokenizer"} <= set(config):
         raise UserError(f"{path} is neither a flow base nor a run of one: see --init_from")
@@ -304,7 +305,9 @@ def open_world(options, device, with_images=False):
     path = checkpoint_of(options.init_from)
     if options.world == "tiny_flow":
         pipeline = open_flow(path, options, device)
-        return World(options, freeze(pipeline.judge), device), pipeline
+        world = World(options, freeze(pipeline.judge), device)
+        world.columns += ["sampler_reward", "sampler_heldout_reward"]
+        return world, pipeline
     policy, vqgan, judge, _ = load_models(path, device)
     pipeline = Pipeline(policy, vqgan, device, options.dtype)
     pipeline.made_from = {"init_from": path}
