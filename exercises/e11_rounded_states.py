@@ -8,7 +8,7 @@ The loss reads the stored states and computes the log-probabilities again. Befor
 is still the one that sampled. So the ratio pi / pi_old must be 1. It is not:
     the mean ratio is .99996, and 9 of 10 ratios are below 1.
 A public framework had this bug. It looks like harmless rounding. But the published clip range of Flow-GRPO is
-1 +- .0001. So .99996 uses up two fifths of the lower side before anything is learned.
+1 +- .0001. So .99996 uses up more than a third of the lower side before anything is learned.
 
 Find the bug and fix it. The states must stay in bf16, and the log-probabilities must stay in fp32.
 

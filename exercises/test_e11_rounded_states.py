@@ -47,7 +47,8 @@ def test_to_three_digits_the_ratio_is_one(exercise):
 def test_states_stay_in_bf16(exercise):
     states, logp, _ = sampled(exercise)
     assert states.dtype == torch.bfloat16, (
-        f"the states must be stored in bf16, yours are {states.dtype}. fp32 hides the bug, at twice the memory")
+        f"the states must be stored in bf16, yours are {states.dtype}. fp32 would hide the bug, "
+        "at twice the memory")
     assert logp.dtype == torch.float32, (
         f"the log-probabilities must be fp32, yours are {logp.dtype}: bf16 has two or three digits")
 
@@ -59,10 +60,10 @@ def test_after_the_rollout_the_ratio_is_one(exercise):
         print(f"{store}: mean ratio {r.mean():.7f}, {(r < 1).float().mean():.0%} of the ratios below 1")
         wrong = [k for k, error in enumerate((r - 1).abs().amax(0).tolist()) if not error <= 1e-6]
         assert not wrong, (
-            f"states in {store}: the mean ratio is {r.mean():.7f}, and it is off by up to "
-            f"{(r - 1).abs().max():.1e}; it must be 1 to 1e-6. Wrong steps: {wrong}. (All steps: round x before "
-            "its log-probability is computed. Only step 0: what about the first state? All but step 0: continue "
-            "with the rounded x.)")
+            f"states in {store}: the mean ratio is {r.mean():.7f}, and some ratio is off by "
+            f"{(r - 1).abs().max():.1e}; all must be 1 to 1e-6. Wrong steps: {wrong}. (All steps: round x "
+            "before its log-probability is computed. Only step 0: what about the first state? All but step "
+            "0: continue with the rounded x.)")
 
 
 def test_each_state_is_sampled_from_the_stored_one_before_it(exercise):
