@@ -32,6 +32,6 @@ def step(t, end, s):
 def log_density(after, x, v, t, end, s):
     """Return the log-density [B] of the states after [B,*n], given x and v [B,*n], in nat.
 
-    Raises ValueError if s is 0, because a deterministic step has no density.
+    Raises ValueError if s is 0. The message says that there is no density.
     """
     raise NotImplementedError("your turn")
