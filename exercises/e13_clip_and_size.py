@@ -4,7 +4,7 @@ Check yourself:   python -m pytest exercises/test_e13_clip_and_size.py         (
 
 First read policy_loss in grpo.py. Flow-GRPO divides the log-ratio of a step by n, the number of components of
 x. It clips the ratio to 1 +- c, with c = .0001. This c belongs to n = 65,536, the latents of SD3.5 at 512 x
-512 pixels. Other projects copied it. Symbols:
+512 pixels. Copied to a smaller world, it does something else. Symbols:
     std      of the step
     d        [n]: by how much an update has moved the mean of each component, in units of std
     q        the root mean square of d

@@ -26,14 +26,14 @@ STORE = "states.append(x.to(store))"
 UNROUNDED = "mean + std * noise[:, k + 1]"
 AGAIN = ("s = states[k].float(); mean = c_x * s + c_v * velocity(s, times[k]); "
          "logp[k] = Gaussian(mean[:, None], std[None]).log_prob(x[:, None])[:, 0] / x.shape[1]")
-WRONG = [                                                  # name, text of the solution, its new text, the error
+WRONG = [                                                  # name, text of a solution, its new text, error
     ("e11_rounded_states", "x.to(store)", "x", "all states are stored in fp32"),
     ("e11_rounded_states", "noise[:, 0].to(store).float()", "noise[:, 0]", "the first state is not rounded"),
     ("e11_rounded_states", ROUNDED, UNROUNDED, "the next state is not rounded"),
     ("e11_rounded_states", STORE, f"{STORE}; x = {UNROUNDED}", "it continues with the unrounded state"),
     ("e11_rounded_states", STORE, f"{STORE}; x_next = {UNROUNDED}; {AGAIN}; x = x_next",
      "the same, with log-probabilities that are computed again from the stored states"),
-    ("e11_rounded_states", "torch.stack(logp, 1)", "torch.stack(logp, 1).to(store)", "log-probabilities in bf16"),
+    ("e11_rounded_states", "torch.stack(logp, 1)", "torch.stack(logp, 1).to(store)", "bf16 densities"),
     ("e11_rounded_states", UNROUNDED, "mean", "no noise"),
     ("e12_no_density", "1 + s ** 2 * dt / (2 * t)", "1", "noise without all of the drift"),
     ("e12_no_density", "1 + s ** 2 * dt / (2 * t)", "1 - s ** 2 * dt / (2 * t)", "a sign of the drift"),
