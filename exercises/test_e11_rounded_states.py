@@ -2,6 +2,8 @@
 
 The first two tests pass with the bug. The first test is the loose check that people usually write.
 """
+from functools import lru_cache
+
 import torch
 
 from divergences import Gaussian
@@ -17,6 +19,7 @@ def velocity(x, t):
     return (x + .3 * torch.tanh(x.roll(1, -1)) * t) / (1 + t)
 
 
+@lru_cache(maxsize=1)
 def sampled(exercise, store=torch.bfloat16):
     """Return your states and log-probabilities, and the noise."""
     noise = torch.randn(B, STEPS + 1, N, generator=torch.Generator().manual_seed(0))
