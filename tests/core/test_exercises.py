@@ -1,20 +1,56 @@
 """python -m pytest tests/core/test_exercises.py
 
 A checker must refuse an empty stub and accept the solution. These tests run all checkers on the stubs and on
-the solutions, in one process each. A stub that somebody has begun to solve is skipped, except in CI.
+the solutions, in one process each. A stub that somebody has begun to solve is skipped, except in CI. Some
+checkers are also run on wrong solutions: a solution in which one piece of text is replaced.
 """
+import inspect
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import types
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NAMES = sorted(p.stem for p in (ROOT / "exercises").glob("e[0-9]*.py"))
-BUG_HUNT = "e04_find_the_bug"
+BUG_HUNTS = {                                              # {name: tests that pass although the bug is there}
+    "e04_find_the_bug": ["test_at_ratio_one_it_is_reinforce"],
+    "e11_rounded_states": ["test_states_stay_in_bf16", "test_to_three_digits_the_ratio_is_one"]}
+ROUNDED = "(mean + std * noise[:, k + 1]).to(store).float()"
+NORMAL = "(-z ** 2 / 2 - math.log(std) - math.log(2 * math.pi) / 2).flatten(1)"
+STORE = "states.append(x.to(store))"
+UNROUNDED = "mean + std * noise[:, k + 1]"
+AGAIN = ("s = states[k].float(); mean = c_x * s + c_v * velocity(s, times[k]); "
+         "logp[k] = Gaussian(mean[:, None], std[None]).log_prob(x[:, None])[:, 0] / x.shape[1]")
+WRONG = [                                                  # name, text of a solution, its new text, error
+    ("e11_rounded_states", "x.to(store)", "x", "all states are stored in fp32"),
+    ("e11_rounded_states", "noise[:, 0].to(store).float()", "noise[:, 0]", "the first state is not rounded"),
+    ("e11_rounded_states", ROUNDED, UNROUNDED, "the next state is not rounded"),
+    ("e11_rounded_states", STORE, f"{STORE}; x = {UNROUNDED}", "it continues with the unrounded state"),
+    ("e11_rounded_states", STORE, f"{STORE}; x_next = {UNROUNDED}; {AGAIN}; x = x_next",
+     "the same, with log-probabilities that are computed again from the stored states"),
+    ("e11_rounded_states", "torch.stack(logp, 1)", "torch.stack(logp, 1).to(store)", "bf16 densities"),
+    ("e11_rounded_states", UNROUNDED, "mean", "no noise"),
+    ("e12_no_density", "1 + s ** 2 * dt / (2 * t)", "1", "noise without all of the drift"),
+    ("e12_no_density", "1 + s ** 2 * dt / (2 * t)", "1 - s ** 2 * dt / (2 * t)", "a sign of the drift"),
+    ("e12_no_density", "/ (2 * t)", "/ t", "a drift that is twice too strong"),
+    ("e12_no_density", "s * math.sqrt(-dt)", "-s * dt", "std without the root"),
+    ("e12_no_density", ".flatten(1).sum(1)", ".flatten(1).mean(1)", "the mean over the components"),
+    ("e12_no_density", NORMAL, "(-z ** 2 / 2).flatten(1)", "a density that does not integrate to 1"),
+    ("e12_no_density", "if std == 0:", "if False:", "no error without noise"),
+    ("e12_no_density", "    if std == 0:", "    std = std or 1\n    if False:", "std = 1 without noise"),
+    ("e13_clip_and_size", "math.sqrt(65536 / n)", "1", "the published clip for all sizes"),
+    ("e13_clip_and_size", "math.sqrt(65536 / n)", "65536 / n", "a clip like 1/n"),
+    ("e13_clip_and_size", "math.sqrt(65536 / n)", "math.sqrt(n / 65536)", "the rule upside down"),
+    ("e13_clip_and_size", "-q ** 2 / 2", "0", "the mean of the log-ratio is left out"),
+    ("e13_clip_and_size", "-q ** 2 / 2", "q ** 2 / 2", "the sign of the mean"),
+    ("e13_clip_and_size", "-q ** 2 / 2", "-n * q ** 2 / 2", "the mean of the sum"),
+    ("e13_clip_and_size", "q / math.sqrt(n)", "q / n", "the noise like 1/n"),
+    ("e13_clip_and_size", "1 - L.cdf(math.log1p(c))", "0", "only one side")]
 
 
 def outcomes(folder, solutions):
@@ -42,8 +78,8 @@ def on_solutions(tmp_path_factory):
     return outcomes(tmp_path_factory.mktemp("solutions"), solutions=True)
 
 
-def test_ten_exercises_each_with_checker_solution_and_a_line_in_the_index():
-    assert len(NAMES) == 10
+def test_thirteen_exercises_each_with_checker_solution_and_a_line_in_the_index():
+    assert len(NAMES) == 13
     assert NAMES == sorted(p.stem.removeprefix("test_") for p in (ROOT / "exercises").glob("test_*.py"))
     assert NAMES == sorted(p.stem for p in (ROOT / "solutions").glob("*.py"))
     index = (ROOT / "exercises" / "README.md").read_text(encoding="utf-8")
@@ -61,9 +97,8 @@ def test_stub_fails_its_checker(name, on_stubs):
         pytest.skip("somebody has begun to solve this exercise")
     results = on_stubs[name]
     assert results
-    if name == BUG_HUNT:       # at ratio 1 the bug does not show, but all other tests must find it
-        assert [test for test, message in results.items() if message is None] == [
-            "test_at_ratio_one_it_is_reinforce"]
+    if name in BUG_HUNTS:      # a bug does not show in every test, but all other tests must find it
+        assert sorted(test for test, message in results.items() if message is None) == BUG_HUNTS[name]
     else:                      # each test must fail because of the stub, not because the checker is broken
         for test, message in results.items():
             assert message and "NotImplementedError: your turn" in message, (test, message)
@@ -73,3 +108,33 @@ def test_stub_fails_its_checker(name, on_stubs):
 def test_solution_passes(name, on_solutions):
     assert on_solutions[name] and not any(on_solutions[name].values()), on_solutions[name]
     assert len(on_solutions[name]) >= 2
+
+
+def load(path, old="", new=""):
+    """Return the module of a file, with the text `old` replaced by `new`."""
+    text, module = path.read_text(encoding="utf-8"), types.ModuleType(path.stem)
+    assert old in text, f"{path.name} has no {old!r}"
+    exec(compile(text.replace(old, new) if old else text, str(path), "exec"), module.__dict__)
+    return module
+
+
+def complaint(name, old="", new=""):
+    """Run a checker on its solution, with `old` replaced by `new` -> "test: message" of the first failure, or
+    None. The tests of this checker must have no argument but `exercise`."""
+    exercise = load(ROOT / "solutions" / f"{name}.py", old, new)
+    for test, check in vars(load(ROOT / "exercises" / f"test_{name}.py")).items():
+        if test.startswith("test_"):
+            assert list(inspect.signature(check).parameters) == ["exercise"], test
+            try:
+                check(exercise)
+            except (AssertionError, pytest.fail.Exception) as error:
+                return f"{test}: {error}"
+
+
+@pytest.mark.parametrize("name", sorted({name for name, *_ in WRONG}))
+def test_wrong_solutions_fail(name):
+    assert complaint(name) is None
+    for _, old, new, error in (row for row in WRONG if row[0] == name):
+        found = complaint(name, old, new)
+        assert found, f"the checker of {name} accepts this error: {error}"
+        print(f"{name}: {error} -> {found.splitlines()[0]}")
