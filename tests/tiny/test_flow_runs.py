@@ -50,14 +50,22 @@ def test_the_loss_sees_the_sampler_and_the_run_moves(run, mini_flow_base):
     assert "sampler_reward" in text
 
 
-def test_a_resumed_run_repeats_the_whole_one(run, flags, tmp_path):
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Evaluations take most of the time of such short runs, so these runs make none."""
+    names = ("reward", "heldout_reward", "best_of_n_reward", "best_of_n_heldout_reward")
+    found = evaluate.Evaluated(dict.fromkeys(names, 0.), None, torch.zeros(5 * 64, 3, 32, 32))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args, **options: found)
+
+
+def test_a_resumed_run_repeats_the_whole_one(run, flags, tmp_path, unmeasured):
     folder = tmp_path / "again"
     train.main(["configs/tiny_chunk.py", f"--out_dir={folder}", *flags, "--stop_after=1"])
     train.main([f"--out_dir={folder}", "configs/tiny_chunk.py", "--resume", "--stop_after=0"])
     assert lines(folder) == lines(run)
 
 
-def test_micro_batches_of_steps_change_nothing(run, flags, tmp_path):
+def test_micro_batches_of_steps_change_nothing(run, flags, tmp_path, unmeasured):
     folder = tmp_path / "parts"
     train.main(["configs/tiny_chunk.py", f"--out_dir={folder}", *flags, "--action_batch=1"])
     for one, other in zip(lines(folder), lines(run)):
@@ -67,7 +75,7 @@ def test_micro_batches_of_steps_change_nothing(run, flags, tmp_path):
 
 @pytest.mark.parametrize("options", [["--likelihood=elbo"], ["--adaptive_chunks=True", "--chunks=()"], [
     "--chunk_share=0.5", "--chunk_draw=change", "--divergence=js"], ["--logp_per_dim=False"]])
-def test_other_options_train_too(options, flags, tmp_path):
+def test_other_options_train_too(options, flags, tmp_path, unmeasured):
     folder = tmp_path / "run"
     train.main(["configs/tiny_chunk.py", f"--out_dir={folder}", *flags, "--max_steps=1", *options])
     assert lines(folder)[0]["max_ratio_error"] < 1e-3
