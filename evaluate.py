@@ -25,7 +25,6 @@ the sampling and no training. So compare a run with it before you praise the run
 This file also says what a run consists of: `options` composes the options of a run, `open_world` opens its
 world and its models.
 """
-import math
 import os
 from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple

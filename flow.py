@@ -113,7 +113,7 @@ class Options:
             raise UserError(f"--chunks must add up to --noisy_steps={cfg.noisy_steps}, got {cfg.chunks}; "
                             f"--adaptive_chunks finds other sizes by itself")
         if not 0 < cfg.chunk_share <= 1 or cfg.chunk_share < 1 and not (cfg.chunks or cfg.adaptive_chunks):
-            raise UserError(f"--chunk_share must be above 0 and at most 1, and below 1 it needs --chunks; got "
+            raise UserError(f"--chunk_share must be above 0 and at most 1. Below 1 it needs --chunks; got "
                             f"{cfg.chunk_share}")
 
 

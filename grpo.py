@@ -90,13 +90,13 @@ def micro_batches(b, T, samples, actions=0, chunks=()):
     """
     parts = [(0, T, tuple(chunks))]
     if actions:
-        parts, at = [], 0
+        parts = []
         for size in chunks or (1,) * T:
             start, stop, inside = parts.pop() if parts else (0, 0, ())
             if stop > start and stop + size - start > actions:
                 parts.append((start, stop, inside))
                 start, inside = stop, ()
-            parts.append((start, at := stop + size, inside + (size,) * bool(chunks)))
+            parts.append((start, stop + size, inside + (size,) * bool(chunks)))
     for rows in torch.arange(b).split(samples):
         for start, stop, inside in parts:
             yield rows, (start, stop), inside

@@ -26,7 +26,8 @@ precision and recall; github.com/openai/guided-diffusion): one array of bytes, a
 images are resized as in LlamaGen's scripts, bicubic without antialias. 50,000 images are 9.8 GB, which are
 written as they are sampled.
 
-Also printed: how many different codes were used, and a hash of them (of a flow policy: of its latents). Two runs that print the same hash
+Also printed: how many different codes were used, and a hash of them. A flow policy has latents in place of
+codes. Two runs that print the same hash
 sampled the same tokens. On another machine or a GPU the last bit of a sum may differ, and then the tokens
 differ.
 """
@@ -243,11 +244,12 @@ def main(argv):
     if cfg.npz:
         return save_npz(sample, policy.config, cfg)
     tokens, pixels = sample(prompts, cfg.seed)
-    rows = [(p, [group], [reader(group, [p] * cfg.n)] if kind.startswith("tiny") and p in shapes.CAPTIONS else None)
+    tiny_kind = kind.startswith("tiny")
+    rows = [(p, [group], [reader(group, [p] * cfg.n)] if tiny_kind and p in shapes.CAPTIONS else None)
             for p, group in zip(prompts, pixels.split(cfg.n))]
     os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
     images.grid(rows, cfg.out)
-    for prompt, _, right in rows if kind.startswith("tiny") else ():
+    for prompt, _, right in rows if tiny_kind else ():
         print(f"{prompt}: "
               + (f"{right[0].mean():.0%} right" if right else "not of the grammar, so not rated"))
     kinds = f"tokens, {len(tokens.unique())} different codes" if pipeline.generates_actions else "numbers"

@@ -78,8 +78,8 @@ class ClassEmbedder(nn.Module):
 class TextEmbedder(nn.Module):
     """Turn features [B,L,C] of prompts into [B,D]: a small network for each token, then the mean over tokens.
 
-    The factor 10 makes the prompt matter from the start of pretraining, where weights are small. Without it, a
-    tiny model draws long before it reads."""
+    The factor 10 makes the prompt matter from the start of pretraining, where weights are small. Without it,
+    a tiny model draws long before it reads."""
 
     def __init__(self, c):
         super().__init__()

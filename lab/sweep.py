@@ -1,8 +1,8 @@
 """Make many runs of train.py, several at a time, and write one line of a csv file for each finished run.
 
-lab/frontier.py and lab/ablation.py choose the runs. A run that has a line is finished and is never made
-again, so a sweep that was stopped continues where it stopped. The run folder is removed, because the line
-holds all that the experiment needs.
+lab/frontier.py, lab/ablation.py and lab/chunks.py choose the runs. A run that has a line is finished and is
+never made again, so a sweep that was stopped continues where it stopped. The run folder is removed, because
+the line holds all that the experiment needs.
 
 Every line names the device, the torch version and the base of its run. One csv file never mixes two devices
 or two bases. Different rounding leads to different runs, and these experiments measure small differences.
@@ -80,15 +80,15 @@ def measured(folder, after, before):
     return rounded(last, after) + rounded(first, before)
 
 
-def make(cfg, rows, plan, fields, command, row_of, keep=lambda key: False):
+def make(cfg, rows, plan, fields, command, row_of, keep=lambda key: False, base="assets/tiny_base.pt"):
     """Make the missing runs, `cfg.jobs` at a time. A finished run is on disk before the next one starts.
 
     rows: the result of `load`. plan: all runs in order. A run is the tuple of its first fields, its key.
     command(key, folder, device): the command line of a run. row_of(key, folder): the values of `fields` up to
-    STAMP. keep(key): whether the folder of this run stays.
+    STAMP. keep(key): whether the folder of this run stays. base: the file that all runs start from.
     Raises UserError for a csv file of another device or base, and Fault for a run that fails.
     """
-    with open(locate("assets/tiny_base.pt"), "rb") as file:
+    with open(locate(base), "rb") as file:
         base = hashlib.file_digest(file, "sha256").hexdigest()[:8]
     if any((r["device"], r["base"]) != (cfg.device, base) for r in rows):
         raise UserError(f"{cfg.csv} has runs of another device or another base than {cfg.device}, {base}, "

@@ -89,7 +89,8 @@ def test_micro_batches_cut_no_chunk():
         for part in (((0, 3), (1, 2)), ((3, 5), (2,)), ((5, 8), (3,)))]
     assert [span for _, span, _ in grpo.micro_batches(1, 5, 1, 2)] == [(0, 2), (2, 4), (4, 5)]
     assert [span for _, span, _ in grpo.micro_batches(1, 5, 1, 2, (4, 1))] == [(0, 4), (4, 5)]
-    assert [(span, inside) for _, span, inside in grpo.micro_batches(1, 5, 1, 0, (4, 1))] == [((0, 5), (4, 1))]
+    (_, span, inside), = grpo.micro_batches(1, 5, 1, 0, (4, 1))
+    assert (span, inside) == ((0, 5), (4, 1))
 
 
 def test_parts_of_the_actions_add_up(pair):
