@@ -29,6 +29,13 @@ has no density. Flow-GRPO (arXiv 2505.05470) samples a stochastic differential e
 So each noisy step is a Gaussian whose mean is c_x x + c_v v. `step_table` lists c_x, c_v and the standard
 deviation for four samplers. [test_name] names a test of tests/core/test_flow.py. The network that predicts
 v is in common/sit.py.
+
+Departures from Flow-GRPO and Chunk-GRPO (arXiv 2510.21583):
+ 1. Noise may stop after N steps. Then the ODE finishes the image, and only the N noisy steps are trained.
+ 2. A KL is the exact one of two transitions, d^2/2. The published code divides it by the length of the step.
+ 3. Advantages use the standard deviation of the group, and are not clamped to +-5.
+ 4. All chunks are computed, and those that were not drawn have weight 0. The published code skips them.
+ 5. The clip is c/sqrt(n). The published 1e-4 is c = .0256 at n = 65,536.
 """
 import math
 from dataclasses import dataclass
