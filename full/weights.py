@@ -122,8 +122,9 @@ def _download(name, path):
     from huggingface_hub import snapshot_download
     where, which = (os.path.dirname(path), [name]) if name.endswith(FILES) else (path, FOLDER_FILES)
     which = which + ["pytorch_model*.bin"] * name.startswith("Janus")      # other folders have safetensors
-    snapshot_download(source, local_dir=where, allow_patterns=DIFFUSERS_FILES if name in DIFFUSERS else which,
-                      ignore_patterns=["*.fp16*"], etag_timeout=5)
+    more = dict(ignore_patterns=["*.fp16*"]) if name in DIFFUSERS else {}
+    which = DIFFUSERS_FILES if name in DIFFUSERS else which
+    snapshot_download(source, local_dir=where, allow_patterns=which, etag_timeout=5, **more)
     if not _is_there(path):    # without a network the hub accepts any folder that is not empty
         raise FileNotFoundError("no network, or the file was removed")
 
