@@ -3,8 +3,10 @@
 SD3.5 and Sana as policies, on tiny networks in the layout of the released folders, with random weights. Every
 number is compared with diffusers' own pipelines. The tests are skipped without the package diffusers.
 """
+import copy
 import gc
 import inspect
+import json
 import os
 import shutil
 from types import SimpleNamespace
@@ -13,7 +15,10 @@ import pytest
 import torch
 
 import flow
+import full_size
 import grpo
+import sample
+import train
 from common import files, lora
 from common.config import UserError
 from flow import time_grid
@@ -92,9 +97,19 @@ def options(**more):
 
 
 @pytest.fixture(scope="module")
-def texts(folders):
+def encoded(folders):
     return {name: kind.text_encoder(options(), {"it": str(folders / name)}, CPU, PROMPTS)
             for name, kind in WORLDS.items()}
+
+
+@pytest.fixture(scope="module")
+def texts(encoded):
+    """Keep only 20 rows of each prompt's features, to save time: SD3's last ones, Sana's first ones."""
+    short = copy.deepcopy(encoded)
+    for name, text in short.items():
+        text.rows = {prompt: tuple(y[-20:] if name == "sd3" else y[:20] for y in rows)
+                     for prompt, rows in text.rows.items()}
+    return short
 
 
 @pytest.fixture
@@ -166,13 +181,14 @@ def test_guidance_moves_from_the_empty_prompt_to_the_prompt(build, name):
     assert torch.equal(guided, u + 4.5 * (v - u)) and (v - u).abs().max() > 1e-3
 
 
-def test_prompts_are_encoded_as_by_the_pipeline_and_the_encoders_are_freed(folders, texts, name):
+@torch.no_grad()
+def test_prompts_are_encoded_as_by_the_pipeline_and_the_encoders_are_freed(folders, encoded, name):
     gc.collect()
     kinds = transformers.T5EncoderModel, transformers.CLIPTextModelWithProjection, transformers.Gemma2Model
     assert not any(type(thing) in kinds for thing in gc.get_objects())
     pipe = theirs(folders, name, torch.bfloat16)
-    cond, mask = (y[0] for y in texts[name].encode([PROMPTS[0]], CPU))
-    empty, empty_mask = (y[0] for y in texts[name].encode([""], CPU))
+    cond, mask = (y[0] for y in encoded[name].encode([PROMPTS[0]], CPU))
+    empty, empty_mask = (y[0] for y in encoded[name].encode([""], CPU))
     if name == "sd3":
         want, want_empty, pooled, pooled_empty = pipe.encode_prompt(PROMPTS, None, None)
         assert torch.equal(cond[-1, :16], pooled[0].float()) and not cond[-1, 16:].any()
@@ -220,7 +236,8 @@ def learn(pipeline, cfg_scale=1.0, parts=((0, 1), (1, 3))):
         pi, rho = (policy.distribution(rollout, conditions, torch.arange(4), cfg_scale=cfg_scale)
                    for policy in (pipeline.policy, pipeline.reference))
         loss, stats = grpo.loss(pi.at(start, stop), rho.at(start, stop), rollout.actions,
-                                rollout.logp[:, start:stop], torch.tensor([1., -1, -1, 1]), 12, divergence="reverse_kl", estimator="exact",
+                                rollout.logp[:, start:stop], torch.tensor([1., -1, -1, 1]), 12,
+                                divergence="reverse_kl", estimator="exact",
                                 beta=.1, per=pipeline.per, clip_eps=.0256)
         loss.backward()
         seen.append(stats)
@@ -305,3 +322,32 @@ def test_folders_of_diffusers(folders, build, tmp_path):
         sd3.load("SanaTransformer2DModel", str(folder), "transformer")
     with pytest.raises(UserError, match="block_size must be a square"):
         build("sd3", block_size=15)
+
+
+# ---- runs --------------------------------------------------------------------------------------------------
+QUICK = ["--dtype=float32", "--denoise_steps=3", "--noisy_steps=2", "--eval_steps=2", "--recompute=False"]
+
+
+@pytest.mark.slow                       # 3 minutes, nearly all of them for bf16 on a CPU
+@pytest.mark.parametrize("name, config, more", [("sana", "sd3_flow_grpo", QUICK), *(
+    (world, config, ["--eval_steps=4"]) for world in WORLDS for config in ("sd3_flow_grpo", "sd3_chunk_grpo"))])
+def test_a_run_from_a_config_to_images(folders, tmp_path, name, config, more):
+    """Train two steps and resume for one. Draw from the run and from the folder. Export the adapters."""
+    full_size.make_rewards(str(folders), hps=full_size.small(160, 2))
+    (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, "a green dog", "a small cat", "a red photo"]))
+    where = [f"--weights={folders}", "--device=cpu"]
+    run = [f"configs/{config}.py", f"--world={name}", f"--gpt_ckpt={name}", *where, "--block_size=16",
+           f"--prompts={tmp_path / 'prompts.txt'}", f"--out_dir={tmp_path / 'run'}", "--prompts_per_step=2",
+           "--group_size=2", "--sample_batch=2", "--eval_prompts=2", "--eval_draws=8", "--max_steps=3",
+           "--lora_rank=2", "--reward=aesthetic", "--heldout_reward=clipscore", *more]
+    train.main([*run, "--stop_after=2"])
+    train.main([f"--out_dir={tmp_path / 'run'}", "--resume"])
+    lines = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert len(lines) == 3 and lines[0]["kl_reverse"] == 0 < lines[2]["kl_reverse"]
+    assert all(line["max_ratio_error"] < .05 and line["grad_norm"] > 0 for line in lines)
+    released = [f"--world={name}", f"--gpt_ckpt={name}", "--block_size=16"]
+    for source in ([f"--ckpt={tmp_path / 'run'}"], released):
+        sample.main([*source, f"--weights={folders}", "--device=cpu", "--prompt=a red cat; the dog", "--n=2",
+                     f"--out={tmp_path / 'sample.png'}"])
+    weights.main([f"--export={tmp_path / 'run'}", f"--to={tmp_path / 'lora'}"])
+    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists()
