@@ -330,7 +330,8 @@ QUICK = ["--dtype=float32", "--denoise_steps=3", "--noisy_steps=2", "--eval_step
 
 @pytest.mark.slow                       # 3 minutes, nearly all of them for bf16 on a CPU
 @pytest.mark.parametrize("name, config, more", [("sana", "sd3_flow_grpo", QUICK), *(
-    (world, config, ["--eval_steps=4"]) for world in WORLDS for config in ("sd3_flow_grpo", "sd3_chunk_grpo"))])
+    (world, config, ["--eval_steps=4"]) for world in WORLDS
+    for config in ("sd3_flow_grpo", "sd3_chunk_grpo"))])
 def test_a_run_from_a_config_to_images(folders, tmp_path, name, config, more):
     """Train two steps and resume for one. Draw from the run and from the folder. Export the adapters."""
     full_size.make_rewards(str(folders), hps=full_size.small(160, 2))
