@@ -71,7 +71,7 @@ class ClassEmbedder(nn.Module):
         super().__init__()
         self.embedding_table = nn.Embedding(c.num_classes + 1, c.dim)
 
-    def forward(self, labels, mask):                                                             # [B] -> [B,D]
+    def forward(self, labels, mask):                                                            # [B] -> [B,D]
         return self.embedding_table(labels)
 
 
