@@ -56,7 +56,8 @@ TOKENS_AT_ONCE = 2 ** 14        # tokens of the images that are sampled at once
 @dataclass(frozen=True)
 class Kind:
     """---- what is trained, and how"""
-    world: Literal["tiny", "tiny_flow", "llamagen", "janus"] = option("tiny", "prompts, rewards and models")
+    world: Literal["tiny", "tiny_flow", "llamagen", "janus", "sd3", "sana"] = option(
+        "tiny", "prompts, rewards and models")
     algorithm: Literal["grpo", "vapi"] = option("grpo", "its loop is in train.py or vapi.py")
 
 

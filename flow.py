@@ -51,10 +51,15 @@ from divergences import Gaussian
 
 
 # ---- steps -------------------------------------------------------------------------------------------------
-def time_grid(steps, shift=1.0):
-    """Return the K + 1 times of a sampler, from 1 to 0. shift > 1 spends more steps near the noise."""
-    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return shift * u / (1 + (shift - 1) * u)
+def time_grid(steps, shift=1.0, least=0.0):
+    """Return the K + 1 times of a sampler, from 1 to 0. shift > 1 spends more steps near the noise.
+    least > 0: K times go from 1 to least, which is shifted twice. Then follows 0. diffusers has .001."""
+    def shifted(u):
+        return shift * u / (1 + (shift - 1) * u)
+    if least:
+        u = torch.linspace(1, shifted(least), steps, dtype=torch.float64)
+        return torch.cat([shifted(u), torch.zeros(1, dtype=torch.float64)])
+    return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
 
 
 def step_table(times, sampler="sde", noise=.7, noisy=None):
@@ -93,6 +98,7 @@ class Options:
     noisy_steps: int = option(5, "N, the first steps, which have noise and are trained; below K", low=1)
     eval_steps: int = option(10, "steps of the ODE, which draws the images of evaluations", low=1)
     shift: float = option(3.0, "above 1: more steps near the noise", low=1)
+    grid: Literal["linear", "diffusers"] = option("linear", "diffusers: with its tiny last step")
     sampler: Literal["sde", "constant", "cps"] = option("sde", "where the noise goes (flow.step_table)")
     noise: float = option(0.7, "its level", low=0)
     likelihood: Literal["transitions", "elbo"] = option("transitions", "of what the ratio is; see FlowPolicy")
@@ -237,8 +243,9 @@ class FlowPolicy:
     def set_sampler(self, o):
         """Set the sampler to the Options o."""
         self.elbo, N = o.likelihood == "elbo", o.noisy_steps
-        self.ode = time_grid(o.eval_steps, o.shift).float()
-        self.times = time_grid(o.denoise_steps, o.shift)
+        least = .001 if o.grid == "diffusers" else 0
+        self.ode = time_grid(o.eval_steps, o.shift, least).float()
+        self.times = time_grid(o.denoise_steps, o.shift, least)
         self.table = step_table(self.times, o.sampler, 0 if self.elbo else o.noise, N)
         self.times = self.times.float()
         c_x, c_v, std = (y[:N] for y in self.table)

@@ -6,6 +6,7 @@
     python sample.py --gpt_ckpt=t2i_XL_stage1_256.pt --vq_ckpt=vq_ds16_t2i.pt --prompt="a fox in the snow"
     python sample.py --gpt_ckpt=c2i_L_384.pt --vq_ckpt=vq_ds16_c2i.pt --prompt="207; 360; 387"
     python sample.py --world=janus --gpt_ckpt=Janus-Pro-1B --prompt="a red fox in the snow"
+    python sample.py --world=sd3 --gpt_ckpt=stable-diffusion-3.5-medium --prompt="a red fox in the snow"
     python sample.py --ckpt=out/llamagen_js --prompt="a red fox in the snow"
     python sample.py --ckpt=out/llamagen_js --prompts=evaluation_metadata.jsonl --save=out/geneval --n=4
     python sample.py --ckpt=out/llamagen_c2i_vapi --npz=out/samples.npz --n=50000 --cfg_scale=1 --top_k=0
@@ -36,7 +37,7 @@ import json
 import os
 import shutil
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -55,8 +56,9 @@ from full import prompts as prompt_files
 from tiny import shapes, text
 from tiny.judge import reader
 
-# (cfg_scale, top_k) of LlamaGen's and Janus's own samplers
-USUAL = {"tiny": (1.0, 0), "tiny_flow": (1.0, 0), "t2i": (7.5, 1000), "c2i": (4.0, 2000), "janus": (5.0, 0)}
+# (cfg_scale, top_k) of the models' own samplers
+USUAL = {"tiny": (1.0, 0), "tiny_flow": (1.0, 0), "sd3": (4.5, 0), "sana": (4.5, 0),
+         "t2i": (7.5, 1000), "c2i": (4.0, 2000), "janus": (5.0, 0)}
 FREE = ("prompt", "prompts", "out", "save", "npz", "device", "weights")    # may differ when --save continues
 
 
@@ -73,11 +75,12 @@ class Config:
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, then mps, then cpu")
     # the distribution
     temperature: float = option(1.0, "0 is greedy: always the likeliest code, so n equal images", low=0)
-    cfg_scale: float = option(0.0, "guidance; 1 = none; 0 = usual: tiny 1, t2i 7.5, c2i 4, janus 5", low=0)
+    cfg_scale: float = option(
+        0.0, "guidance; 1 = none; 0 = usual: tiny 1, t2i 7.5, c2i 4, janus 5, sd3 and sana 4.5", low=0)
     top_k: int = option(-1, "only the k likeliest codes; 0 = all; -1 = usual: t2i 1000, c2i 2000", low=-1)
     top_p: float = option(1.0, "only the fewest codes with this much probability; 1 = all", high=1)
     # released files in place of --ckpt, as in train.py
-    world: Literal["llamagen", "janus"] = option("llamagen", "a Janus has all of its files in one folder")
+    world: Literal["llamagen", "janus", "sd3", "sana"] = option("llamagen", "of gpt_ckpt")
     gpt_ckpt: str = option("", "such as t2i_XL_stage1_256.pt, c2i_L_384.pt, or an exported file")
     vq_ckpt: str = option("vq_ds16_t2i.pt", "tokenizer of the images; vq_ds16_c2i.pt for c2i", ending="")
     t5: str = option("flan-t5-xl", "encoder of the prompts, t2i only", ending="")
@@ -128,6 +131,8 @@ def open_pipeline(cfg, prompts, where):
     kind = full.world.PIPELINES[options.world]
     same = {k: getattr(options, k) for k in ("gpt_ckpt", "vq_ckpt", "t5", "n_head", "block_size")}
     o = full.world.Options(weights=cfg.weights, lora_rank=getattr(options, "lora_rank", 0), **same)
+    if state and options.world in evaluate.FLOWS:          # the pipeline needs the options of the sampler too
+        o = replace(options, weights=cfg.weights)
     def find(keys):
         return weights.find([getattr(o, key) for key in keys], o.weights)
     found = find(kind.model_files)

@@ -116,7 +116,8 @@ def fingerprint(path):
     of a file of gigabytes would take longer than loading it.
     """
     if os.path.isdir(path):
-        names = [n for n in sorted(os.listdir(path)) if n.endswith((".safetensors", ".bin", ".pt", ".pth"))]
+        names = [n for n in sorted(glob.glob("**", root_dir=path, recursive=True))     # also in subfolders
+                 if n.endswith((".safetensors", ".bin", ".pt", ".pth"))]
         parts = "".join(name + fingerprint(os.path.join(path, name)) for name in names)
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
     size, piece = os.path.getsize(path), 2 ** 16

@@ -11,10 +11,15 @@ without the adapters, and 2 bytes per parameter remain. The cost: only correctio
 learned. Embeddings, norms and the output are not trained.
 """
 import copy
+import os
+import re
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from common import files
+from common.config import UserError
 
 ALPHA = 32           # of the paper. The factor alpha / rank makes one learning rate fit all ranks.
 
@@ -50,13 +55,34 @@ def merge(state):
     return state
 
 
-def adapt(reference, rank):
-    """Freeze a GPT or Janus, and return a policy that shares its weights and has adapters in all matrices of
-    its blocks. Only the adapters are trained. Their initial values are the same at every call."""
-    shared = {id(p): p for p in reference.requires_grad_(False).parameters()}
+def adapt(reference, rank, names=r"layers\."):
+    """Freeze a policy, and return one that shares its weights and has adapters. Only these are trained. Their
+    initial values are the same at every call. names: a regular expression for the start of the names of the
+    matrices that get an adapter; by default all matrices in the blocks of a GPT or Janus."""
+    reference.requires_grad_(False)
+    shared = {id(p): p for p in (*reference.parameters(), *reference.buffers())}
     policy, generator = copy.deepcopy(reference, shared), torch.Generator().manual_seed(0)
-    for module in list(policy.layers.modules()):
+    for prefix, module in list(policy.named_modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
+            if isinstance(child, nn.Linear) and re.match(names, f"{prefix}.{name}"):
                 setattr(module, name, LowRank(child, rank, generator))
     return policy
+
+
+def export(state, folder):
+    """Write the adapters in the state dict of a policy of full/sd3.py for diffusers, whose load_lora_weights
+    reads FOLDER/pytorch_lora_weights.safetensors. Return this path. B is multiplied by alpha / rank, because
+    diffusers takes this factor for 1. Raises UserError if there are no adapters."""
+    found, path = {}, os.path.join(folder, "pytorch_lora_weights.safetensors")
+    for name in [key.removesuffix(".a") for key in state if key.endswith(".a")]:
+        a, b = state[f"{name}.a"], state[f"{name}.b"]
+        theirs = name.replace("network.", "transformer.", 1)
+        found |= {f"{theirs}.lora_A.weight": a.contiguous(), f"{theirs}.lora_B.weight": b * (ALPHA / len(a))}
+    if not found:
+        raise UserError("this run has no adapters to export: it was trained without --lora_rank")
+    with files.explain(f"cannot write {path}"):
+        from safetensors.torch import save_file
+        os.makedirs(folder, exist_ok=True)
+        save_file(found, f"{path}.tmp", {"format": "pt"})
+        os.replace(f"{path}.tmp", path)
+    return path

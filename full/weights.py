@@ -2,6 +2,7 @@
 
     python -m full.weights                      print the table: which files are there, size, license, source
     python -m full.weights --export=out/run --to=weights/mine_256.pt      for LlamaGen's own sampler
+    python -m full.weights --export=out/sd3_flow_grpo --to=out/lora       adapters, for diffusers
     python -m full.weights --convert=FILE_OR_FOLDER --to=weights/other_256.pt     into the released layout
 
 The released layout of LlamaGen (arXiv 2406.06525, github.com/FoundationVision/LlamaGen) is one file with
@@ -46,6 +47,7 @@ def _gpt(preset, pixels, **more):
 # Janus-Pro is counted by transformers. VGG16: 13 convolutions and three matrices (arXiv 1409.1556 table 2).
 # LPIPS has one number per channel of five layers.
 CLIP_L, CLIP_H, T5_XL, AESTHETIC = 427_616_513, 986_109_441, 2_849_757_184, 927_969
+SD3_5, SANA = 16_270_000_000, 8_850_000_000            # bytes of files, as listed; most are text encoders
 JANUS_1B, JANUS_7B, VGG16 = 2_076_636_811, 7_407_773_323, 138_357_544
 T2I, C2I = "peizesun/llamagen_t2i", "FoundationVision/LlamaGen"
 RELEASED = {  # name (.pt, .pth, or a folder): (our config or the bytes, repository or address, license, use)
@@ -61,6 +63,10 @@ RELEASED = {  # name (.pt, .pth, or a folder): (our config or the bytes, reposit
     "clip-vit-large-patch14": (4 * CLIP_L, "openai/clip-vit-large-patch14", "MIT", "rewards: CLIP, tokens"),
     "Janus-Pro-1B": (2 * JANUS_1B, "deepseek-ai/Janus-Pro-1B", "DeepSeek", "policy and tokenizer (janus.py)"),
     "Janus-Pro-7B": (2 * JANUS_7B, "deepseek-ai/Janus-Pro-7B", "DeepSeek", "policy and tokenizer (janus.py)"),
+    "stable-diffusion-3.5-medium": (SD3_5, "stabilityai/stable-diffusion-3.5-medium", "Stability",
+                                    "flow policy and all beside it (sd3.py); log in first"),
+    "Sana_600M_512px_diffusers": (SANA, "Efficient-Large-Model/Sana_600M_512px_diffusers", "NVIDIA NC",
+                                  "flow policy and all beside it (sd3.py)"),
     "PickScore_v1": (4 * CLIP_H, "yuvalkirstain/PickScore_v1", "see page", "reward PickScore"),
     "sac+logos+ava1-l14-linearMSE.pth": (
         4 * AESTHETIC, "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
@@ -70,6 +76,10 @@ RELEASED = {  # name (.pt, .pth, or a folder): (our config or the bytes, reposit
     "lpips_v0.1_vgg.pth": (4 * 1472, "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/"
                            "weights/v0.1/vgg.pth", "BSD-2", "weights of these layers in LPIPS")}
 FILES, FOLDER_FILES = (".pt", ".pth"), ["*.json", "*.txt", "spiece.model", "*.safetensors"]
+# A folder of diffusers holds a folder for each model. The hub also has other versions of the same weights.
+DIFFUSERS = ("stable-diffusion-3.5-medium", "Sana_600M_512px_diffusers")
+DIFFUSERS_FILES = ["model_index.json", *(f"{part}{n}/*" for part in ("text_encoder", "tokenizer")
+                                         for n in ("", "_2", "_3")), "transformer/*", "vae/*", "scheduler/*"]
 
 
 def size(cfg, dtype=torch.float32):
@@ -81,7 +91,11 @@ def size(cfg, dtype=torch.float32):
 
 # ---- finding and downloading ---------------------------------------------------------------------------
 def _is_there(path):
-    """Return whether `path` is a file, or a folder with config.json and all of its weight files."""
+    """Return whether `path` is a file, or a folder with config.json and all of its weight files, or a folder
+    of diffusers whose models all are such folders."""
+    if os.path.isfile(index := os.path.join(path, "model_index.json")):
+        return all(_is_there(os.path.join(path, part)) for part, kind in _read(index).items()
+                   if re.match("transformer|vae|text_encoder", part) and kind[0])
     kind = "model.safetensors" if glob.glob("*.safetensors", root_dir=path) else "pytorch_model.bin"
     index = os.path.join(path, kind + ".index.json")       # lists all parts, even if a download stopped
     parts = (_read(index).get("weight_map", {}).values() if os.path.isfile(index) else
@@ -108,7 +122,9 @@ def _download(name, path):
     from huggingface_hub import snapshot_download
     where, which = (os.path.dirname(path), [name]) if name.endswith(FILES) else (path, FOLDER_FILES)
     which = which + ["pytorch_model*.bin"] * name.startswith("Janus")      # other folders have safetensors
-    snapshot_download(source, local_dir=where, allow_patterns=which, etag_timeout=5)
+    more = dict(ignore_patterns=["*.fp16*"]) if name in DIFFUSERS else {}
+    which = DIFFUSERS_FILES if name in DIFFUSERS else which
+    snapshot_download(source, local_dir=where, allow_patterns=which, etag_timeout=5, **more)
     if not _is_there(path):    # without a network the hub accepts any folder that is not empty
         raise FileNotFoundError("no network, or the file was removed")
 
@@ -233,8 +249,8 @@ def policy_of(state, path):
 class Config:
     folder: str = option("weights", "the folder of the released files", ending="")
     convert: str = option("", "a file or folder in another layout, to be written in the released one")
-    export: str = option("", "a run, whose policy is to be written in LlamaGen's layout")
-    to: str = option("weights/mine_256.pt", "the file that --export or --convert writes", ending="")
+    export: str = option("", "a run: its policy in LlamaGen's layout, or its adapters for diffusers")
+    to: str = option("weights/mine_256.pt", "the file, or for adapters the folder, to write", ending="")
 
     def check(cfg):
         if cfg.convert and cfg.export:
@@ -261,7 +277,10 @@ def main(argv):
         run = files.load(path)
         if not isinstance(run.get("model"), dict):
             raise UserError(f"{path} is no checkpoint of a run: it has no state dict under 'model'.")
-        export(policy_of(run["model"], path), cfg.to)
+        if run.get("config", {}).get("world") in ("sd3", "sana"):
+            cfg = dataclasses.replace(cfg, to=lora.export(run["model"], cfg.to))
+        else:
+            export(policy_of(run["model"], path), cfg.to)
     print(f"wrote {cfg.to}")
 
 

@@ -29,9 +29,10 @@ import reward
 from common import images, parallel
 from common.config import UserError, locate, option
 from common.device import freeze
-from full import clip, data, janus, llamagen, lpips, prompts, weights
+from full import clip, data, janus, llamagen, lpips, prompts, sd3, weights
 
-PIPELINES = {"llamagen": llamagen.Pipeline, "janus": janus.Pipeline}
+PIPELINES = {"llamagen": llamagen.Pipeline, "janus": janus.Pipeline,
+             "sd3": sd3.Pipeline, "sana": sd3.SanaPipeline}
 COMPARED = 8                        # images that LPIPS compares at once
 
 
@@ -39,11 +40,11 @@ COMPARED = 8                        # images that LPIPS compares at once
 class Options:
     """---- full size: files in the folder `weights`, fetched if they are not there"""
     weights: str = option("weights", "the folder", ending="")
-    gpt_ckpt: str = option("t2i_XL_stage1_256.pt", "policy; janus: a folder with all models", ending="")
+    gpt_ckpt: str = option("t2i_XL_stage1_256.pt", "policy, or a folder with all models", ending="")
     vq_ckpt: str = option("vq_ds16_t2i.pt", "tokenizer of the images", ending="")
     t5: str = option("flan-t5-xl", "encoder of the prompts", ending="")
     n_head: int = option(0, "attention heads of gpt_ckpt; 0 = by the table of released sizes", low=0)
-    block_size: int = option(0, "image tokens of gpt_ckpt; 0 = by its name: _256, _384, _512 pixels", low=0)
+    block_size: int = option(0, "image tokens; 0 = by the name of gpt_ckpt, or 512 pixels", low=0)
     prompts: str = option("assets/prompts.txt", ".txt, .json, .jsonl, .csv or .tsv", ending="")
     antialias = True            # was an option: of HPS's resize to 224 pixels
     lora_rank: int = option(0, "above 0: train adapters of this rank, not the weights (lora.py)", low=0)
