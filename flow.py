@@ -303,9 +303,8 @@ class FlowPolicy:
             means.append(c_x * x + c_v * v)
             states.append(means[-1] + std * noise() if std else means[-1])
         if self.elbo:
-            t = self.times.tolist()
-            states = [(1 - t[k]) * states[-1] + t[k] * noise() for k in range(len(self.target))] + states[-1:]
-            states = torch.stack(states, 1)
+            x0 = states[-1]
+            states = torch.stack([(1 - t) * x0 + t * noise() for t in self.times[:len(self.target)]] + [x0], 1)
             logp = in_parts(lambda *some: self.transitions(*some, cfg_scale=cfg_scale).log_prob(some[0]),
                             states, cond, mask)
             return Rollout(states, logp, prompt)
