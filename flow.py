@@ -303,8 +303,8 @@ class FlowPolicy:
             means.append(c_x * x + c_v * v)
             states.append(means[-1] + std * noise() if std else means[-1])
         if self.elbo:
-            x0 = states[-1]
-            states = torch.stack([(1 - t) * x0 + t * noise() for t in self.times[:len(self.target)]] + [x0], 1)
+            x0, times = states[-1], self.times[:len(self.target)].tolist()
+            states = torch.stack([*((1 - t) * x0 + t * noise() for t in times), x0], 1)
             logp = in_parts(lambda *some: self.transitions(*some, cfg_scale=cfg_scale).log_prob(some[0]),
                             states, cond, mask)
             return Rollout(states, logp, prompt)
