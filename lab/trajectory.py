@@ -70,7 +70,7 @@ def prompt_gap(pipeline, times, n=500):
 def trajectory(pipeline, path, seed):
     images, times = estimates(pipeline, PROMPTS, seed)
     grid = [i / 20 for i in range(1, 21)]
-    with panels(path, 2, 1, (11, 7.4), height_ratios=[3, 2]) as (above, below):
+    with panels(path, 2, 1, (11, 5.6), height_ratios=[5, 4]) as (above, below):
         canvas = torch.cat([torch.cat(list(row), 2) for row in images], 1)
         above.imshow(to_pil(canvas), interpolation="nearest")
         side = images.shape[-1]
@@ -122,8 +122,8 @@ def ratios(pipeline, reward, path, seed):
         width = 4 * clip
         for k in range(N):
             outside = (log_ratio[:, k].exp() - 1).abs().gt(clip).float().mean().item()
-            right.hist(log_ratio[:, k].exp().clamp(1 - width, 1 + width).numpy(), 30, (1 - width, 1 + width),
-                       histtype="step", label=f"step {k}: {outside:.0%} outside the clip")
+            right.hist(log_ratio[:, k].exp().clamp(1 - width, 1 + width).numpy(), 30, histtype="step",
+                       range=(1 - width, 1 + width), label=f"step {k}: {outside:.0%} outside the clip")
         for edge in (1 - clip, 1 + clip):
             right.axvline(edge, color="black", ls="--", lw=.8)
         right.set(xlabel="ratio per component, after one update", ylabel="samples")
