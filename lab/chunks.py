@@ -118,7 +118,7 @@ def figure(rows, seeds, path):
                 axes[1].plot([arm] * len(of), [r["outside_share"] for r in of], "o", color=f"C{i % 10}")
         axes[0].set(xlabel="diversity kept (entropy_kept)", ylabel="reader reward gained")
         axes[0].axhline(0, color="black", lw=.6)
-        axes[0].legend(frameon=False, fontsize=8, ncols=2)
+        axes[0].legend(frameon=False, fontsize=8, ncol=2)
         axes[1].set(ylabel="share of ratios outside the clip", ylim=(0, 1), title="in the third update")
 
 
@@ -139,6 +139,7 @@ def report(rows, seeds):
 def main(argv):
     cfg, _ = config.load(Config, argv)
     plan = [(arm, seed) for seed in range(cfg.seeds) for arm in ARMS]
+    plan.sort(key=lambda run: run[0] != "one update")          # configs/tiny_flow.py itself comes first
     if cfg.only != "figures":
         sweep.make(cfg, sweep.load(cfg.csv, FIELDS, NUMBERS, 2), plan, FIELDS, command, row_of,
                    base="assets/tiny_flow_base.pt")

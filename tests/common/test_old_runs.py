@@ -57,6 +57,7 @@ def test_an_old_run_resumes_to_the_end_that_the_old_code_reached(old, capsys):
     same_rounding = all(base[k] == v for k, v in numbers(known).items())
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         for a, b in zip(lines(f"run/{name}"), lines(f"whole/{name}"), strict=True):
+            a = {key: a[key] for key in b}                     # this version may measure more
             assert a == b if same_rounding else numbers(a) == pytest.approx(numbers(b), rel=1e-3, abs=1e-4)
 
 

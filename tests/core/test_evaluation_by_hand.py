@@ -43,7 +43,7 @@ def test_an_evaluation_by_brute_force():
     assert base.results["base"] is None and results["base"] is base.results
 
     def mean(samples, p, q):                         # the first 16 samples of each prompt
-        values = [divergence_along(samples.tokens[24 * i + j], i, p, q) for i in (0, 1) for j in range(16)]
+        values = [divergence_along(samples.actions[16 * i + j], i, p, q) for i in (0, 1) for j in range(16)]
         return [sum(column) / 32 for column in zip(*values)]
     forward, (reverse, entropy) = mean(base, reference, policy)[0], mean(found, policy, reference)
     assert results["kl_forward"] == pytest.approx(forward)
