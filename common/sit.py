@@ -177,11 +177,19 @@ class SiT(nn.Module):
 
 
 def from_sit(state):
-    """Turn the state dict of an official SiT to this file's convention. The official v is x0 - eps, so the
-    output is negated. Its unused half (learn_sigma) is dropped. Use it with SiTConfig(reverse_time=True)."""
-    state = dict(state)
+    """Turn the state dict of a released SiT to this file's convention. Use the result with
+    SiTConfig(reverse_time=True) for an official file, and False for a file of REPA.
+
+    Official files (github.com/willisma/SiT) have v = x0 - eps, so the output is negated. The output also has
+    an unused half (learn_sigma), which is dropped. Files of REPA (github.com/sihyun-yu/REPA) have our
+    convention and no such half, but projectors, which sampling does not need.
+    """
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("projectors.")}
     channels, patch = state["x_embedder.proj.weight"].shape[1:3]
-    rows = torch.arange(len(state["final_layer.linear.bias"])).view(patch ** 2, -1)[:, :channels].flatten()
+    rows = torch.arange(len(state["final_layer.linear.bias"])).view(patch ** 2, -1)
+    if rows.shape[1] == channels:                          # no learn_sigma: a file of REPA
+        return state
+    rows = rows[:, :channels].flatten()
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         state[name] = -state[name][rows]
     return state

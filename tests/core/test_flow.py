@@ -178,6 +178,15 @@ def test_official_files_are_turned_to_our_convention():
     assert torch.allclose(ours(x, t, y), -official(x, 1 - t, y), atol=1e-6)
 
 
+def test_files_of_repa_have_our_convention():
+    repa = randomized(SiT(SiTConfig(depth=2, dim=32, heads=2, side=4, num_classes=5)))
+    state = repa.state_dict() | {"projectors.0.0.weight": torch.ones(8, 32)}
+    ours = SiT(repa.config)
+    ours.load_state_dict(from_sit(state))
+    x, t, y = torch.randn(3, 4, 4, 4), torch.rand(3), torch.tensor([0, 4, 5])
+    assert torch.equal(ours(x, t, y), repa(x, t, y))
+
+
 # ---- the policy --------------------------------------------------------------------------------------------
 def sample(policy, conditions, prompt=(0, 0, 1, 1, 2, 2), **options):
     return policy.rollout(conditions, torch.tensor(prompt), generator=torch.Generator().manual_seed(7),
