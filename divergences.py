@@ -302,7 +302,7 @@ class Gaussian:
         return Gaussian(self.mean[:, start:stop], self.std[start:stop])
 
     def log_prob(self, actions):
-        """Return the log-densities [b,K] of actions [b,K,*n]. Their precision must be that of the sampler."""
+        """Return the log-densities [b,K] of actions [b,K,*n], as sampled, not rounded (exercise 11)."""
         z = (actions - self.mean) / self.std
         return (-z * z / 2 - self.std.log() - math.log(2 * math.pi) / 2).flatten(2).sum(2)
 
@@ -316,7 +316,7 @@ class Gaussian:
 
         log pi(a) - log rho(a) is linear in a, so both KLs are half the squared distance of the means:
             KL(pi || rho) = KL(rho || pi) = d^2 / 2.                  [test_kl_of_gaussians]
-        So the two KLs differ only in how they are estimated: `exact` gives one method for both names.
+        So with `exact`, reverse_kl and forward_kl are the same loss.
         """
         q = ((self.mean - other.mean) / self.std).square().flatten(2).sum(2)                     # d^2, [b,K]
         return GaussianJS.apply(q) if name == "js" else q / 2

@@ -3,28 +3,29 @@
     x = (1 - t) x0 + t eps        an image x0, mixed with noise eps ~ N(0, 1).  t = 0: the image, t = 1: noise
     v = dx/dt = eps - x0          the velocity, which a network learns to predict from (x, t, prompt)
 
-Flow matching (arXiv 2210.02747) trains v(x, t) by squared error, so v is the mean of eps - x0 over all images
-and noises that mix to x. Sampling starts from noise at t = 1 and follows v to t = 0. Two estimates follow:
+Flow matching (arXiv 2210.02747) trains v(x, t) by squared error, so v is the conditional mean
+E[eps - x0 | x]. Sampling starts from noise at t = 1 and follows v to t = 0. Two estimates follow:
     x0(x) = x - t v               the mean of the images that mix to x
     eps(x) = x + (1 - t) v        the mean of the noises that mix to x
 
 Symbols
     B samples, P prompts          C H W  channels, height and width of x
-    K denoising steps             N <= K noisy steps, the first ones. They are the actions that are trained
+    K denoising steps             N < K noisy steps, the first ones. They are the actions that are trained
     L prompt tokens               n = C H W components of x
-    J chunks of steps             c_x, c_v, std: of a step from x to N(c_x x + c_v v, std^2)
+    J chunks of steps             c_x, c_v, std: a step samples from N(c_x x + c_v v, std^2)
     s noise level, z ~ N(0, 1)    p(x) density of x at time t
 
 Why noise. A policy gradient needs the probability of what was sampled. Following v is deterministic, so it
 has no density. Flow-GRPO (arXiv 2505.05470) samples a stochastic differential equation (SDE) that has the
 *same* density of x at every t. Sampling runs backwards, so let r = 1 - t be its time.
   1. Following v moves density:    dp/dr = div(v p)                                the continuity equation
-  2. Noise s dw diffuses it:       dp/dr = (s^2/2) div(grad p)                     Fokker-Planck
+  2. Brownian noise s dw blurs it:       dp/dr = (s^2/2) div(grad p)                     Fokker-Planck
   3. A further drift u moves it:   dp/dr = -div(u p)
   4. With u = (s^2/2) grad log p, u p is (s^2/2) grad p. Then lines 2 and 3 add up to 0, and line 1 remains.
-  5. Given x0, x is normal with mean (1 - t) x0 and standard deviation t. So the score is
+  5. Given x0, x is normal with mean (1 - t) x0 and standard deviation t, so its score is -eps / t. The score
+     of p is the mean over the x0 that mix to x:
      grad log p = -E[eps | x] / t = -(x + (1 - t) v) / t.                          [test_score_of_a_gaussian]
-  6. One step from t to t' < t is, with dt = t' - t < 0,
+  6. One Euler step from t to t' < t, which is exact for small steps only, is with dt = t' - t < 0
      x' = x + [v + s^2/(2t) (x + (1 - t) v)] dt + s sqrt(-dt) z.                   [test_steps_keep_the_data]
 So each noisy step is a Gaussian whose mean is c_x x + c_v v. `step_table` lists c_x, c_v and the standard
 deviation for four samplers. [test_name] names a test of tests/core/test_flow.py. The network that predicts
@@ -32,7 +33,8 @@ v is in common/sit.py.
 
 Departures from Flow-GRPO and Chunk-GRPO (arXiv 2510.21583):
  1. Noise may stop after N steps. Then the ODE finishes the image, and only the N noisy steps are trained.
- 2. A KL is the exact one of two transitions, d^2/2. The published code divides it by the length of the step.
+ 2. With estimator = exact, a KL is d^2/2, where d is the distance of two means in units of std. The published
+    code omits abs(dt) from the variance, so its KL is abs(dt) times ours.
  3. Advantages use the standard deviation of the group, and are not clamped to +-5.
  4. All chunks are computed, and those that were not drawn have weight 0. The published code skips them.
  5. The clip is c/sqrt(n). The published 1e-4 is c = .0256 at n = 65,536.
@@ -101,14 +103,14 @@ class Options:
     grid: Literal["linear", "diffusers"] = option("linear", "diffusers: with its tiny last step")
     sampler: Literal["sde", "constant", "cps"] = option("sde", "where the noise goes (flow.step_table)")
     noise: float = option(0.7, "its level", low=0)
-    likelihood: Literal["transitions", "elbo"] = option("transitions", "of what the ratio is; see FlowPolicy")
+    likelihood: Literal["transitions", "elbo"] = option("transitions", "log-probability in the ratio")
     step_weights: Literal["equal", "noise"] = option("equal", "noise: weigh a step by std/abs(c_v), mean 1")
-    logp_per_dim: bool = option(True, "the ratio is of the mean over components, and clipped to c/sqrt(n)")
+    logp_per_dim: bool = option(True, "divide log-ratios by n, and clip ratios to 1 +- c/sqrt(n)")
     chunks: tuple = option((), "sizes of consecutive steps that share a ratio, such as (2, 3); () = single")
     adaptive_chunks: bool = option(False, "find the sizes by flow.adaptive_chunks")
-    chunk_ratio: bool = option(True, "False: chunks only weigh their steps, each of which has its own ratio")
+    chunk_ratio: bool = option(True, "False: chunks only weigh their steps")
     chunk_share: float = option(1.0, "share of the chunks that a sample trains in each step", high=1)
-    chunk_draw: Literal["uniform", "change"] = option("uniform", "change: rather where x changes much")
+    chunk_draw: Literal["uniform", "change"] = option("uniform", "change: prefer chunks where x changes much")
     action_batch: int = option(0, "steps of a sample per forward pass; 0 = all; memory only", low=0)
     cfg_scale: float = option(1.0, "guidance of rollout, loss and reference; 1 = none, half the cost", low=1)
     sample_batch: int = option(0, "images sampled at once; 0 = all; changes memory, not the result", low=0)
@@ -121,7 +123,7 @@ class Options:
                             f"{cfg.temperature}")
         if cfg.noisy_steps >= cfg.denoise_steps or not cfg.noise:
             raise UserError("--noisy_steps must be below --denoise_steps, and --noise above 0: noise in the "
-                            "last step would stay in the image, and without noise nothing can be learned")
+                            "last step would stay in the image, and without noise there is no density")
         if cfg.chunks and (cfg.adaptive_chunks or sum(cfg.chunks) != cfg.noisy_steps or min(cfg.chunks) < 1):
             raise UserError(f"--chunks must add up to --noisy_steps={cfg.noisy_steps}, got {cfg.chunks}; "
                             f"--adaptive_chunks finds other sizes by itself")
@@ -139,10 +141,10 @@ def relative_change(states):
 def adaptive_chunks(change, least=.02):
     """Return sizes of chunks for the relative changes [N] of N steps, by the rule of Chunk-GRPO.
 
-    The paper cuts where the first difference of the change turns its sign, then inside each chunk by higher
+    The paper cuts where the change begins to rise or to fall. It repeats this inside each chunk with higher
     differences, until they are "sufficiently small", without a number. Its code has only fixed sizes. Our
-    reading: cut a chunk at the first turn of its differences. If they have one sign and differ by more than
-    `least`, cut the chunk in the middle. A chunk of up to two steps stays whole.
+    reading: a chunk stays whole if it has up to two steps, or if no difference exceeds `least`. Else cut it
+    where the differences first turn their sign. If none turns, cut in the middle if they differ by `least`.
     """
     slopes = [b - a for a, b in zip(change, change[1:])]
     if len(change) < 3 or max(map(abs, slopes)) <= least:
@@ -158,7 +160,7 @@ def adaptive_chunks(change, least=.02):
 
 
 def chunk_weights(states, chunks, share, draw, u):
-    """Draw which chunks each sample trains -> weights of its actions [b,N], with mean 1 over all draws.
+    """Draw which chunks each sample trains -> weights of its actions [b,N]. The mean over chunks is 1.
 
     states [b,K+1,..]. u [b,J]: uniform random numbers in (0,1]. A sample trains k = max(1, int(J * share)) of
     its J chunks, without repetition. draw = "change" prefers chunks whose relative change is large (arXiv
@@ -170,9 +172,9 @@ def chunk_weights(states, chunks, share, draw, u):
     if draw == "change":
         change = relative_change(states)[:, :sum(chunks)]
         preferred = torch.stack([part.mean(1) for part in change.split(list(chunks), 1)], 1)     # [b,J]
-    # The smallest of exponential times with rates w: this draws without repetition, in proportion to w.
-    order = (-u.log() / preferred).argsort(1).argsort(1)
-    return ((order < k) * (len(chunks) / k)).repeat_interleave(sizes, 1)
+    # Each chunk gets a random time with rate w. The k smallest times are a draw in proportion to w.
+    rank = (-u.log() / preferred).argsort(1).argsort(1)
+    return ((rank < k) * (len(chunks) / k)).repeat_interleave(sizes, 1)
 
 
 def sizes(o, reference, conditions):
@@ -193,9 +195,6 @@ def action_weights(o, policy, chunks, rollout, rows, B, generator):
     if o.step_weights == "noise":
         weights = std / c_v.abs()
     weights = (weights / weights.mean()).to(rollout.logp.device).expand(rollout.logp.shape)
-    if chunks and not o.chunk_ratio:
-        of_chunk = torch.tensor([len(std) / (len(chunks) * c) for c in chunks for _ in range(c)])
-        weights = weights * of_chunk.to(weights.device)
     if o.chunk_share < 1:
         u = 1 - torch.rand(B, len(chunks), generator=generator, device=weights.device)[rows]
         weights = weights * chunk_weights(rollout.actions, chunks, o.chunk_share, o.chunk_draw, u)
@@ -204,9 +203,9 @@ def action_weights(o, policy, chunks, rollout, rows, B, generator):
 
 # ---- the policy --------------------------------------------------------------------------------------------
 class Transitions(Gaussian):
-    """The Gaussians of noisy steps `start` to `stop` of b samples. Actions are all states [b,K+1,C,H,W] of a
-    rollout. means(start, stop) computes the means [b,stop-start,C,H,W]. target: of each step, the index of
-    the state it led to."""
+    """The Gaussians of noisy steps of b samples, from step `start` on. means(start, stop) computes means
+    [b,stop-start,C,H,W], when they are first needed. `log_prob` gets all states [b,K+1,C,H,W] of a rollout.
+    target: for each step, the index of the state that it reached. These states are the actions."""
 
     def __init__(self, means, std, target, start=0):
         self.means, self.stds, self.target, self.start = means, std, target, start
@@ -231,8 +230,9 @@ class FlowPolicy:
         without(cond, mask)            (cond, mask) of no prompt, for guidance
     and calls set_sampler.
 
-    likelihood = "elbo" (arXiv 2602.04663): images are sampled by following v, without noise. A sample's
-    log-probability is estimated afterwards, at N times t_k with new noises eps_k:
+    likelihood = "elbo" (arXiv 2602.04663): images are sampled by following v, without noise. Their
+    exact log-probability would be expensive. A negative denoising error takes its place in the ratio, at N
+    times t_k with new noises eps_k. (Such errors bound it from below: evidence lower bound.)
         -|x0(x_k) - x0|^2 / (2 s_k^2),     x_k = (1 - t_k) x0 + t_k eps_k,
     up to a constant. With s_k = t_k / sqrt(2) this is -|v - (eps_k - x0)|^2, the negative loss of flow
     matching. It is also the log-density of x0 under N(x_k - t_k v, s_k^2): a transition from x_k to x0 with

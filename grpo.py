@@ -13,9 +13,9 @@ and token t, with the ratio r = pi(a) / pi_old(a):
 D is a divergence to the reference (divergences.py). On the first pass over a batch r = 1, and the gradient of
 the first term is REINFORCE with a baseline: -A grad log pi(a).
 
-The value of the loss says nothing about progress. At r = 1 the first term is -mean(A), which is 0 by
-construction of A, whatever the rewards are. So the value is beta D, and it grows while the policy learns.
-Watch the reward.
+The value of the loss says nothing about progress. At r = 1 the first term is -mean(A) without weights,
+which is 0 by construction of A, whatever the rewards are. So the value is beta D, and it grows while the
+policy learns. Watch the reward.
 
 Apart from the options, this file has only pure functions of tensors. The loop is in train.py. The
 distributions pi and rho are objects with log_prob, entropy and divergence, such as Categorical in
@@ -65,7 +65,7 @@ class LossOptions:
     beta: float = option(0.4, "weight of the divergence; JS at 4 times the beta is as strong as a KL", low=0)
     beta_schedule: Literal["constant", "linear", "cosine"] = option("constant", "from beta to beta_end")
     beta_end: float = option(0.0, "beta at the end of a linear or cosine schedule", low=0)
-    clip_eps: float = option(0.2, "the ratio is clipped to 1 +- this; matters from inner epoch 2 on", low=0)
+    clip_eps: float = option(0.2, "clip ratios to 1 +- this; matters from inner epoch 2 on", low=0)
     inner_epochs: int = option(1, "gradient steps on each batch of samples", low=1)
     micro_batch: int = option(64, "samples per forward pass; changes memory, not the result", low=1)
 
@@ -85,7 +85,8 @@ def advantages(rewards, group_size, eps=1e-4):
 def micro_batches(b, T, samples, actions=0, chunks=()):
     """Cut b samples of T actions into micro-batches: yield (rows, (start, stop), chunks inside).
 
-    A micro-batch has at most `samples` samples and `actions` actions of each (0: all), but at least a chunk.
+    A micro-batch has at most `samples` samples and `actions` actions of each (0: all), and a
+    chunk that is larger is a micro-batch of its own.
     chunks: sizes of consecutive chunks, which are never cut, or () for single actions.
     """
     parts = [(0, T, tuple(chunks))]
@@ -102,7 +103,7 @@ def micro_batches(b, T, samples, actions=0, chunks=()):
             yield rows, (start, stop), inside
 
 
-def policy_loss(logp, logp_old, adv, clip_eps, chunks=(), whole=None, per=1):
+def policy_loss(logp, logp_old, adv, clip_eps, chunks=(), whole=None, per=1, shared=True):
     """Turn logp, logp_old [b,T] and adv [b] into (clipped surrogate loss [b,T], ratio [b,T]).
 
     whole: (number of actions, number of chunks) of a sample, where logp holds only some of them. per: divide
@@ -120,11 +121,13 @@ def policy_loss(logp, logp_old, adv, clip_eps, chunks=(), whole=None, per=1):
     The result has the loss of chunk j at each of its c_j actions, times T / (J c_j). So its mean over T is
     this loss. One chunk of all actions has the ratio of GSPO (arXiv 2507.18071). On the first pass r_j = 1,
     and the gradient is that of single actions with weights T / (J c_j). [test_chunks_on_the_first_pass]
-    So chunks weigh actions. From the second pass on, they also average the noise of the ratios.
+    So chunks weigh actions. From the second pass on, they also average the ratios. The noise of an average is
+    smaller, about by 1/sqrt(c_j), but clip_eps stays. So fewer ratios are clipped.
+    shared = False: chunks only weigh the actions, and each action keeps its own ratio.
     """
     log_ratio, adv = (logp - logp_old) / per, adv[:, None]
-    if chunks:
-        sizes = torch.tensor(chunks, device=logp.device)
+    sizes = torch.tensor(chunks, device=logp.device)
+    if chunks and shared:
         pooled = torch.stack([part.mean(1) for part in log_ratio.split(list(chunks), 1)], 1)     # [b,J]
         log_ratio = pooled.repeat_interleave(sizes, 1)
     ratio = log_ratio.exp()
@@ -139,9 +142,9 @@ def loss(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, logit_chun
     """Return what a micro-batch adds to the loss of the step, and statistics of the same forward pass.
 
     pi, rho: distributions of policy and reference at the [b,T] positions, under the sampler's temperature and
-    guidance. actions [b,T]: the sampled tokens. logp_old [b,T]: recorded by the sampler. adv [b]. n_actions:
-    N of the whole step. weights [b,T] with mean 1 over the step, or None. options: as in `loss_at`. The
-    losses and statistics of all micro-batches add up to those of the step, except max_ratio_error: its value
+    guidance. actions: the sampled tokens [b,T], or all states of a flow policy. logp_old [b,T]: recorded by
+    the sampler. adv [b]. n_actions: N of the whole step. weights [b,T] with mean 1 over the step, or None.
+    options: as in `loss_at`. The losses and statistics of all micro-batches add up to those of the step, except max_ratio_error: its value
     for the step is the largest one.
 
     logit_chunk: compute the logits of this many positions at a time (0: of all). With 16,384 codes and a
@@ -169,17 +172,17 @@ def loss(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, logit_chun
 
 
 def loss_at(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, divergence="js", estimator="sampled",
-            beta=0.0, clip_eps=0.2, dynamic=False, chunks=(), whole=None, per=1):
+            beta=0.0, clip_eps=0.2, dynamic=False, chunks=(), whole=None, per=1, shared=True):
     """Compute `loss` for all positions that pi and rho hold, with all logits at once.
 
     divergence: a name of DIVERGENCES, or "none". estimator: sampled, unbiased or exact. dynamic: multiply the
-    policy term by a factor (critical.py). chunks, whole, per: as in `policy_loss`; chunks need
-    logit_chunk = 0. With `per`, the penalty is divided by it too, so that beta has the same effect. And
+    policy term by a factor (critical.py). chunks, whole, per, shared: as in `policy_loss`; chunks
+    need logit_chunk = 0. `per` divides the penalty as well, so the balance of policy term and penalty stays.
     clip_eps is divided by sqrt(per): see the standard deviation in `policy_loss`.
     """
     logp, logp_ref = pi.log_prob(actions), rho.log_prob(actions)                                 # [b,T]
     clip_eps = clip_eps / per ** .5
-    per_action, ratio = policy_loss(logp, logp_old, adv, clip_eps, chunks, whole, per)           # [b,T]
+    per_action, ratio = policy_loss(logp, logp_old, adv, clip_eps, chunks, whole, per, shared)   # [b,T]
     if dynamic:
         per_action = per_action * dynamic_weight(logp, logp_ref)
     if divergence != "none" and beta:

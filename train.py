@@ -105,7 +105,7 @@ def grpo_loop(cfg, run, world, pipeline):
                     advantages[rows], B * T, None if weights is None else weights[rows, slice(*part)],
                     divergence=cfg.divergence, estimator=cfg.estimator, beta=beta, clip_eps=cfg.clip_eps,
                     dynamic=cfg.dynamic_weight, logit_chunk=cfg.logit_chunk, chunks=chunks,
-                    whole=(T, len(pipeline.chunks)), per=pipeline.per)
+                    whole=(T, len(pipeline.chunks)), per=pipeline.per, shared=pipeline.shared)
                 loss.backward()
                 grpo.accumulate(epochs[-1], stats)
             run.optimizer_step(step)

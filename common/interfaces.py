@@ -73,6 +73,7 @@ class Pipeline(Protocol):
     made_from: dict         # {name: path} of its files of weights
     generates_actions: bool # are samples of policy.generate actions, whose probability is known?
     chunks: tuple           # sizes of chunks of actions that share a ratio (grpo.policy_loss), or ()
+    shared: bool            # False: chunks only weigh their actions
     per: int                # numbers in an action over which its log-ratio is averaged; 1 for tokens
 
     def weights(self, rollout: Rollout, rows: Tensor, B: int, generator: torch.Generator):
@@ -90,7 +91,7 @@ class Pipeline(Protocol):
 
 class SingleActions:
     """What pipelines of tokens inherit: every token has its own ratio, and all tokens weigh the same."""
-    generates_actions, chunks, per = True, (), 1
+    generates_actions, chunks, shared, per = True, (), True, 1
 
     def weights(self, rollout, rows, B, generator):
         return None

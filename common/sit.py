@@ -79,7 +79,7 @@ class TextEmbedder(nn.Module):
     """Turn features [B,L,C] of prompts into [B,D]: a small network for each token, then the mean over tokens.
 
     The factor 10 makes the prompt matter from the start of pretraining, where weights are small. Without it,
-    a tiny model draws long before it reads."""
+    a tiny model learns to draw long before it uses the prompt."""
 
     def __init__(self, c):
         super().__init__()

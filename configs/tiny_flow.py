@@ -3,7 +3,7 @@
 world = "tiny_flow"
 out_dir = "out/tiny_flow"
 # ---- flow matching: noise only in the first 5 of 8 steps, where an image's content is decided
-step_weights = "noise"      # all steps then move the image by equal amounts; else the last ones dominate
+step_weights = "noise"      # a log-density changes with v as abs(c_v)/std. The weight cancels this factor
 # ---- loss
 divergence = "reverse_kl"
 estimator = "exact"

@@ -6,8 +6,8 @@
 
 The networks, the VAE and the text encoders are those of diffusers. Everything else is ours: sampler and
 probabilities (flow.py), loss (grpo.py), adapters (common/lora.py). A policy of flow.py needs three things:
-the velocity at (x, t, prompt), the features of the empty prompt for guidance, and the shape of x. An adapter
-for a model of diffusers is therefore short. FLUX.1-dev is not adapted: it has 11.9 billion parameters.
+the velocity at (x, t, prompt), the features of the empty prompt for guidance, and the shape of x. So the
+class for a model of diffusers is short. FLUX.1-dev is not adapted: it has 11.9 billion parameters.
 
 Symbols: B states, P prompts, L prompt tokens, C width of their features, K denoising steps.
 
@@ -174,8 +174,8 @@ class Pipeline:
             self.reference = freeze(copy.deepcopy(self.policy), dtype) if train else self.policy
         self.per = math.prod(self.policy.shape) if self.options.logp_per_dim else 1
         some = self.encode([p for p in text.rows if p][:8]) if train else None
-        self.sizes = flow.sizes(self.options, self.reference, some) if train else ()
-        self.chunks = self.sizes if self.options.chunk_ratio else ()
+        self.chunks = flow.sizes(self.options, self.reference, some) if train else ()
+        self.shared = self.options.chunk_ratio
 
     def encode(self, prompts):
         """Return the Conditions of prompts. Both policies get the features of the empty prompt."""
@@ -189,7 +189,7 @@ class Pipeline:
             x / known.scaling_factor + (known.get("shift_factor") or 0), return_dict=False)[0], states[:, -1])
 
     def weights(self, rollout, rows, B, generator):
-        return flow.action_weights(self.options, self.policy, self.sizes, rollout, rows, B, generator)
+        return flow.action_weights(self.options, self.policy, self.chunks, rollout, rows, B, generator)
 
 
 class SanaPipeline(Pipeline):

@@ -1,22 +1,24 @@
 """Experiment: do chunks of steps help a flow policy, and which divergence keeps it diverse?
 
-    python -m lab.chunks                  continue where results/chunks.csv ends; a run takes 3 minutes
+    python -m lab.chunks                  continue where results/chunks.csv ends; a run takes 5 to 10 minutes
     python -m lab.chunks --minutes=60     the same, but start no run after an hour
     python -m lab.chunks --only=figures   figure and verdicts from the csv file alone
 
 Chunk-GRPO (arXiv 2510.21583) reports single runs whose results differ by about 1 %. Here every arm has five
 seeds. With one update per rollout all ratios are 1. Then chunks only weigh the steps, and one chunk of all
 steps has the gradient of single steps (tests/core/test_chunks.py). So the arms about ratios take three
-updates on each rollout. All else is configs/tiny_flow.py: 120 steps in the tiny world.
+updates on each rollout. All else is configs/tiny_flow.py, but for one point: chunks weigh steps themselves,
+so the arms about ratios have step_weights = equal, as in the papers.
 
-Arms about the ratio, all with a KL of beta .2:
-    one update          single steps, one update per rollout
+Arms about the ratio, all with the KL of the config:
+    one update, equal   single steps, one update per rollout
     step                single steps
     step, weighted      single steps with the weights of chunks. The paper lacks this control
     chunk               chunks of 1, 2 and 2 steps
     sample              one chunk of all steps
     elbo                another likelihood (arXiv 2602.04663; flow.FlowPolicy explains it)
-Arms about the divergence, with one update: none, and KL and JS at three strengths. JS has four times the beta
+Arms about the divergence, with one update and the step weights of the config: none, and KL and JS at three
+strengths. "config" is the KL of configs/tiny_flow.py. JS has four times the beta
 of a KL, because its curvature at the reference is a quarter (STRENGTH in divergences.py).
 
 Claims, each stated before its runs were made, with its verdict in results/chunks.md:
@@ -27,6 +29,7 @@ Claims, each stated before its runs were made, with its verdict in results/chunk
   (v)    three updates per rollout beat one
   (vi)   JS beats a KL of the same strength
   (vii)  a KL keeps more diversity than no divergence
+  (viii) the step weights of the config beat equal weights
 Differences are paired by seed. lab/stats.py explains the intervals.
 """
 import json
@@ -41,16 +44,18 @@ from common.config import UserError, locate, option
 from divergences import STRENGTH
 from lab import stats, sweep
 
-STRENGTHS = (.05, .2, .8)                      # betas of a KL; JS: times STRENGTH
-ARMS = {"one update": (), "step": ("--inner_epochs=3",),
-        "step, weighted": ("--inner_epochs=3", "--chunks=(1,2,2)", "--chunk_ratio=False"),
-        "chunk": ("--inner_epochs=3", "--chunks=(1,2,2)"), "sample": ("--inner_epochs=3", "--chunks=(5,)"),
-        "elbo": ("--inner_epochs=3", "--likelihood=elbo"), "none": ("--divergence=none", "--beta=0")}
-ARMS |= {f"kl {b}": (f"--beta={b}",) for b in STRENGTHS if b != .2}      # "one update" is the KL of .2
+STRENGTHS = (.025, .1, .4)                     # betas of a KL, the config's in the middle; JS: times STRENGTH
+EQUAL = ("--step_weights=equal",)
+THREE, CHUNKS = (*EQUAL, "--inner_epochs=3"), "--chunks=(1,2,2)"
+ARMS = {"config": (), "one update, equal": EQUAL, "step": THREE, "chunk": (*THREE, CHUNKS),
+        "step, weighted": (*THREE, CHUNKS, "--chunk_ratio=False"), "sample": (*THREE, "--chunks=(5,)"),
+        "elbo": (*THREE, "--likelihood=elbo"), "none": ("--divergence=none", "--beta=0")}
+ARMS |= {f"kl {b}": (f"--beta={b}",) for b in STRENGTHS if b != STRENGTHS[1]}
 ARMS |= {f"js {b}": ("--divergence=js", f"--beta={b * STRENGTH['js']:g}") for b in STRENGTHS}
 CLAIMS = (("(i)", "chunk", "step"), ("(ii)", "chunk", "step, weighted"), ("(iii)", "chunk", "sample"),
-          ("(iv)", "elbo", "step"), ("(v)", "step", "one update"),
-          *(("(vi)", f"js {b}", "one update" if b == .2 else f"kl {b}") for b in STRENGTHS))
+          ("(iv)", "elbo", "step"), ("(v)", "step", "one update, equal"),
+          *(("(vi)", f"js {b}", f"kl {b}" if f"kl {b}" in ARMS else "config") for b in STRENGTHS),
+          ("(viii)", "config", "one update, equal"))
 MEASURES = ("reward", "heldout_reward", "sampler_reward", "sampler_heldout_reward", "unseen", "open_entropy",
             "entropy_kept", "unreadable", "kl_reverse")
 LOGGED = ("outside_share", "clip_share", "grad_norm")          # of metrics.jsonl, means over the run
@@ -70,7 +75,7 @@ def command(key, folder, device):
     """Return the command line of a run (arm, seed)."""
     arm, seed = key
     return [sys.executable, locate("train.py"), "configs/tiny_flow.py", *ARMS[arm], f"--seed={seed}",
-            f"--device={device}", f"--out_dir={folder}", "--eval_interval=120"]
+            f"--device={device}", f"--out_dir={folder}", "--eval_interval=1000"]
 
 
 def row_of(key, folder):
@@ -97,11 +102,11 @@ def verdicts(rows, seeds):
         for measure in ("heldout_reward", "entropy_kept"):
             d = [at[one, s][measure] - at[other, s][measure] for s in seeds]
             out.append([claim, f"{one} - {other}", measure, *stats.say(d)])
-    d = [at["one update", s]["entropy_kept"] - at["none", s]["entropy_kept"] for s in seeds]
-    out.append(["(vii)", "one update - none", "entropy_kept", *stats.say(d)])
-    main = [at["one update", s] for s in seeds]
+    d = [at["config", s]["entropy_kept"] - at["none", s]["entropy_kept"] for s in seeds]
+    out.append(["(vii)", "config - none", "entropy_kept", *stats.say(d)])
+    main = [at["config", s] for s in seeds]
     gained = [r["heldout_reward"] - r["base_heldout_reward"] for r in main]
-    return out + [["goal: +.10", "one update - base", "heldout_reward", *stats.say(gained)]]
+    return out + [["goal: +.10", "config - base", "heldout_reward", *stats.say(gained)]]
 
 
 def figure(rows, seeds, path):
@@ -139,7 +144,7 @@ def report(rows, seeds):
 def main(argv):
     cfg, _ = config.load(Config, argv)
     plan = [(arm, seed) for seed in range(cfg.seeds) for arm in ARMS]
-    plan.sort(key=lambda run: run[0] != "one update")          # configs/tiny_flow.py itself comes first
+    plan.sort(key=lambda run: run[0] != "config")          # configs/tiny_flow.py itself comes first
     if cfg.only != "figures":
         sweep.make(cfg, sweep.load(cfg.csv, FIELDS, NUMBERS, 2), plan, FIELDS, command, row_of,
                    base="assets/tiny_flow_base.pt")

@@ -1,4 +1,4 @@
-"""Images of a flow policy: what it decides when, and what its ratios do.
+"""Images of a flow policy: when an image takes shape, and how the ratios spread after one update.
 
     python -m lab.trajectory                           the base, to out/trajectory.png and out/ratios.png
     python -m lab.trajectory --ckpt=out/tiny_flow      a run

@@ -234,7 +234,10 @@ class Pipeline(SingleActions):
 
 
 class Latents(torch.nn.Module):
-    """What a flow base holds beside the network: mean and standard deviation [8,1,1] of latents [b,8,8,8]."""
+    """Normalizes latents [b,8,8,8]. pretrain_flow measures the mean and standard deviation [8,1,1].
+
+    The tokenizer compares directions only (vqgan.py), so a latent is a unit vector at each place.
+    """
 
     def __init__(self, channels=8):
         super().__init__()
@@ -277,8 +280,8 @@ class FlowPipeline:
         policy.bf16 = self.reference.bf16 = dtype == "bfloat16"
         self.tokens = (policy.config.side // policy.config.patch) ** 2
         self.per = math.prod(policy.shape) if o.logp_per_dim else 1
-        self.sizes = flow.sizes(o, self.reference, self.encode(fixed_prompts(3)))
-        self.chunks = self.sizes if o.chunk_ratio else ()
+        self.chunks = flow.sizes(o, self.reference, self.encode(fixed_prompts(3)))
+        self.shared = o.chunk_ratio
 
     def encode(self, prompts):
         return Conditions(*text.encode(prompts, self.device, times=1))
@@ -287,7 +290,7 @@ class FlowPipeline:
         return self.latents.decode(self.vqgan, states[:, -1])
 
     def weights(self, rollout, rows, B, generator):
-        return flow.action_weights(self.options, self.policy, self.sizes, rollout, rows, B, generator)
+        return flow.action_weights(self.options, self.policy, self.chunks, rollout, rows, B, generator)
 
 
 def open_flow(path, o, device):

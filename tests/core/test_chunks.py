@@ -82,6 +82,15 @@ def test_chunks_average_the_noise_of_the_ratio():
     assert spread == pytest.approx([.1, .05, .1 / 8 ** .5], rel=.05)
 
 
+def test_chunks_may_only_weigh_their_actions(pair):
+    """The control of lab/chunks.py: the weights of chunks, without their shared ratio."""
+    logp, old, adv = pair
+    alone, ratio = grpo.policy_loss(logp, old, adv, EPS)
+    weighted, same = grpo.policy_loss(logp, old, adv, EPS, CHUNKS, shared=False)
+    weights = torch.tensor([T / (len(CHUNKS) * c) for c in CHUNKS for _ in range(c)])
+    assert torch.equal(ratio, same) and torch.allclose(weighted, alone * weights)
+
+
 def test_micro_batches_cut_no_chunk():
     batches = list(grpo.micro_batches(5, 8, 3, 4, (1, 2, 2, 3)))
     assert [(rows.tolist(), span, inside) for rows, span, inside in batches] == [

@@ -320,7 +320,6 @@ def test_weights_of_actions(policy, conditions):
     assert torch.equal(weights(), torch.ones(6, 4))
     std, c_v = policy.table[2][:4], policy.table[1][:4]
     assert torch.allclose(weights(step_weights="noise")[2], std / c_v.abs() / (std / c_v.abs()).mean())
-    assert torch.allclose(weights((1, 3), chunk_ratio=False)[0], torch.tensor([2, 2 / 3, 2 / 3, 2 / 3]))
     half = dict(chunks=(2, 2), chunk_share=.5)
     assert torch.equal(torch.cat([weights(part=rows[:3], **half), weights(part=rows[3:], **half)]),
                        weights(**half))                    # the same on two processes
