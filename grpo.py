@@ -144,8 +144,8 @@ def loss(pi, rho, actions, logp_old, adv, n_actions, weights=None, *, logit_chun
     pi, rho: distributions of policy and reference at the [b,T] positions, under the sampler's temperature and
     guidance. actions: the sampled tokens [b,T], or all states of a flow policy. logp_old [b,T]: recorded by
     the sampler. adv [b]. n_actions: N of the whole step. weights [b,T] with mean 1 over the step, or None.
-    options: as in `loss_at`. The losses and statistics of all micro-batches add up to those of the step, except max_ratio_error: its value
-    for the step is the largest one.
+    options: as in `loss_at`. The losses and statistics of all micro-batches add up to those of the step,
+    except max_ratio_error: its value for the step is the largest one.
 
     logit_chunk: compute the logits of this many positions at a time (0: of all). With 16,384 codes and a
     width of 1,280, the logits are 13 times as large as the hidden states. The logits are in fp32, once for
