@@ -170,11 +170,14 @@ def divergence_to(pipeline, policy, other, prompts, actions, **sampling):
     for prompt, own in zip(prompts, actions.chunk(len(prompts))):
         conditions, rows = pipeline.encode([prompt]), torch.arange(len(own), device=own.device)
         along = Rollout(own, None, torch.zeros_like(rows))
-        pi, rho = (m.distribution(along, conditions, rows, **sampling) for m in (policy, other))
-        of_actions = pi.divergence("reverse_kl", rho)                                            # [n,T]
-        kl += of_actions.sum().item()
-        entropy += pi.entropy().sum().item()
-        n += of_actions.numel()
+        # A flow policy reads an image once for each of its states.
+        size = len(own) if pipeline.generates_actions else TOKENS_AT_ONCE // (pipeline.tokens * own.shape[1])
+        for some in rows.split(size or 1):
+            pi, rho = (m.distribution(along, conditions, some, **sampling) for m in (policy, other))
+            of_actions = pi.divergence("reverse_kl", rho)                                        # [size,T]
+            kl += of_actions.sum().item()
+            entropy += pi.entropy().sum().item()
+            n += of_actions.numel()
     return kl / len(actions), entropy / n
 
 

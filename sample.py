@@ -136,7 +136,9 @@ def open_pipeline(cfg, prompts, where):
     def find(keys):
         return weights.find([getattr(o, key) for key in keys], o.weights)
     found = find(kind.model_files)
-    pipeline = kind(o, found, None, where, cfg.dtype, train=False)
+    # The text encoders of flow policies are large. They encode first, and are freed before the rest is loaded.
+    early = options.world in evaluate.FLOWS and kind.text_encoder(o, find(kind.text_files), where, prompts)
+    pipeline = kind(o, found, early, where, cfg.dtype, train=False)
     pipeline.made_from = found
     if state:
         files.check_made_from(saved, found, path)
@@ -144,7 +146,7 @@ def open_pipeline(cfg, prompts, where):
         pipeline.made_from = found | {"ckpt": path}
     if pipeline.kind == "c2i":                             # whatever the name of its file
         pipeline.text = llamagen.Classes()
-    else:
+    elif not early:
         pipeline.text = kind.text_encoder(o, find(kind.text_files), where, prompts)
     return pipeline, pipeline.kind
 
