@@ -1,6 +1,8 @@
-# Chunk-GRPO in the tiny world: tiny_flow.py with ratios of chunks of steps, and three updates on each
-# rollout. With one update, chunks would only weigh the steps (grpo.policy_loss).
+# Chunk-GRPO in the tiny world: tiny_flow.py with ratios of chunks of steps, and two updates on each rollout of
+# half as many images. With one update, chunks would only weigh the steps (grpo.policy_loss).
 like = "configs/tiny_flow.py"
 out_dir = "out/tiny_chunk"
 chunks = (1, 2, 2)
-inner_epochs = 3
+step_weights = "equal"      # chunks weigh the steps
+group_size = 8
+inner_epochs = 2

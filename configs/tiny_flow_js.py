@@ -2,4 +2,4 @@
 like = "configs/tiny_flow.py"
 out_dir = "out/tiny_flow_js"
 divergence = "js"
-beta = 0.8
+beta = 0.2

@@ -44,7 +44,7 @@ from common.config import UserError, locate, option
 from divergences import STRENGTH
 from lab import stats, sweep
 
-STRENGTHS = (.025, .1, .4)                     # betas of a KL, the config's in the middle; JS: times STRENGTH
+STRENGTHS = (.0125, .05, .2)                   # betas of a KL, the config's in the middle; JS: times STRENGTH
 EQUAL = ("--step_weights=equal",)
 THREE, CHUNKS = (*EQUAL, "--inner_epochs=3"), "--chunks=(1,2,2)"
 ARMS = {"config": (), "one update, equal": EQUAL, "step": THREE, "chunk": (*THREE, CHUNKS),
