@@ -136,7 +136,7 @@ def open_pipeline(cfg, prompts, where):
     def find(keys):
         return weights.find([getattr(o, key) for key in keys], o.weights)
     found = find(kind.model_files)
-    # The text encoders of flow policies are large. They encode first, and are freed before the rest is loaded.
+    # The text encoders of flow policies are large. They encode first, and are freed before the rest is read.
     early = options.world in evaluate.FLOWS and kind.text_encoder(o, find(kind.text_files), where, prompts)
     pipeline = kind(o, found, early, where, cfg.dtype, train=False)
     pipeline.made_from = found

@@ -61,7 +61,7 @@ def unmeasured(monkeypatch):
 def test_a_resumed_run_repeats_the_whole_one(run, flags, tmp_path, unmeasured):
     folder = tmp_path / "again"
     train.main(["configs/tiny_chunk.py", f"--out_dir={folder}", *flags, "--stop_after=1"])
-    train.main([f"--out_dir={folder}", "configs/tiny_chunk.py", "--resume", "--stop_after=0"])
+    train.main([f"--out_dir={folder}", "--resume", "--stop_after=0"])
     assert lines(folder) == lines(run)
 
 
