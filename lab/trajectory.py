@@ -2,6 +2,7 @@
 
     python -m lab.trajectory                           the base, to out/trajectory.png and out/ratios.png
     python -m lab.trajectory --ckpt=out/tiny_flow      a run
+    python -m lab.trajectory --pairs=10 --out=results  are gradients of chunks smoother? to gradients.md
 
 trajectory.png  above: the estimate x0(x) of the image at each step, from noise to the image. Below: by how
                 much a wrong prompt makes this estimate worse, against t. Where the curve is high, the prompt
@@ -10,19 +11,25 @@ ratios.png      of one rollout, after one update by the policy gradient alone. L
                 standard deviation of its noise, the norm of its gradient, and the spread of its log-ratios,
                 each as a share of the largest. Dashed lines separate the chunks. Right: a histogram of the
                 ratios of each step, and the clip
+gradients.md    the cosine between the gradients of two batches of 64 images. The larger it is, the less noise
+                is in a gradient. "first update": all ratios are 1. "later": after one update on a third
+                batch, with the clip. Chunk-GRPO (arXiv 2510.21583) says that chunks make gradients smoother
 """
+import copy
 import os
 import random
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from tqdm import trange
 
 import grpo
 from common import config, device
 from common.config import option
 from common.folder import checkpoint_of
 from common.images import to_pil
-from lab.stats import panels
+from lab.stats import panels, publish, say, spread, table
 from tiny import shapes
 from tiny.world import fixed_prompts, open_flow
 
@@ -35,6 +42,7 @@ class Config:
     ckpt: str = option("assets/tiny_flow_base.pt", "a flow base, or a run", ending="")
     out: str = option("out", "folder of the two images", ending="")
     seed: int = option(0, "of the samples", low=0)
+    pairs: int = option(0, "above 0: only gradients.md, from this many pairs of batches", low=0)
 
 
 @torch.no_grad()
@@ -83,15 +91,20 @@ def trajectory(pipeline, path, seed):
                   ylabel="error added by\na wrong prompt")
 
 
-def one_update(pipeline, world_reward, seed):
-    """Return (log-ratios [b,N] after one update, norms [N] of the gradient of each step's loss)."""
-    policy, generator = pipeline.policy, torch.Generator().manual_seed(seed)
-    prompts = fixed_prompts(2)[:8]
-    conditions, rows = pipeline.encode(prompts), torch.arange(SAMPLES)
-    rollout = policy.rollout(conditions, rows // 8, generator=generator)
+def batch(pipeline, reward, seed):
+    """Sample 8 images for each of 8 prompts -> (rollout, conditions, rows [64], advantages [64])."""
+    prompts, rows = fixed_prompts(2)[:8], torch.arange(SAMPLES)
+    conditions = pipeline.encode(prompts)
+    rollout = pipeline.policy.rollout(conditions, rows // 8, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        rewards = world_reward(pipeline.decode(rollout.actions), [prompts[i // 8] for i in rows.tolist()])
-    adv, _ = grpo.advantages(rewards, 8)
+        rewards = reward(pipeline.decode(rollout.actions), [prompts[i // 8] for i in rows.tolist()])
+    return rollout, conditions, rows, grpo.advantages(rewards, 8)[0]
+
+
+def one_update(pipeline, reward, seed):
+    """Return (log-ratios [b,N] after one update, norms [N] of the gradient of each step's loss)."""
+    policy = pipeline.policy
+    rollout, conditions, rows, adv = batch(pipeline, reward, seed)
     logp = policy.distribution(rollout, conditions, rows).log_prob(rollout.actions)
     loss, _ = grpo.policy_loss(logp, rollout.logp, adv, 1.0, per=pipeline.per)
     params, norms = list(policy.parameters()), []
@@ -105,6 +118,34 @@ def one_update(pipeline, world_reward, seed):
     with torch.no_grad():
         after = policy.distribution(rollout, conditions, rows).log_prob(rollout.actions)
     return (after - rollout.logp) / pipeline.per, norms
+
+
+def cosines(pipeline, reward, pairs, seed):
+    """Return {(kind of ratio, "first update" or "later"): cosines between gradients of pairs of batches}."""
+    kinds = {"step": ((), True), "step, weighted": (CHUNKS, False), "chunk": (CHUNKS, True),
+             "sample": ((sum(CHUNKS),), True)}
+    policy, clip, out = pipeline.policy, CLIP / pipeline.per ** .5, {}
+    params, base = list(policy.parameters()), copy.deepcopy(policy.state_dict())
+
+    def gradient(some, kind):
+        rollout, conditions, rows, adv = some
+        logp = policy.distribution(rollout, conditions, rows).log_prob(rollout.actions)
+        chunks, shared = kinds[kind]
+        loss, _ = grpo.policy_loss(logp, rollout.logp, adv, clip, chunks, per=pipeline.per, shared=shared)
+        return torch.autograd.grad(loss.mean(), params)
+    for pair in trange(pairs, desc="pairs of batches", dynamic_ncols=True):
+        policy.load_state_dict(base)
+        one, other, third = (batch(pipeline, reward, 1000 * seed + 3 * pair + i) for i in range(3))
+        for when in ("first update", "later"):
+            if when == "later":
+                optimizer = torch.optim.AdamW(params, LEARNING_RATE, betas=(.9, .95), weight_decay=0)
+                for p, g in zip(params, gradient(third, "step")):
+                    p.grad = g
+                optimizer.step()
+            for kind in kinds:
+                both = [torch.cat([g.flatten() for g in gradient(some, kind)]) for some in (one, other)]
+                out.setdefault((kind, when), []).append(torch.cosine_similarity(*both, 0).item())
+    return out
 
 
 def ratios(pipeline, reward, path, seed):
@@ -135,6 +176,15 @@ def main(argv):
     where = device.start("cpu")
     pipeline = open_flow(checkpoint_of(cfg.ckpt), None, where)
     os.makedirs(cfg.out, exist_ok=True)
+    if cfg.pairs:
+        found = cosines(pipeline, pipeline.judge, cfg.pairs, cfg.seed)
+        lines = [[kind, when, spread(values), *say(np.subtract(values, found["step", when]))]
+                 for (kind, when), values in found.items()]
+        return publish(f"# Gradients of two batches\n\nMade by `python -m lab.trajectory --pairs={cfg.pairs} "
+                       f"--out={cfg.out}`; lab/trajectory.py explains it.\n\n" + table(
+                           ["ratio of", "when", "cosine, mean ± standard deviation",
+                            "minus step, mean [bootstrap] [Student's]", "shown"], lines) + "\n",
+                       os.path.join(cfg.out, "gradients.md"))
     trajectory(pipeline, os.path.join(cfg.out, "trajectory.png"), cfg.seed)
     ratios(pipeline, pipeline.judge, os.path.join(cfg.out, "ratios.png"), cfg.seed)
     print(f"wrote trajectory.png and ratios.png in {cfg.out}")

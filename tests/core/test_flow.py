@@ -11,7 +11,7 @@ import torch
 
 from common.config import UserError
 from common.interfaces import Conditions
-from common.sit import PRESETS, SiT, SiTConfig, from_sit, sincos_2d
+from common.sit import PRESETS, SiT, SiTBlock, SiTConfig, from_sit, sincos_2d
 from flow import (Options, SiTPolicy, Transitions, action_weights, adaptive_chunks, chunk_weights,
                   relative_change, step_table, time_grid)
 
@@ -178,6 +178,27 @@ def test_official_files_are_turned_to_our_convention():
     assert torch.allclose(ours(x, t, y), -official(x, 1 - t, y), atol=1e-6)
 
 
+def test_a_block_has_its_parameters_in_the_official_order():
+    """shift, scale and gate of the attention, then of the feed-forward part."""
+    torch.manual_seed(0)
+    block = SiTBlock(TINY).eval()
+    x, c = torch.randn(2, 5, 32), torch.zeros(2, 32)
+    shift, scale, gate, none = (torch.full((32,), value) for value in (.3, .5, 2., 0.))
+    normal = torch.nn.functional.layer_norm(x, (32,), eps=1e-6) * 1.5 + .3
+    for inner, bias in ((block.attn, [shift, scale, gate, none, none, none]),
+                        (block.mlp, [none, none, none, shift, scale, gate])):
+        block.adaLN_modulation[1].bias.data = torch.cat(bias)
+        assert torch.allclose(block(x, c), x + 2 * inner(normal), atol=1e-5)
+
+
+def test_the_network_reads_our_time_or_the_official_one():
+    for reverse, expected in ((False, [.9, .2]), (True, [.1, .8])):
+        sit, seen = SiT(replace(TINY, reverse_time=reverse)), []
+        sit.t_embedder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        sit(torch.randn(2, 3, 4, 4), torch.tensor([.9, .2]), torch.randn(2, 4, 6), torch.ones(2, 4))
+        assert seen[0].tolist() == pytest.approx(expected)
+
+
 def test_files_of_repa_have_our_convention():
     repa = randomized(SiT(SiTConfig(depth=2, dim=32, heads=2, side=4, num_classes=5)))
     state = repa.state_dict() | {"projectors.0.0.weight": torch.ones(8, 32)}
@@ -259,6 +280,14 @@ def test_the_divergence_to_the_reference_has_a_gradient_and_is_zero_there(policy
 def test_the_distribution_is_computed_in_parts(policy, conditions):
     rollout, rows = sample(policy, conditions), torch.arange(6)
     whole = policy.distribution(rollout, conditions, rows)
+    assert torch.allclose(whole.at(1, 4).at(1, 2).mean, whole.mean[:, 2:3], atol=1e-6)
+    cond, mask = conditions.cond[rollout.prompt], conditions.mask[rollout.prompt]
+    for k in range(4):                                     # by hand: from state k to state k + 1
+        x, after = rollout.actions[:, k], rollout.actions[:, k + 1]
+        c_x, c_v, std = (y[k].item() for y in policy.table)
+        mean = c_x * x + c_v * policy(x, policy.times[k].expand(6), cond, mask)
+        by_hand = torch.distributions.Normal(mean, std).log_prob(after).flatten(1).sum(1)
+        assert torch.allclose(rollout.logp[:, k], by_hand, rtol=1e-4, atol=1e-3)
     parts = [policy.distribution(rollout, conditions, rows).at(*span) for span in ((0, 1), (1, 4))]
     assert torch.allclose(torch.cat([part.mean for part in parts], 1), whole.mean, atol=1e-6)
     logp = torch.cat([part.log_prob(rollout.actions) for part in parts], 1)
