@@ -87,7 +87,7 @@ def step_table(times, sampler="sde", noise=.7, noisy=None):
         return ((1 - end) + rest).float(), (rest * (1 - t) - (1 - end) * t).float(), std.float()
     s2 = level ** 2
     if sampler == "sde":
-        s2 = s2 * t / (1 - torch.where(t == 1, end, t))               # t = 1: the next time, as in their code
+        s2 = s2 * t / (1 - torch.where(t == 1, end, t))     # at t = 1: their code takes the next time there
     return ((1 + s2 / (2 * t) * dt).float(), ((1 + s2 * (1 - t) / (2 * t)) * dt).float(),
             (s2 * -dt).sqrt().float())
 

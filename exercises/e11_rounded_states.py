@@ -12,7 +12,7 @@ A public framework had this bug. It looks like harmless rounding. But the publis
 
 Find the bug and fix it. The states must stay in bf16, and the log-probabilities must stay in fp32.
 
-Hint: which x is the log-probability of, and which x can the loss still see? Ask the same about the x that
+Hint: at which x was the log-probability computed? Which x does the loss read? Ask the same about the x that
 the mean is computed from. Start with the first state.
 """
 import torch

@@ -50,7 +50,7 @@ WRONG = [                                                  # name, text of a sol
     ("e13_clip_and_size", "-q ** 2 / 2", "q ** 2 / 2", "the sign of the mean"),
     ("e13_clip_and_size", "-q ** 2 / 2", "-n * q ** 2 / 2", "the mean of the sum"),
     ("e13_clip_and_size", "q / math.sqrt(n)", "q / n", "the noise like 1/n"),
-    ("e13_clip_and_size", "1 - L.cdf(math.log1p(c))", "0", "only one side")]
+    ("e13_clip_and_size", "1 - L.cdf(math.log1p(eps))", "0", "only one side")]
 
 
 def outcomes(folder, solutions):
