@@ -14,5 +14,5 @@ beta = 0.05
 clip_eps = 0.0256           # c: the ratio per component is clipped to 1 +- c/sqrt(512)
 # ---- length, optimizer
 max_steps = 80
-eval_interval = 40
+eval_interval = 80
 learning_rate = 1e-3
