@@ -3,6 +3,6 @@
 like = "configs/tiny_flow.py"
 out_dir = "out/tiny_chunk"
 chunks = (1, 2, 2)
-step_weights = "equal"      # chunks weigh the steps
 group_size = 8
 inner_epochs = 2
+learning_rate = 5e-4
