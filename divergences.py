@@ -251,8 +251,8 @@ class Categorical:
 class GaussianJS(torch.autograd.Function):
     """JS of two normal distributions with one standard deviation: q = d^2 >= 0, of any shape -> JS, in nat.
 
-    d is the distance of their means in standard deviations. Only the direction between the means matters.
-    Along it, let z be the standard normal number of a sample a of pi. The log-ratio of the sample is
+    d is the distance of their means in standard deviations. Only the component along their difference
+    matters. Along it, let z be the standard normal number of a sample a of pi. The log-ratio of the sample is
         x = log rho(a) - log pi(a) = -(q/2 + d z).
     pi and rho are mirror images, so both halves of JS are equal:
         JS = E_pi[log(pi/m)]
@@ -282,7 +282,7 @@ class GaussianJS(torch.autograd.Function):
 
     @staticmethod
     def log_ratio(q):
-        """Return x [..,65] at the points z of the trapezoid, and the density of z times their distance."""
+        """Return x [..,65] at the points z of the trapezoid, and the density of z times the spacing."""
         z = torch.linspace(-8, 8, 65, dtype=q.dtype, device=q.device)
         return -(q[..., None] / 2 + q.sqrt()[..., None] * z), (-z * z / 2).exp() / (2 * math.pi) ** .5 / 4
 
@@ -302,7 +302,7 @@ class Gaussian:
         return Gaussian(self.mean[:, start:stop], self.std[start:stop])
 
     def log_prob(self, actions):
-        """Return the log-densities [b,K] of actions [b,K,*n], as sampled, not rounded (exercise 11)."""
+        """Return the log-densities [b,K] of actions [b,K,*n], at the stored values (exercise 11)."""
         z = (actions - self.mean) / self.std
         return (-z * z / 2 - self.std.log() - math.log(2 * math.pi) / 2).flatten(2).sum(2)
 

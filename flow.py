@@ -21,11 +21,11 @@ has no density. Flow-GRPO (arXiv 2505.05470) samples a stochastic differential e
   1. Following v moves density:    dp/dr = div(v p)                                the continuity equation
   2. Brownian noise s dw blurs it:       dp/dr = (s^2/2) div(grad p)                     Fokker-Planck
   3. A further drift u moves it:   dp/dr = -div(u p)
-  4. With u = (s^2/2) grad log p, u p is (s^2/2) grad p. Then lines 2 and 3 add up to 0, and line 1 remains.
-  5. Given x0, x is normal with mean (1 - t) x0 and standard deviation t, so its score is -eps / t. The score
-     of p is the mean over the x0 that mix to x:
+  4. With u = (s^2/2) grad log p, u p is (s^2/2) grad p. Then lines 2 and 3 cancel, and line 1 remains.
+  5. Given x0, x is normal with mean (1 - t) x0 and standard deviation t, so its score, the gradient
+     of log p in x, is -eps / t. The score of p is its mean over the x0 that mix to x:
      grad log p = -E[eps | x] / t = -(x + (1 - t) v) / t.                          [test_score_of_a_gaussian]
-  6. One Euler step from t to t' < t, which is exact for small steps only, is with dt = t' - t < 0
+  6. Let dt = t' - t < 0. An Euler step from t to t' < t is exact as dt -> 0 only:
      x' = x + [v + s^2/(2t) (x + (1 - t) v)] dt + s sqrt(-dt) z.                   [test_steps_keep_the_data]
 So each noisy step is a Gaussian whose mean is c_x x + c_v v. `step_table` lists c_x, c_v and the standard
 deviation for four samplers. [test_name] names a test of tests/core/test_flow.py. The network that predicts
@@ -37,7 +37,7 @@ Departures from Flow-GRPO and Chunk-GRPO (arXiv 2510.21583):
     code omits abs(dt) from the variance, so its KL is abs(dt) times ours.
  3. Advantages use the standard deviation of the group, and are not clamped to +-5.
  4. All chunks are computed, and those that were not drawn have weight 0. The published code skips them.
- 5. The clip is c/sqrt(n). The published 1e-4 is c = .0256 at n = 65,536.
+ 5. With logp_per_dim, the clip is clip_eps/sqrt(n). The published 1e-4 is .0256/sqrt(65,536).
 """
 import math
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ def step_table(times, sampler="sde", noise=.7, noisy=None):
         return ((1 - end) + rest).float(), (rest * (1 - t) - (1 - end) * t).float(), std.float()
     s2 = level ** 2
     if sampler == "sde":
-        s2 = s2 * t / (1 - torch.where(t == 1, end, t))     # at t = 1: their code takes the next time there
+        s2 = s2 * t / (1 - torch.where(t == 1, end, t))     # t = 1 divides by 0. Their code takes `end`
     return ((1 + s2 / (2 * t) * dt).float(), ((1 + s2 * (1 - t) / (2 * t)) * dt).float(),
             (s2 * -dt).sqrt().float())
 
@@ -114,7 +114,7 @@ class Options:
     action_batch: int = option(0, "steps of a sample per forward pass; 0 = all; memory only", low=0)
     cfg_scale: float = option(1.0, "guidance of rollout, loss and reference; 1 = none, half the cost", low=1)
     sample_batch: int = option(0, "images sampled at once; 0 = all; changes memory, not the result", low=0)
-    # Options of token policies, which a flow policy does not have.
+    # The loop also reads options of token policies. For flow policies they are fixed.
     uncond_grad, score_cfg, critical_tokens, dynamic_weight, logit_chunk = True, 0.0, False, False, 0
 
     def check(cfg):
@@ -125,8 +125,8 @@ class Options:
             raise UserError("--noisy_steps must be below --denoise_steps, and --noise above 0: noise in the "
                             "last step would stay in the image, and without noise there is no density")
         if cfg.chunks and (cfg.adaptive_chunks or sum(cfg.chunks) != cfg.noisy_steps or min(cfg.chunks) < 1):
-            raise UserError(f"--chunks must add up to --noisy_steps={cfg.noisy_steps}, got {cfg.chunks}; "
-                            f"--adaptive_chunks finds other sizes by itself")
+            raise UserError(f"--chunks must add up to --noisy_steps={cfg.noisy_steps}, without "
+                            f"--adaptive_chunks; got {cfg.chunks}")
         if not 0 < cfg.chunk_share <= 1 or cfg.chunk_share < 1 and not (cfg.chunks or cfg.adaptive_chunks):
             raise UserError(f"--chunk_share must be above 0 and at most 1. Below 1 it needs --chunks; got "
                             f"{cfg.chunk_share}")
@@ -144,7 +144,7 @@ def adaptive_chunks(change, least=.02):
     The paper cuts where the change begins to rise or to fall. It repeats this inside each chunk with higher
     differences, until they are "sufficiently small", without a number. Its code has only fixed sizes. Our
     reading: a chunk stays whole if it has up to two steps, or if no difference exceeds `least`. Else cut it
-    where the differences first turn their sign. If none turns, cut in the middle if they differ by `least`.
+    at the first change of sign. If there is none, cut in the middle if the differences vary by over `least`.
     """
     slopes = [b - a for a, b in zip(change, change[1:])]
     if len(change) < 3 or max(map(abs, slopes)) <= least:
@@ -164,7 +164,7 @@ def chunk_weights(states, chunks, share, draw, u):
 
     states [b,K+1,..]. u [b,J]: uniform random numbers in (0,1]. A sample trains k = max(1, int(J * share)) of
     its J chunks, without repetition. draw = "change" prefers chunks whose relative change is large (arXiv
-    2510.21583 sec. 3.3): the weight of a chunk is the mean of its steps. Their preference is part of the
+    2510.21583 sec. 3.3): the weight of a chunk is the mean of its steps. This preference is part of the
     method, so the loss does not correct for it: every drawn chunk weighs J / k.
     """
     sizes, k = torch.tensor(chunks, device=u.device), max(1, int(len(chunks) * share))
@@ -172,13 +172,13 @@ def chunk_weights(states, chunks, share, draw, u):
     if draw == "change":
         change = relative_change(states)[:, :sum(chunks)]
         preferred = torch.stack([part.mean(1) for part in change.split(list(chunks), 1)], 1)     # [b,J]
-    # Each chunk gets a random time with rate w. The k smallest times are a draw in proportion to w.
+    # Exponential times with these rates: the k smallest are a draw in proportion to the rates.
     rank = (-u.log() / preferred).argsort(1).argsort(1)
     return ((rank < k) * (len(chunks) / k)).repeat_interleave(sizes, 1)
 
 
 def sizes(o, reference, conditions):
-    """Return the sizes of the chunks that the Options o ask for. conditions: of some prompts."""
+    """Return the sizes of the chunks that the Options o ask for. conditions: prompts of a trial rollout."""
     if not o.adaptive_chunks:
         return tuple(o.chunks)
     where = conditions.cond.device
@@ -232,11 +232,11 @@ class FlowPolicy:
 
     likelihood = "elbo" (arXiv 2602.04663): images are sampled by following v, without noise. Their
     exact log-probability would be expensive. A negative denoising error takes its place in the ratio, at N
-    times t_k with new noises eps_k. (Such errors bound it from below: evidence lower bound.)
+    times t_k with new noises eps_k. (Weighted means of them bound it from below: the ELBO.)
         -|x0(x_k) - x0|^2 / (2 s_k^2),     x_k = (1 - t_k) x0 + t_k eps_k,
     up to a constant. With s_k = t_k / sqrt(2) this is -|v - (eps_k - x0)|^2, the negative loss of flow
     matching. It is also the log-density of x0 under N(x_k - t_k v, s_k^2): a transition from x_k to x0 with
-    c_x = 1 and c_v = -t_k. So only the table and the states differ.       [test_elbo_is_the_pretraining_loss]
+    c_x = 1 and c_v = -t_k. So only states and coefficients change.       [test_elbo_is_the_pretraining_loss]
     """
     bf16 = compile_step = False
 
@@ -282,7 +282,7 @@ class FlowPolicy:
     @torch.no_grad()
     def rollout(self, conditions, prompt, *, cfg_scale=1.0, temperature=1.0, at_once=0, generator=None,
                 part=(0, 1)):
-        """Sample an image for each entry of prompt [b]. actions: the states, the last of them is the image.
+        """Sample an image for each entry of prompt [b]. actions: all states. The last one is the image.
         [b,K+1,C,H,W], or with elbo [b,N+1,C,H,W]: the N mixtures x_k, then x0. A flow policy has no
         temperature: raises ValueError unless it is 1."""
         if temperature != 1:
@@ -290,7 +290,7 @@ class FlowPolicy:
         b, where = len(prompt), prompt.device
         cond, mask = conditions.cond[prompt], conditions.mask[prompt]
 
-        def noise():                                       # of the whole step, of which b rows are ours
+        def noise():                                       # for all processes. part = (ours, of how many)
             return torch.randn(part[1] * b, *self.shape, generator=generator, device=where)[part[0] * b:][:b]
 
         def in_parts(f, *tensors):
@@ -323,7 +323,7 @@ class FlowPolicy:
                  top_k=0, top_p=1.0):
         """Draw an image for each entry of prompt [b], without noise on the way -> [b,1,C,H,W].
         noise [b,C,H,W]: where to start; by default new noise. A flow policy has no codes, so temperature,
-        top_k and top_p must be as above, or it raises ValueError."""
+        top_k and top_p must keep their defaults, or it raises ValueError."""
         if (temperature, top_k, top_p) != (1, 0, 1):
             raise ValueError("a flow policy has no temperature, top_k or top_p: leave them out")
         cond, mask = cond[prompt], mask[prompt]

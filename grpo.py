@@ -17,7 +17,7 @@ The value of the loss says nothing about progress. At r = 1 the first term is -m
 which is 0 by construction of A, whatever the rewards are. So the value is beta D, and it grows while the
 policy learns. Watch the reward.
 
-Apart from the options, this file has only pure functions of tensors. The loop is in train.py. The
+Apart from the options, this file has only functions of tensors. The loop is in train.py. The
 distributions pi and rho are objects with log_prob, entropy and divergence, such as Categorical in
 divergences.py.
 
@@ -65,7 +65,7 @@ class LossOptions:
     beta: float = option(0.4, "weight of the divergence; JS at 4 times the beta is as strong as a KL", low=0)
     beta_schedule: Literal["constant", "linear", "cosine"] = option("constant", "from beta to beta_end")
     beta_end: float = option(0.0, "beta at the end of a linear or cosine schedule", low=0)
-    clip_eps: float = option(0.2, "clip ratios to 1 +- this; matters from inner epoch 2 on", low=0)
+    clip_eps: float = option(0.2, "clip ratios to 1 +- this (see flow.py: / sqrt(n))", low=0)
     inner_epochs: int = option(1, "gradient steps on each batch of samples", low=1)
     micro_batch: int = option(64, "samples per forward pass; changes memory, not the result", low=1)
 
@@ -106,9 +106,9 @@ def micro_batches(b, T, samples, actions=0, chunks=()):
 def policy_loss(logp, logp_old, adv, clip_eps, chunks=(), whole=None, per=1, shared=True):
     """Turn logp, logp_old [b,T] and adv [b] into (clipped surrogate loss [b,T], ratio [b,T]).
 
-    whole: (number of actions, number of chunks) of a sample, where logp holds only some of them. per: divide
-    the log-ratio by this number. With n, the number of components of an action, the ratio is
-        w^(1/n) = exp( mean over the components of (log pi - log pi_old) ),
+    whole: (number of actions, number of chunks) of a whole sample, if logp is a part of it. per: divide
+    the log-ratio by this number. If per = n, the number of components of an action, the ratio is
+        (pi / pi_old)^(1/n) = exp( mean over the components of (log pi - log pi_old) ),
     as in the published code of Flow-GRPO. It is no density ratio: its mean over pi_old is below 1. For two
     Gaussians whose means are q standard deviations apart (q: root mean square over the components), the log
     of the ratio has mean -q^2/2 and standard deviation q/sqrt(n).          [test_the_ratio_per_component]
@@ -122,7 +122,7 @@ def policy_loss(logp, logp_old, adv, clip_eps, chunks=(), whole=None, per=1, sha
     this loss. One chunk of all actions has the ratio of GSPO (arXiv 2507.18071). On the first pass r_j = 1,
     and the gradient is that of single actions with weights T / (J c_j). [test_chunks_on_the_first_pass]
     So chunks weigh actions. From the second pass on, they also average the ratios. The noise of an average is
-    smaller, about by 1/sqrt(c_j), but clip_eps stays. So fewer ratios are clipped.
+    smaller, by about 1/sqrt(c_j), but clip_eps stays. So fewer ratios are clipped.
     shared = False: chunks only weigh the actions, and each action keeps its own ratio.
     """
     log_ratio, adv = (logp - logp_old) / per, adv[:, None]

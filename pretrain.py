@@ -175,7 +175,7 @@ def pretrain_flow(cfg, vqgan, images, captions, rng):
     """Train a flow policy on the latents of images [n,3,H,W] -> (SiTPolicy, tiny.world.Latents).
 
     The loss of flow matching (arXiv 2210.02747 eq. 23) is |v(x, t) - (eps - x0)|^2 at a random time t.
-    What an image shows is decided near the noise: with a wrong prompt, the estimate of x0 gets worse by .18
+    What an image shows is decided near the noise: with a wrong prompt, the squared error of x0 grows by .18
     at t = .8 and by .005 at t = .5 (assets/trajectory.png). So t is drawn near 1: t = 1/(1 + e^-u) with
     u ~ N(1, 1). The result is an exponential moving average of the weights.
     """

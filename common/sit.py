@@ -9,7 +9,7 @@ Symbols
     D width, L prompt tokens      T patches of an image, p pixels per side of a patch
 
 Departures from the official code:
- 1. Released SiT files have t = 1 at the image. `from_sit` turns them to the convention of flow.py.
+ 1. Released SiT files have t = 1 at the image. `reverse_time` turns the time, and `from_sit` negates v.
  2. Official SiT reads class labels only. A prompt is read as the mean of its tokens, in place of a label.
 """
 import math
@@ -37,7 +37,7 @@ PRESETS = {"S/2": (12, 384, 6), "B/2": (12, 768, 12), "L/2": (24, 1024, 16), "XL
 
 
 def sincos_2d(side, dim):
-    """Return the fixed positions [side * side,dim] of a grid: first half of the columns, then of the rows."""
+    """Return fixed positions [side * side,dim] of a grid: the first half encodes columns, the second rows."""
     rates = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * rates                           # [side,dim/4]
     one = torch.cat([angles.sin(), angles.cos()], 1)                                            # [side,dim/2]
@@ -76,7 +76,7 @@ class ClassEmbedder(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """Turn features [B,L,C] of prompts into [B,D]: a small network for each token, then the mean over tokens.
+    """Turn features [B,L,caption_dim] of prompts into [B,D]: a small network for each token, then the mean.
 
     The factor 10 makes the prompt matter from the start of pretraining, where weights are small. Without it,
     a tiny model learns to draw long before it uses the prompt."""

@@ -2,7 +2,7 @@
 #   16 prompts x 12 samples x 16 noisy steps in 4 chunks. A sample trains 2 of its 4 chunks in a step.
 #   Sana: --world=sana --gpt_ckpt=Sana_600M_512px_diffusers
 # Memory on one GPU, calculated as in sd3_flow_grpo.py, not measured on a GPU: 16 GB. A chunk is never cut, so
-#   2 samples x 7 steps x 2 branches share a backward pass. 192 images have 17 states each, 0.9 GB.
+#   2 samples x 7 steps x 2 branches share a backward pass. 192 images have 18 states each, 0.9 GB.
 # Departures from the released recipe, beside numbers 3 to 8 of sd3_flow_grpo.py:
 #  1. The model is SD3.5-medium with adapters and guidance. The paper trains all weights of FLUX.1-dev. So the
 #     learning rate is Flow-GRPO's for adapters, not 1e-5. It is not tuned.
@@ -10,7 +10,7 @@
 #  3. A rollout is used twice as a whole. The script makes two updates, each on one half. Only from the second
 #     update on, the ratio of a chunk matters (grpo.policy_loss).
 #  4. The samples of a group start from different noise. The script gives a group the same noise.
-#  5. The reward is of the image. The script rates the prediction of the image in the last step.
+#  5. The reward rates the image. The script rates the prediction of the image in the last step.
 #  6. The trained policy draws whole images. In the paper's evaluation, the base takes the last 20 of 50
 #     steps.
 like = "configs/sd3_flow_grpo.py"

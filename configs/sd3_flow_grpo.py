@@ -11,13 +11,13 @@
 #     rollout: 576 images x (11 states + 9 means) x 65,536 numbers, for a moment twice, 6.0 GB, features of
 #     prompts, one copy per image, 3.2 GB, and the activations of 16 images, 1 GB
 #     update of 4 samples x 3 steps, with 2 branches of guidance: states 1.7 GB, pixels 1.8 GB, the inputs of
-#     24 blocks for 24 rows of 1,358 tokens x 1,536 numbers in bf16, 2.4 GB, and all activations of one block
+#     24 blocks for 24 rows of 1,357 tokens x 1,536 numbers in bf16, 2.4 GB, and all activations of one block
 #     in one branch, about 0.2 GB per row, 2.4 GB
 #   in all                                                                        19 GB
-#   Before this, the text encoders take 11 GB. Then 1,591 prompts take 4.3 GB of the CPU's memory.
+#   Before this, the text encoders take 11 GB. Then 1,586 prompts take 4.3 GB of the CPU's memory.
 # Departures from the released recipe:
 #  1. Each step samples 24 prompts and takes one update. The script samples 48 prompts and takes two updates,
-#     each on one half. So updates have the same size. Here the sampler is the policy, and nothing is clipped.
+#     each on one half. So updates have the same size. Here pi_old = pi, so the clip never acts.
 #  2. The KL is exact, between transitions with the variance s^2 |dt|. The script's KL has s^2, without |dt|.
 #     |dt| is 0.11 on average, so beta is a tenth of the script's .01. Late steps have a larger |dt|.
 #  3. Adapters have alpha = rank (the script: twice the rank), and A has standard deviation 1/sqrt(inputs).

@@ -3,15 +3,15 @@
 world = "tiny_flow"
 out_dir = "out/tiny_flow"
 # ---- flow matching: noise only in the first 5 of 8 steps, where an image's content is decided
-noise = 0.5                 # with more noise, the policy learns less that the ODE keeps (LOG.md)
+noise = 0.5                 # with more noise, less of the gain appears in images of the ODE (LOG.md)
 shift = 2.0
-step_weights = "noise"      # a log-density changes with v as abs(c_v)/std. The weight cancels this factor
+step_weights = "noise"      # d log pi / dv scales as abs(c_v)/std. The weight cancels this factor
 # ---- rollout, loss
 group_size = 16
 divergence = "reverse_kl"
 estimator = "exact"
 beta = 0.05
-clip_eps = 0.0256           # c: the ratio per component is clipped to 1 +- c/sqrt(512)
+clip_eps = 0.0256           # ratios per component are clipped to 1 +- this/sqrt(512). With one update, never
 # ---- length, optimizer
 max_steps = 80
 eval_interval = 80

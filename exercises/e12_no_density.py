@@ -3,7 +3,7 @@
 Check yourself:   python -m pytest exercises/test_e12_no_density.py
 
 First read the opening of flow.py, but not step_table. A public tutorial of Flow-GRPO samples without noise,
-    x' = x + v dt,        dt < 0 is the length of the step, with its sign,
+    x' = x + v dt,        dt = t' - t < 0,
 and takes -|v|^2 dt / 2 as the log-probability of this step. It runs, and its loss has a gradient. Yet this
 number is not a log-probability:
     The step is deterministic, so std = 0. All the probability is at one point, and a point has no density.
@@ -17,7 +17,7 @@ from time t to time end < t, with noise level s:
 In the limit of small steps, the density of x at every t must stay what it is without noise. Then write the
 log-density of x'. It is a true one: its exponential integrates to 1 over x'.
 
-Hint: equation 6 of flow.py, sorted by x and v. The components of x' are independent.
+Hint: point 6 of flow.py, sorted by x and v. The components of x' are independent.
 """
 
 

@@ -7,7 +7,7 @@
 Chunk-GRPO (arXiv 2510.21583) reports single runs whose results differ by about 1 %. Here every arm has five
 seeds. With one update per rollout all ratios are 1. Then chunks only weigh the steps, and one chunk of all
 steps has the gradient of single steps (tests/core/test_chunks.py). So the arms about ratios take three
-updates on each rollout. All else is configs/tiny_flow.py, but for one point: chunks weigh steps themselves,
+updates on each rollout. All else is configs/tiny_flow.py, but for two points. Chunks weigh steps themselves,
 so the arms about ratios have step_weights = equal, as in the papers. Three updates have 4/10 of the learning
 rate of one, because at the full rate a trial run with two updates moved far and gained little (LOG.md).
 

@@ -236,7 +236,7 @@ class Pipeline(SingleActions):
 class Latents(torch.nn.Module):
     """Normalizes latents [b,8,8,8]. pretrain_flow measures the mean and standard deviation [8,1,1].
 
-    The tokenizer compares directions only (vqgan.py), so a latent is a unit vector at each place.
+    The tokenizer compares directions only (vqgan.py), so a latent is a unit vector at each place before this.
     """
 
     def __init__(self, channels=8):
