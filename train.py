@@ -169,10 +169,10 @@ def main(argv):
     with run.rescue():
         LOOPS[cfg.algorithm](cfg, run, world, pipeline)
     if run.finish():
-        report(cfg, run, world, prompts)
+        report(cfg, run, world, pipeline, prompts)
 
 
-def report(cfg, run, world, prompts):
+def report(cfg, run, world, pipeline, prompts):
     """Write table.md, before_after.png and curves.png of a finished run, then print some of the table."""
     before, after = run.before.results, run.after.results
     best = f"best of {evaluate.BEST_OF} of the base", evaluate.best_of_n(before)
@@ -183,7 +183,8 @@ def report(cfg, run, world, prompts):
         ("base", run.before.images), (f"after {cfg.max_steps} steps, {cfg.algorithm}, {cfg.divergence}",
                                       run.after.images)])
     images.curves(run.metrics.lines, run.file("curves.png"), run.evaluations.lines,
-                  trained="reconstruction" if world.images else "reward")
+                  trained="reconstruction" if world.images else "reward",
+                  fifth="entropy" if pipeline.generates_actions else "outside_share")
     print(evaluate.table(rows, world.columns, evaluate.TERMINAL))
     kept = after.get("entropy_kept", math.nan)
     print(f"held-out reward {after['heldout_reward'] - before['heldout_reward']:+.2f}"

@@ -54,17 +54,19 @@ def pyplot():
     return plt
 
 
-def curves(lines, path, evaluations=(), trained="reward"):
+def curves(lines, path, evaluations=(), trained="reward", fifth="entropy"):
     """Save a PNG of eight small charts. README.md says what each chart means.
 
     lines: metrics.jsonl as a list of dicts, one per step. evaluations: a list of dicts, one per evaluation on
     the fixed prompts. Dots in the first two charts show their values for the keys `trained` and
-    heldout_reward.
+    heldout_reward. fifth: what the fifth chart shows. A flow policy has no token entropy, so there it is
+    outside_share.
     """
     plt = pyplot()
+    titles = {"entropy": "token entropy, nat", "outside_share": "share of ratios outside the clip"}
     charts = [("reward", ["reward"]), ("held-out reward", ["heldout_reward"]),
               ("diversity in a group", ["diversity"]),
-              ("KL(policy || reference), nat per token", ["kl_reverse"]), ("token entropy, nat", ["entropy"]),
+              ("KL(policy || reference), nat per action", ["kl_reverse"]), (titles[fifth], [fifth]),
               ("groups without spread", ["zero_spread"]), ("gradient norm", ["grad_norm"]),
               ("seconds a step", ["t_sample", "t_reward", "t_update"])]
     figure, axes = plt.subplots(2, 4, figsize=(13, 5), layout="constrained")
