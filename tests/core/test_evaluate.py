@@ -231,7 +231,7 @@ def test_a_report_of_train_is_written_before_it_is_printed(tmp_path, monkeypatch
                           after=evaluate.Evaluated(RESULTS | {"reward": .75}, None, None),
                           file=lambda name: str(tmp_path / name))
     cfg = SimpleNamespace(out_dir="out/a", max_steps=1, algorithm="grpo", divergence="js")
-    train.report(cfg, run, world, [])
+    train.report(cfg, run, world, SimpleNamespace(generates_actions=True), [])
     assert max(map(len, capsys.readouterr().out.splitlines())) < 100
     written = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "| out/a " in written and "0.750" in written and "| unseen" in written
@@ -239,7 +239,7 @@ def test_a_report_of_train_is_written_before_it_is_printed(tmp_path, monkeypatch
     made.clear()
     monkeypatch.setattr(sys, "stdout", Closed())
     with pytest.raises(BrokenPipeError):
-        train.report(cfg, run, world, [])
+        train.report(cfg, run, world, SimpleNamespace(generates_actions=True), [])
     assert written == (tmp_path / "table.md").read_text(encoding="utf-8")
     assert made == ["before_after.png", "curves.png"]
 
