@@ -78,6 +78,7 @@ class Sampling:
     cfg_scale: float = option(1.0, "guidance of rollout, loss and reference; 1 = none, half the cost", low=1)
     sample_batch: int = option(0, "images sampled at once; 0 = all; changes memory, not the result", low=0)
     logit_chunk: int = option(0, "positions whose logits exist at once; 0 = all; changes memory only", low=0)
+    chunk_size: int = option(0, "tokens in a row that share a ratio (grpo.policy_loss); 0 = single", low=0)
     compile: bool = option(False, "compile a sampling step by torch.compile; not yet measured on a GPU")
     # These are constants in the tiny world. For released models, Extras turns them into options.
     uncond_grad, score_cfg, critical_tokens, dynamic_weight = True, 0.0, False, False
@@ -121,7 +122,13 @@ def options(values):
 def open_world(options, device):
     """Return (World, Pipeline) of a run (common/interfaces.py). Raises UserError for missing files."""
     kind = full.world if options.world in full.world.PIPELINES else tiny.world
-    return kind.open_world(options, device, with_images=options.algorithm == "vapi")
+    world, pipeline = kind.open_world(options, device, with_images=options.algorithm == "vapi")
+    if size := getattr(options, "chunk_size", 0):
+        if pipeline.tokens % size or options.logit_chunk:
+            raise UserError(f"--chunk_size must divide the {pipeline.tokens} tokens of an image, with "
+                            f"--logit_chunk=0, got {size}")
+        pipeline.chunks = (size,) * (pipeline.tokens // size)
+    return world, pipeline
 
 
 def check_shares(cfg, size):

@@ -10,7 +10,7 @@ E[eps - x0 | x]. Sampling starts from noise at t = 1 and follows v to t = 0. Two
 
 Symbols
     B samples, P prompts          C H W  channels, height and width of x
-    K denoising steps             N < K noisy steps, the first ones. They are the actions that are trained
+    K denoising steps             T < K noisy steps, the first ones. They are the actions that are trained
     L prompt tokens               n = C H W components of x
     J chunks of steps             c_x, c_v, std: a step samples from N(c_x x + c_v v, std^2)
     s noise level, z ~ N(0, 1)    p(x) density of x at time t
@@ -32,7 +32,7 @@ deviation for four samplers. [test_name] names a test of tests/core/test_flow.py
 v is in common/sit.py.
 
 Departures from Flow-GRPO and Chunk-GRPO (arXiv 2510.21583):
- 1. Noise may stop after N steps. Then the ODE finishes the image, and only the N noisy steps are trained.
+ 1. Noise may stop after T steps. Then the ODE finishes the image, and only the T noisy steps are trained.
  2. With estimator = exact, a KL is d^2/2, where d is the distance of two means in units of std. The published
     code omits abs(dt) from the variance, so its KL is abs(dt) times ours.
  3. Advantages use the standard deviation of the group, and are not clamped to +-5.
@@ -97,7 +97,7 @@ def step_table(times, sampler="sde", noise=.7, noisy=None):
 class Options:
     """---- flow matching"""
     denoise_steps: int = option(8, "K, steps from noise to an image in training", low=2)
-    noisy_steps: int = option(5, "N, the first steps, which have noise and are trained; below K", low=1)
+    noisy_steps: int = option(5, "T, the first steps, which have noise and are trained; below K", low=1)
     eval_steps: int = option(10, "steps of the ODE, which draws the images of evaluations", low=1)
     shift: float = option(3.0, "above 1: more steps near the noise", low=1)
     grid: Literal["linear", "diffusers"] = option("linear", "diffusers: with its tiny last step")
@@ -105,7 +105,7 @@ class Options:
     noise: float = option(0.7, "its level", low=0)
     likelihood: Literal["transitions", "elbo"] = option("transitions", "log-probability in the ratio")
     step_weights: Literal["equal", "noise"] = option("equal", "noise: weigh a step by std/abs(c_v), mean 1")
-    logp_per_dim: bool = option(True, "divide log-ratios by n, and clip ratios to 1 +- c/sqrt(n)")
+    logp_per_dim: bool = option(True, "divide log-ratios by n, and clip to 1 +- clip_eps/sqrt(n)")
     chunks: tuple = option((), "sizes of consecutive steps that share a ratio, such as (2, 3); () = single")
     adaptive_chunks: bool = option(False, "find the sizes by flow.adaptive_chunks")
     chunk_ratio: bool = option(True, "False: chunks only weigh their steps")
@@ -139,7 +139,7 @@ def relative_change(states):
 
 
 def adaptive_chunks(change, least=.02):
-    """Return sizes of chunks for the relative changes [N] of N steps, by the rule of Chunk-GRPO.
+    """Return sizes of chunks for the relative changes [T] of T steps, by the rule of Chunk-GRPO.
 
     The paper cuts where the change begins to rise or to fall. It repeats this inside each chunk with higher
     differences, until they are "sufficiently small", without a number. Its code has only fixed sizes. Our
@@ -160,7 +160,7 @@ def adaptive_chunks(change, least=.02):
 
 
 def chunk_weights(states, chunks, share, draw, u):
-    """Draw which chunks each sample trains -> weights of its actions [b,N]. The mean over chunks is 1.
+    """Draw which chunks each sample trains -> weights of its actions [b,T]. The mean over chunks is 1.
 
     states [b,K+1,..]. u [b,J]: uniform random numbers in (0,1]. A sample trains k = max(1, int(J * share)) of
     its J chunks, without repetition. draw = "change" prefers chunks whose relative change is large (arXiv
@@ -188,7 +188,7 @@ def sizes(o, reference, conditions):
 
 
 def action_weights(o, policy, chunks, rollout, rows, B, generator):
-    """Return the weights [b,N] of the actions of a rollout. rows [b]: which of the step's B samples they are.
+    """Return the weights [b,T] of the actions of a rollout. rows [b]: which of the step's B samples they are.
     All processes draw the random numbers of the whole step, so that nothing depends on their number."""
     c_x, c_v, std = policy.trained
     weights = torch.ones(len(std))
@@ -219,7 +219,7 @@ class Transitions(Gaussian):
         return Transitions(self.means, self.stds[start:stop], self.target[start:stop], self.start + start)
 
     def log_prob(self, states):
-        """Return the log-densities [b,N] of the states that the noisy steps led to."""
+        """Return the log-densities [b,T] of the states that the noisy steps led to."""
         return super().log_prob(states[:, self.target])
 
 
@@ -231,28 +231,28 @@ class FlowPolicy:
     and calls set_sampler.
 
     likelihood = "elbo" (arXiv 2602.04663): images are sampled by following v, without noise. Their
-    exact log-probability would be expensive. A negative denoising error takes its place in the ratio, at N
+    exact log-probability would be expensive. A negative denoising error takes its place in the ratio, at T
     times t_k with new noises eps_k. (Weighted means of them bound it from below: the ELBO.)
-        -|x0(x_k) - x0|^2 / (2 s_k^2),     x_k = (1 - t_k) x0 + t_k eps_k,
-    up to a constant. With s_k = t_k / sqrt(2) this is -|v - (eps_k - x0)|^2, the negative loss of flow
-    matching. It is also the log-density of x0 under N(x_k - t_k v, s_k^2): a transition from x_k to x0 with
-    c_x = 1 and c_v = -t_k. So only states and coefficients change.       [test_elbo_is_the_pretraining_loss]
+        -|x0(x_k) - x0|^2 / (2 std_k^2),   x_k = (1 - t_k) x0 + t_k eps_k,
+    up to a constant. With std_k = t_k / sqrt(2) this is -|v - (eps_k - x0)|^2, the negative loss of
+    flow matching. It is also the log-density of x0 under N(x_k - t_k v, std_k^2): a transition from x_k to x0
+    with c_x = 1 and c_v = -t_k. So only states and coefficients change.  [test_elbo_is_the_pretraining_loss]
     """
     bf16 = compile_step = False
 
     def set_sampler(self, o):
         """Set the sampler to the Options o."""
-        self.elbo, N = o.likelihood == "elbo", o.noisy_steps
+        self.elbo, T = o.likelihood == "elbo", o.noisy_steps
         least = .001 if o.grid == "diffusers" else 0
         self.ode = time_grid(o.eval_steps, o.shift, least).float()
         self.times = time_grid(o.denoise_steps, o.shift, least)
-        self.table = step_table(self.times, o.sampler, 0 if self.elbo else o.noise, N)
+        self.table = step_table(self.times, o.sampler, 0 if self.elbo else o.noise, T)
         self.times = self.times.float()
-        c_x, c_v, std = (y[:N] for y in self.table)
+        c_x, c_v, std = (y[:T] for y in self.table)
         if self.elbo:
-            c_x, c_v, std = torch.ones(N), -self.times[:N], self.times[:N] / 2 ** .5
+            c_x, c_v, std = torch.ones(T), -self.times[:T], self.times[:T] / 2 ** .5
         self.trained = c_x, c_v, std
-        self.target = [-1] * N if self.elbo else list(range(1, N + 1))
+        self.target = [-1] * T if self.elbo else list(range(1, T + 1))
 
     def autocast(self):
         device = next(self.parameters()).device.type
@@ -283,7 +283,7 @@ class FlowPolicy:
     def rollout(self, conditions, prompt, *, cfg_scale=1.0, temperature=1.0, at_once=0, generator=None,
                 part=(0, 1)):
         """Sample an image for each entry of prompt [b]. actions: all states. The last one is the image.
-        [b,K+1,C,H,W], or with elbo [b,N+1,C,H,W]: the N mixtures x_k, then x0. A flow policy has no
+        [b,K+1,C,H,W], or with elbo [b,T+1,C,H,W]: the T mixtures x_k, then x0. A flow policy has no
         temperature: raises ValueError unless it is 1."""
         if temperature != 1:
             raise ValueError(f"a flow policy has no temperature; it must be 1, got {temperature}")

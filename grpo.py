@@ -119,8 +119,9 @@ def policy_loss(logp, logp_old, adv, clip_eps, chunks=(), whole=None, per=1, sha
              = exp( mean_{t in chunk j} (log pi(a_t) - log pi_old(a_t)) ),
         loss = -(1/J) sum_j min(r_j A, clip(r_j) A).
     The result has the loss of chunk j at each of its c_j actions, times T / (J c_j). So its mean over T is
-    this loss. One chunk of all actions has the ratio of GSPO (arXiv 2507.18071). On the first pass r_j = 1,
-    and the gradient is that of single actions with weights T / (J c_j). [test_chunks_on_the_first_pass]
+    this loss. One chunk of all actions has the ratio of GSPO (arXiv 2507.18071). For tokens,
+    --chunk_size=8 makes rows of the tiny image and --chunk_size=64 is GSPO. On the first pass r_j = 1, and
+    the gradient is that of single actions with weights T / (J c_j). [test_chunks_on_the_first_pass]
     So chunks weigh actions. From the second pass on, they also average the ratios. The noise of an average is
     smaller, by about 1/sqrt(c_j), but clip_eps stays. So fewer ratios are clipped.
     shared = False: chunks only weigh the actions, and each action keeps its own ratio.

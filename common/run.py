@@ -28,7 +28,7 @@ from common.config import Fault, UserError, option
 from common.folder import claim, resume_command
 
 MAX_SKIPPED = 10                     # steps in a row without a finite gradient, after which a run gives up
-SHOWN = {"reward": "r", "heldout_reward": "held-out", "kl_reverse": "kl"}       # beside the progress bar
+SHOWN = {"reward": "r", "heldout_reward": "held", "kl_reverse": "kl"}             # beside the progress bar
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"         # fits into 80 columns
 
 
@@ -225,7 +225,8 @@ class Run:
                 "learning_rate": self.optimizer.param_groups[0]["lr"]}
         if self.skipped:                            # say what was not finite
             line["skipped"] = "gradient" if math.isfinite(line["reward"]) else "reward"
-        self.bar.set_postfix({short: f"{line[name]:.3f}" for name, short in SHOWN.items() if name in line})
+        shown = SHOWN | ({"outside_share": "out"} if self.cfg.inner_epochs > 1 else {})     # else it is 0
+        self.bar.set_postfix({short: f"{line[name]:.2f}" for name, short in shown.items() if name in line})
         self.done = step + 1
         due = self.done == self.cfg.max_steps or self.done % self.cfg.eval_interval == 0
         self.phase("log")

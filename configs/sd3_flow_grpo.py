@@ -52,7 +52,7 @@ heldout_reward = "clipscore"
 divergence = "reverse_kl"
 estimator = "exact"
 beta = 0.001
-clip_eps = 0.0256           # c: the ratio per component is clipped to 1 +- c/sqrt(65,536) = 1 +- 1e-4
+clip_eps = 0.0256           # ratios per component are clipped to 1 +- this/sqrt(65,536) = 1 +- 1e-4
 micro_batch = 4
 action_batch = 3
 recompute = True

@@ -102,7 +102,7 @@ def batch(pipeline, reward, seed):
 
 
 def one_update(pipeline, reward, seed):
-    """Return (log-ratios [b,N] after one update, norms [N] of the gradient of each step's loss)."""
+    """Return (log-ratios [b,T] after one update, norms [T] of the gradient of each step's loss)."""
     policy = pipeline.policy
     rollout, conditions, rows, adv = batch(pipeline, reward, seed)
     logp = policy.distribution(rollout, conditions, rows).log_prob(rollout.actions)
@@ -151,17 +151,17 @@ def cosines(pipeline, reward, pairs, seed):
 def ratios(pipeline, reward, path, seed):
     log_ratio, norms = one_update(pipeline, reward, seed)
     std = pipeline.policy.trained[2]
-    N, clip = len(std), CLIP / pipeline.per ** .5
+    T, clip = len(std), CLIP / pipeline.per ** .5
     with panels(path, 1, 2, (12, 4.2)) as (left, right):
         for i, (name, values) in enumerate((("noise", std), ("gradient", torch.tensor(norms)),
                                             ("spread of log-ratios", log_ratio.std(0)))):
-            left.bar([k + .27 * (i - 1) for k in range(N)], values / values.max(), .25, label=name)
+            left.bar([k + .27 * (i - 1) for k in range(T)], values / values.max(), .25, label=name)
         for edge in torch.tensor(CHUNKS).cumsum(0)[:-1].tolist():
             left.axvline(edge - .5, color="black", ls="--", lw=.8)
         left.set(xlabel="noisy step, from noise to image", ylabel="share of the largest")
         left.legend(frameon=False, fontsize=8)
         width = 4 * clip
-        for k in range(N):
+        for k in range(T):
             outside = (log_ratio[:, k].exp() - 1).abs().gt(clip).float().mean().item()
             right.hist(log_ratio[:, k].exp().clamp(1 - width, 1 + width).numpy(), 30, histtype="step",
                        range=(1 - width, 1 + width), label=f"step {k}: {outside:.0%} outside the clip")

@@ -226,8 +226,8 @@ def test_files_are_looked_for_before_options_are_printed(tmp_path, capsys):
 
 def test_the_bar_shows_the_rewards_on_80_columns():
     text = tqdm.format_meter(119, 120, 4000, ncols=80, prefix="grpo, reverse_kl", bar_format=BAR,
-                             postfix=", ".join(f"{short}=-0.584" for short in SHOWN.values()))
-    assert len(text) <= 80 and text.endswith("r=-0.584, held-out=-0.584, kl=-0.584")
+                             postfix=", ".join(f"{short}=0.58" for short in SHOWN.values()) + ", out=0.34")
+    assert len(text) <= 80 and text.endswith("r=0.58, held=0.58, kl=0.58, out=0.34")
 
 
 # ---- 16. to 18. messages -----------------------------------------------------------------------------------

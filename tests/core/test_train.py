@@ -93,6 +93,17 @@ def test_micro_batches_do_not_change_the_step(divergence, estimator, mini_base, 
         assert (state["exp_avg"] - other).norm() <= 1e-5 * state["exp_avg"].norm() + 1e-9, i
 
 
+def test_tokens_share_ratios_too(mini_base, tmp_path):
+    """Ratios leave the clip in whole chunks: rows of 4 tokens, or the whole image of 16."""
+    for size in (4, 16):
+        go(tmp_path / f"{size}", mini_base, *ONE_STEP, f"--chunk_size={size}", "--beta=0", "--inner_epochs=2",
+           "--clip_eps=0.01", "--learning_rate=2e-5")
+        chunks = lines(tmp_path / f"{size}")[0]["outside_share"] * 16 * 16 / size
+        assert 0 < chunks < 16 * 16 / size and chunks == round(chunks)
+    with pytest.raises(UserError, match="--chunk_size must divide the 16 tokens"):
+        go(tmp_path / "odd", mini_base, "--chunk_size=5")
+
+
 def test_a_used_folder_is_refused_and_left_as_it_is(mini_base, tmp_path):
     go(tmp_path / "run", mini_base, *ONE_STEP)
     before = {f: (tmp_path / "run" / f).read_bytes() for f in os.listdir(tmp_path / "run")}
