@@ -60,6 +60,10 @@ class Kind:
         "tiny", "prompts, rewards and models")
     algorithm: Literal["grpo", "vapi"] = option("grpo", "its loop is in train.py or vapi.py")
 
+    def check(cfg):
+        if cfg.algorithm != "grpo" and cfg.world in FLOWS:
+            raise UserError(f"--algorithm={cfg.algorithm} needs a policy of tokens, not --world={cfg.world}")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -70,34 +74,6 @@ class Evaluation:
     def check(cfg):
         if cfg.eval_draws % BEST_OF:
             raise UserError(f"--eval_draws must be a multiple of {BEST_OF}, got {cfg.eval_draws}")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """---- GRPO"""
-    cfg_scale: float = option(1.0, "guidance of rollout, loss and reference; 1 = none, half the cost", low=1)
-    sample_batch: int = option(0, "images sampled at once; 0 = all; changes memory, not the result", low=0)
-    logit_chunk: int = option(0, "positions whose logits exist at once; 0 = all; changes memory only", low=0)
-    chunk_size: int = option(0, "tokens in a row that share a ratio (grpo.policy_loss); 0 = single", low=0)
-    compile: bool = option(False, "compile a sampling step by torch.compile; not yet measured on a GPU")
-    # These are constants in the tiny world. For released models, Extras turns them into options.
-    uncond_grad, score_cfg, critical_tokens, dynamic_weight = True, 0.0, False, False
-    action_batch = 0                # an option of flow policies
-
-
-@dataclass(frozen=True)
-class Extras:
-    """---- GRPO, as in the papers' code"""
-    uncond_grad: bool = option(True, "with guidance: does the unconditional branch get a gradient?")
-    score_cfg: float = option(0.0, "guidance of the loss; 0 = that of the rollout (full/janus.py)", low=0)
-    critical_tokens: bool = option(False, "average the loss over selected tokens only (critical.py)")
-    dynamic_weight: bool = option(False, "multiply the policy term by a factor (critical.py)")
-
-    def check(cfg):
-        if 0 < cfg.score_cfg < 1:
-            raise UserError(f"--score_cfg must be at least 1, or 0 for the rollout's, got {cfg.score_cfg}")
-        if cfg.dynamic_weight and cfg.logit_chunk:
-            raise UserError("--dynamic_weight needs all tokens of an image at once: leave --logit_chunk at 0")
 
 
 def options(values):
@@ -113,8 +89,8 @@ def options(values):
     elif flows:
         parts += [flow.Options]
     else:
-        parts += [Sampling] + [Extras] * full_size
-    parts += [grpo.LossOptions, run.Optimizer, full.world.Options if full_size else
+        parts += [grpo.SamplingOptions, grpo.TokenOptions] + [grpo.ReleasedOptions] * full_size
+    parts += [grpo.LossOptions, grpo.UpdateOptions, run.Optimizer, full.world.Options if full_size else
               tiny.world.FlowOptions if flows else tiny.world.Options]
     return config.compose(*parts)
 
@@ -124,9 +100,8 @@ def open_world(options, device):
     kind = full.world if options.world in full.world.PIPELINES else tiny.world
     world, pipeline = kind.open_world(options, device, with_images=options.algorithm == "vapi")
     if size := getattr(options, "chunk_size", 0):
-        if pipeline.tokens % size or options.logit_chunk:
-            raise UserError(f"--chunk_size must divide the {pipeline.tokens} tokens of an image, with "
-                            f"--logit_chunk=0, got {size}")
+        if pipeline.tokens % size:
+            raise UserError(f"--chunk_size must divide the {pipeline.tokens} tokens of an image, got {size}")
         pipeline.chunks = (size,) * (pipeline.tokens // size)
     return world, pipeline
 
@@ -308,7 +283,8 @@ def main(argv):
     given = dict(temperature=cfg.temperature, cfg_scale=cfg.cfg_scale)         # 0 = as in training
     # Runs share their base and its evaluation if they agree in all options but these.
     training = {f.name for part in (run.Files, run.Machine, run.Length, Evaluation, grpo.RolloutOptions,
-                                    grpo.LossOptions, run.Optimizer, Sampling, Extras, vapi.Options)
+                                    grpo.LossOptions, grpo.UpdateOptions, grpo.SamplingOptions,
+                                    grpo.TokenOptions, grpo.ReleasedOptions, run.Optimizer, vapi.Options)
                 for f in fields(part)} - {"dtype", *given}
     decides = [what_decides(own, *training) | {key: value for key, value in given.items() if value}
                for _, _, own, _ in opened]

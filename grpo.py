@@ -56,6 +56,43 @@ class RolloutOptions:                    # its docstring is the heading of these
 
 
 @dataclass(frozen=True)
+class SamplingOptions:
+    """---- sampling of tokens"""
+    cfg_scale: float = option(1.0, "guidance of rollout, loss and reference; 1 = none, half the cost", low=1)
+    sample_batch: int = option(0, "images sampled at once; 0 = all; changes memory, not the result", low=0)
+    compile: bool = option(False, "compile a sampling step by torch.compile; not yet measured on a GPU")
+
+
+@dataclass(frozen=True)
+class TokenOptions:
+    """---- GRPO on tokens"""
+    logit_chunk: int = option(0, "positions whose logits exist at once; 0 = all; changes memory only", low=0)
+    chunk_size: int = option(0, "tokens in a row that share a ratio (policy_loss); 0 = single tokens", low=0)
+    # These are constants in the tiny world. For released models, ReleasedOptions turns them into options.
+    uncond_grad, score_cfg, critical_tokens, dynamic_weight = True, 0.0, False, False
+    action_batch = 0                # an option of flow policies
+
+    def check(cfg):
+        if cfg.chunk_size and cfg.logit_chunk:
+            raise UserError("--chunk_size needs all tokens of an image at once: leave --logit_chunk at 0")
+
+
+@dataclass(frozen=True)
+class ReleasedOptions:
+    """---- GRPO, as in the papers' code"""
+    uncond_grad: bool = option(True, "with guidance: does the unconditional branch get a gradient?")
+    score_cfg: float = option(0.0, "guidance of the loss; 0 = that of the rollout (full/janus.py)", low=0)
+    critical_tokens: bool = option(False, "average the loss over selected tokens only (critical.py)")
+    dynamic_weight: bool = option(False, "multiply the policy term by a factor (critical.py)")
+
+    def check(cfg):
+        if 0 < cfg.score_cfg < 1:
+            raise UserError(f"--score_cfg must be at least 1, or 0 for the rollout's, got {cfg.score_cfg}")
+        if cfg.dynamic_weight and cfg.logit_chunk:
+            raise UserError("--dynamic_weight needs all tokens of an image at once: leave --logit_chunk at 0")
+
+
+@dataclass(frozen=True)
 class LossOptions:
     """---- loss"""
     divergence: Literal["js", "forward_kl", "reverse_kl", "none"] = option(
@@ -66,6 +103,11 @@ class LossOptions:
     beta_schedule: Literal["constant", "linear", "cosine"] = option("constant", "from beta to beta_end")
     beta_end: float = option(0.0, "beta at the end of a linear or cosine schedule", low=0)
     clip_eps: float = option(0.2, "clip ratios to 1 +- this (see flow.py: / sqrt(n))", low=0)
+
+
+@dataclass(frozen=True)
+class UpdateOptions:
+    """---- update"""
     inner_epochs: int = option(1, "gradient steps on each batch of samples", low=1)
     micro_batch: int = option(64, "samples per forward pass; changes memory, not the result", low=1)
 

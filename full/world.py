@@ -51,8 +51,6 @@ class Options:
 
     def check(cfg):
         reward.check(cfg, clip.FILES)
-        if cfg.world in ("sd3", "sana") and cfg.algorithm == "vapi":
-            raise UserError(f"--algorithm=vapi needs a policy of tokens, not --world={cfg.world}")
         if not measured_by(cfg):
             raise UserError(f"--reward or --heldout_reward must name one of {', '.join(clip.FILES)}: "
                             f"diversity is measured in its image features")
