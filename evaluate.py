@@ -36,6 +36,7 @@ import flow
 import full.world
 import grpo
 import metrics
+import rejection
 import reward
 import tiny.world
 import vapi
@@ -58,7 +59,8 @@ class Kind:
     """---- what is trained, and how"""
     world: Literal["tiny", "tiny_flow", "llamagen", "janus", "sd3", "sana"] = option(
         "tiny", "prompts, rewards and models")
-    algorithm: Literal["grpo", "vapi"] = option("grpo", "its loop is in train.py or vapi.py")
+    algorithm: Literal["grpo", "vapi", "rejection"] = option(
+        "grpo", "its loop is in train.py, vapi.py or rejection.py")
 
     def check(cfg):
         if cfg.algorithm != "grpo" and cfg.world in FLOWS:
@@ -86,11 +88,15 @@ def options(values):
     parts = [run.Files, Kind, run.Machine, run.Length, Evaluation, grpo.RolloutOptions, reward.Options]
     if values.get("algorithm") == "vapi":
         parts += [vapi.Options, full.world.ImageOptions if full_size else tiny.world.ImageOptions]
+    elif values.get("algorithm") == "rejection":
+        parts += [grpo.SamplingOptions, rejection.Options]
     elif flows:
         parts += [flow.Options]
     else:
         parts += [grpo.SamplingOptions, grpo.TokenOptions] + [grpo.ReleasedOptions] * full_size
-    parts += [grpo.LossOptions, grpo.UpdateOptions, run.Optimizer, full.world.Options if full_size else
+    if values.get("algorithm") != "rejection":
+        parts += [grpo.LossOptions]
+    parts += [grpo.UpdateOptions, run.Optimizer, full.world.Options if full_size else
               tiny.world.FlowOptions if flows else tiny.world.Options]
     return config.compose(*parts)
 
@@ -284,7 +290,8 @@ def main(argv):
     # Runs share their base and its evaluation if they agree in all options but these.
     training = {f.name for part in (run.Files, run.Machine, run.Length, Evaluation, grpo.RolloutOptions,
                                     grpo.LossOptions, grpo.UpdateOptions, grpo.SamplingOptions,
-                                    grpo.TokenOptions, grpo.ReleasedOptions, run.Optimizer, vapi.Options)
+                                    grpo.TokenOptions, grpo.ReleasedOptions, run.Optimizer, vapi.Options,
+                                    rejection.Options)
                 for f in fields(part)} - {"dtype", *given}
     decides = [what_decides(own, *training) | {key: value for key, value in given.items() if value}
                for _, _, own, _ in opened]

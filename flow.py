@@ -119,12 +119,12 @@ class Options:
 
     def check(cfg):
         if cfg.temperature != 1:
-            raise UserError(f"a flow policy has no temperature: leave --temperature at 1, got "
-                            f"{cfg.temperature}")
+            raise UserError(f"a flow policy has no --temperature: leave it at 1, got {cfg.temperature}")
         if cfg.noisy_steps >= cfg.denoise_steps or not cfg.noise:
             raise UserError("--noisy_steps must be below --denoise_steps, and --noise above 0: noise in the "
                             "last step would stay in the image, and without noise there is no density")
-        if cfg.chunks and (cfg.adaptive_chunks or sum(cfg.chunks) != cfg.noisy_steps or min(cfg.chunks) < 1):
+        whole = all(type(c) is int and c > 0 for c in cfg.chunks) and sum(cfg.chunks) == cfg.noisy_steps
+        if cfg.chunks and (cfg.adaptive_chunks or not whole):
             raise UserError(f"--chunks must add up to --noisy_steps={cfg.noisy_steps}, without "
                             f"--adaptive_chunks; got {cfg.chunks}")
         if not 0 < cfg.chunk_share <= 1 or cfg.chunk_share < 1 and not (cfg.chunks or cfg.adaptive_chunks):

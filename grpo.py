@@ -60,7 +60,7 @@ class SamplingOptions:
     """---- sampling of tokens"""
     cfg_scale: float = option(1.0, "guidance of rollout, loss and reference; 1 = none, half the cost", low=1)
     sample_batch: int = option(0, "images sampled at once; 0 = all; changes memory, not the result", low=0)
-    compile: bool = option(False, "compile a sampling step by torch.compile; not yet measured on a GPU")
+    compile = False                 # an option of released models
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class TokenOptions:
     """---- GRPO on tokens"""
     logit_chunk: int = option(0, "positions whose logits exist at once; 0 = all; changes memory only", low=0)
     chunk_size: int = option(0, "tokens in a row that share a ratio (policy_loss); 0 = single tokens", low=0)
-    # These are constants in the tiny world. For released models, ReleasedOptions turns them into options.
+    # These are constants in the tiny world. ReleasedOptions makes them options, for the papers' extras.
     uncond_grad, score_cfg, critical_tokens, dynamic_weight = True, 0.0, False, False
     action_batch = 0                # an option of flow policies
 
@@ -79,7 +79,8 @@ class TokenOptions:
 
 @dataclass(frozen=True)
 class ReleasedOptions:
-    """---- GRPO, as in the papers' code"""
+    """---- GRPO on released models"""
+    compile: bool = option(False, "compile a sampling step by torch.compile; not yet measured on a GPU")
     uncond_grad: bool = option(True, "with guidance: does the unconditional branch get a gradient?")
     score_cfg: float = option(0.0, "guidance of the loss; 0 = that of the rollout (full/janus.py)", low=0)
     critical_tokens: bool = option(False, "average the loss over selected tokens only (critical.py)")

@@ -32,6 +32,7 @@ from tqdm import trange
 from common import config, device, files
 from common.config import UserError, option
 from common.device import batched
+from common.muon import Muon, hidden_matrices
 from common.sit import SiTConfig
 from flow import SiTPolicy
 from model import GPT, GPTConfig
@@ -149,28 +150,6 @@ def pretrain_policy(cfg, tokens, captions, rng):
     return gpt.eval()
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan 2024) in fp32. torch.optim.Muon computes in bf16, 12 times as slow on a CPU without bf16.
-    The step of a matrix is its averaged gradient, whose singular values are replaced by about 1. Five rounds
-    of X <- a X + b (X X') X + c (X X')^2 X do that, for a, b, c as published."""
-
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                average = self.state[p].setdefault("average", torch.zeros_like(p))
-                average.lerp_(p.grad, .05)
-                x = p.grad.lerp(average, .95)                                # Nesterov's look ahead
-                x = (x.T if len(p) > p.shape[1] else x) / x.norm().clamp_min(1e-7)
-                for _ in range(5):
-                    square = x @ x.T
-                    x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-                p -= group["lr"] * max(1, len(p) / p.shape[1]) ** .5 * (x.T if len(p) > p.shape[1] else x)
-
-
 def pretrain_flow(cfg, vqgan, images, captions, rng):
     """Train a flow policy on the latents of images [n,3,H,W] -> (SiTPolicy, tiny.world.Latents).
 
@@ -186,7 +165,7 @@ def pretrain_flow(cfg, vqgan, images, captions, rng):
     x0 = (x0 - latents.mean) / latents.std
     policy = SiTPolicy(FLOW)
     average = copy.deepcopy(policy).requires_grad_(False)
-    hidden = [p for k, p in policy.blocks.named_parameters() if p.dim() == 2 and "adaLN" not in k]
+    hidden = hidden_matrices(policy)
     rest = [p for p in policy.parameters() if all(p is not h for h in hidden)]
 
     def loss(step):

@@ -7,6 +7,7 @@
     python train.py configs/llamagen_js.py            the 775M LlamaGen with real prompts, on one GPU
     torchrun --nproc_per_node=8 train.py configs/llamagen_js.py         the same on eight (common/parallel.py)
     python train.py configs/tiny_vapi.py              another algorithm: learns from given images (vapi.py)
+    python train.py configs/tiny_awr.py               another: imitates its own better images (rejection.py)
 
 The policy is an autoregressive model: it writes an image as a sequence of tokens. Each step samples G images
 for each of P prompts, rewards them, and turns the rewards into advantages within each group of G. Then it
@@ -42,6 +43,7 @@ import torch
 import evaluate
 import grpo
 import metrics
+import rejection
 import vapi
 from common import config, device, images, parallel
 from common.folder import open_run
@@ -147,7 +149,7 @@ def token_weights(cfg, mine, pipeline, rollout, conditions, scoring):
 
 
 # ---- the program -------------------------------------------------------------------------------------------
-LOOPS = {"grpo": grpo_loop, "vapi": vapi.vapi_loop}
+LOOPS = {"grpo": grpo_loop, "vapi": vapi.vapi_loop, "rejection": rejection.rejection_loop}
 
 
 def main(argv):

@@ -69,6 +69,7 @@ def curves(lines, path, evaluations=(), trained="reward", fifth="entropy"):
               ("KL(policy || reference), nat per action", ["kl_reverse"]), (titles[fifth], [fifth]),
               ("groups without spread", ["zero_spread"]), ("gradient norm", ["grad_norm"]),
               ("seconds a step", ["t_sample", "t_reward", "t_update"])]
+    charts = [(title, found) for title, keys in charts if (found := [k for k in keys if k in lines[0]])]
     figure, axes = plt.subplots(2, 4, figsize=(13, 5), layout="constrained")
     for axis, (title, keys) in zip(axes.flat, charts):
         axis.set_title(title, fontsize=9)
@@ -85,6 +86,8 @@ def curves(lines, path, evaluations=(), trained="reward", fifth="entropy"):
             axis.legend(fontsize=7, frameon=False)
     for axis in axes[1]:
         axis.set_xlabel("step", fontsize=8)
+    for axis in axes.flat[len(charts):]:
+        axis.axis("off")
     if evaluations:                              # these lack the noise that a step's own prompts bring
         for axis, key in ((axes[0, 0], trained), (axes[0, 1], "heldout_reward")):
             axis.plot([e["step"] for e in evaluations], [e[key] for e in evaluations], "k.",

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from common import config, files, parallel
+from common import config, files, muon, parallel
 from common.config import Fault, UserError, option
 from common.folder import claim, resume_command
 
@@ -65,7 +65,12 @@ class Optimizer:
     warmup: float = option(0.1, "share of max_steps with a rising rate", low=0, high=1)
     min_lr_ratio: float = option(0.1, "the cosine ends at this share of the peak", low=0, high=1)
     weight_decay: float = option(0.0, "of AdamW", low=0)
+    muon_lr: float = option(0.0, "above 0: matrices inside the blocks get Muon, at this highest rate", low=0)
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 = no clipping", low=0)
+
+    def check(cfg):
+        if cfg.muon_lr and cfg.shard:
+            raise UserError("--muon_lr needs whole matrices, and --shard splits them: use one of them")
 
 
 def schedule(kind, start, end, progress):
@@ -76,13 +81,13 @@ def schedule(kind, start, end, progress):
     return start + (end - start) * share
 
 
-def learning_rate(cfg, step):
+def learning_rate(cfg, step, peak):
     """Warm up linearly over n steps, from 1/n of the peak to the peak, then follow a cosine down."""
     n = max(1, round(cfg.warmup * cfg.max_steps))
     if step < n:
-        return cfg.learning_rate * (step + 1) / n
+        return peak * (step + 1) / n
     progress = (step - n) / max(1, cfg.max_steps - n)
-    return cfg.learning_rate * schedule("cosine", 1, cfg.min_lr_ratio, progress)
+    return peak * schedule("cosine", 1, cfg.min_lr_ratio, progress)
 
 
 class Stop:
@@ -128,13 +133,18 @@ class Run:
         if cfg.shard:
             parallel.shard(policy)
             parallel.shard(reference)
-        self.optimizer = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, betas=(.9, .95),
-                                           weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+        matrices = muon.hidden_matrices(policy) if cfg.muon_lr else []
+        ours = {id(p) for p in matrices}
+        self.others = [p for p in policy.parameters() if id(p) not in ours]
+        self.optimizers = {"optimizer": torch.optim.AdamW(         # {entry of the checkpoint: optimizer}
+            self.others, cfg.learning_rate, betas=(.9, .95), weight_decay=cfg.weight_decay,
+            fused=device.type == "cuda")} | ({"muon": muon.Muon(matrices, cfg.muon_lr)} if matrices else {})
         random.seed(cfg.seed)
         torch.manual_seed(cfg.seed)
         self.generator = torch.Generator(device).manual_seed(cfg.seed)
         self.start, self.skipped = 0, 0             # skipped: steps in a row whose gradient was not finite
         self.whole = False                          # is the policy as it was after the last line of the log?
+        self.memory = saved.get("memory", []) if saved else []      # what a loop keeps beside the policy
         if saved:
             self._resume(saved)
         self.done, self.stop, self.after = self.start, Stop(), None
@@ -198,16 +208,18 @@ class Run:
         self.times[f"t_{name}"], self.clock = round(now - self.clock, 4), now
 
     def optimizer_step(self, step):
-        """One step of AdamW on the gradients of all processes, clipped. Skipped if they are not finite."""
+        """Step on the gradients of all processes, clipped. The step is skipped if they are not finite."""
         parallel.add_gradients(self.policy.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.cfg.grad_clip or math.inf)
         norm = parallel.whole(norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.cfg, step)
-        if norm.isfinite():
-            self.whole = False                      # until the step has its line in the log
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for name, optimizer in self.optimizers.items():
+            peak = self.cfg.muon_lr if name == "muon" else self.cfg.learning_rate
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.cfg, step, peak)
+            if norm.isfinite():
+                self.whole = False                  # until the step has its line in the log
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.skipped = 0 if norm.isfinite() else self.skipped + 1
         self.grad_norm = norm.item()
 
@@ -222,7 +234,7 @@ class Run:
         stats = parallel.combine(stats | {"max_stop": asked})
         self.stopping = stats.pop("max_stop") > 0 or self.skipped == MAX_SKIPPED
         line = {"step": step, **line, **stats, "grad_norm": self.grad_norm,
-                "learning_rate": self.optimizer.param_groups[0]["lr"]}
+                "learning_rate": self.optimizers["optimizer"].param_groups[0]["lr"]}
         if self.skipped:                            # say what was not finite
             line["skipped"] = "gradient" if math.isfinite(line["reward"]) else "reward"
         shown = SHOWN | ({"outside_share": "out"} if self.cfg.inner_epochs > 1 else {})     # else it is 0
@@ -283,8 +295,9 @@ class Run:
     def _save(self, step, rng=None):
         state = {"model": parallel.whole(self.policy.state_dict()), "step": step,
                  "config": dataclasses.asdict(self.cfg), "made_from": self.made_from,
-                 "rng": rng or files.rng_state(self.generator),
-                 "optimizer": parallel.whole(self.optimizer.state_dict())}
+                 "rng": rng or files.rng_state(self.generator)}
+        state |= {"memory": self.memory} if self.memory else {}
+        state |= {name: parallel.whole(o.state_dict()) for name, o in self.optimizers.items()}
         path = self.file("ckpt.pt")
         try:
             if self.first:
@@ -298,8 +311,8 @@ class Run:
     def _resume(self, saved):
         self.start = saved["step"]
         try:
-            state = parallel.split_state(saved["optimizer"], self.policy.parameters())
-            self.optimizer.load_state_dict(state)
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(parallel.split_state(saved[name], self.others))
             files.set_rng_state(saved["rng"], self.generator)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, UserError):

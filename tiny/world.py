@@ -9,6 +9,7 @@
 
 Every attribute of a tiny image can be read exactly. So this world adds to an evaluation:
   reward/single ...   rewards by category
+  transfer            held-out reward in the categories that a run does not train on (--categories)
   unseen              held-out reward of prompts with a color and shape that were never seen together
                       (shapes.UNSEEN)
   open_entropy        nat; the entropy of the values of each attribute that the prompt leaves open
@@ -54,9 +55,12 @@ UNSEEN_DRAWS = 8                # images of each prompt with an unseen pair
 class Options:
     """---- tiny world"""
     init_from: str = option("assets/tiny_base.pt", "a base made by pretrain.py, or a run", ending="")
+    categories: tuple = option(shapes.CATEGORIES, "of training prompts, such as ('single', 'two')")
 
     def check(cfg):
         reward.check(cfg, REWARDS)
+        if not cfg.categories or any(c not in shapes.CATEGORIES for c in cfg.categories):
+            raise UserError(f"--categories must be some of {shapes.CATEGORIES}, got {cfg.categories}")
         if cfg.eval_draws < COUNTED:
             raise UserError(f"--eval_draws must be at least {COUNTED} in the tiny world, got "
                             f"{cfg.eval_draws}: fewer images give no open_entropy")
@@ -133,9 +137,11 @@ class World:
         known = {"judge": judge, "reader": reader} | reward.REWARDS
         self.reward = reward.weighted(options.reward, known)
         self.heldout = reward.weighted(options.heldout_reward, known)
-        self.pools = [shapes.captions(category) for category in shapes.CATEGORIES]
+        self.pools = [shapes.captions(category) for category in options.categories]
+        self.held_out = [c for c in shapes.CATEGORIES if c not in options.categories]
         self.images = Images(options.wrong_captions, self, device) if with_images else None
-        self.columns = ["unseen", "open_entropy", "entropy_kept", "unreadable"]
+        self.columns = ["transfer"] * bool(self.held_out) + [
+            "unseen", "open_entropy", "entropy_kept", "unreadable"]
         self.columns += ["reconstruction", "frechet", "precision", "recall"] if with_images else []
 
     def draw(self, n):
@@ -151,6 +157,8 @@ class World:
         for category in shapes.CATEGORIES:
             rows = [i for i, p in enumerate(prompts) if shapes.parse(p).category == category]
             out |= {f"{name}/{category}": r[rows].mean().item() for name, r in rewards.items()}
+        if self.held_out:
+            out["transfer"] = sum(out[f"heldout_reward/{c}"] for c in self.held_out) / len(self.held_out)
         unseen = fixed_prompts(len(prompts) // len(shapes.CATEGORIES), unseen=True)
         out["unseen"] = self.heldout(sample(unseen, UNSEEN_DRAWS),
                                      [p for p in unseen for _ in range(UNSEEN_DRAWS)]).mean().item()

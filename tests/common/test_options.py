@@ -33,7 +33,9 @@ SCRIPTS = {"train.py": evaluate.options, "sample.py": sample.Config, "evaluate.p
            "pretrain.py": pretrain.Config, "lab.frontier": frontier.Config, "lab.ablation": ablation.Config,
            "lab.bench": bench.Config, "lab.figures": figures.Config, "full.weights": weights.Config}
 KINDS = [(f"--world={world}", f"--algorithm={algorithm}")                # of runs, with different options
-         for world, algorithm in itertools.product(("tiny", "llamagen", "janus"), ("grpo", "vapi"))]
+         for world, algorithm in [
+             *itertools.product(("tiny", "llamagen", "janus"), ("grpo", "vapi", "rejection")),
+             ("tiny_flow", "grpo"), ("sd3", "grpo")]]
 
 
 def kinds(name):
@@ -168,7 +170,8 @@ def test_a_wrong_value_names_the_option_the_value_and_what_is_allowed(name):
     for words, cls in kinds(name):
         for field in dataclasses.fields(cls):
             if field.type is tuple:
-                assert f"{field.name} are words without dashes" in outcome(name, [f"--{field.name}=x"])
+                said = "are words without dashes" if field.name == POSITIONAL.get(name) else "must be a tuple"
+                assert f"{field.name} {said}" in outcome(name, [*words, f"--{field.name}=x"])
                 continue
             wrong, said, allowed = {
                 int: ("1.5", "1.5", "a whole number"), float: ("much", "'much'", "a finite number"),
@@ -192,8 +195,8 @@ def test_a_run_knows_only_the_options_that_it_needs():
     assert counts["--world=tiny --algorithm=grpo"] <= 40
     for words, key in itertools.product(KINDS, ("gpt_ckpt", "init_from", "score_cfg", "context_noise", "data",
                                                 "wrong_captions")):
-        tiny, vapi = "tiny" in words[0], "vapi" in words[1]
-        needed = {"gpt_ckpt": not tiny, "init_from": tiny, "score_cfg": not tiny and not vapi,
+        tiny, vapi, tokens = "tiny" in words[0], "vapi" in words[1], words[0][8:] in ("llamagen", "janus")
+        needed = {"gpt_ckpt": not tiny, "init_from": tiny, "score_cfg": tokens and "grpo" in words[1],
                   "context_noise": vapi, "data": vapi and not tiny, "wrong_captions": vapi and tiny}[key]
         said = str(outcome("train.py", [*words, f"--{key}=7"]))
         assert (f"no option {key!r} for this run" in said) != needed
@@ -264,8 +267,8 @@ def users(name):
     """Return the files that read the options of a script."""
     full = glob.glob("full/*.py", root_dir=config.locate("."))
     if name == "train.py":
-        return ["train.py", "evaluate.py", "vapi.py", "tiny/world.py", "common/run.py", "common/folder.py",
-                *full]
+        return ["train.py", "evaluate.py", "vapi.py", "rejection.py", "flow.py", "tiny/world.py",
+                "common/run.py", "common/folder.py", *full]
     if name.endswith(".py"):
         return [name] + full * (name == "sample.py")
     return [name.replace(".", "/") + ".py"] + ["lab/sweep.py"] * name.startswith("lab.")

@@ -136,7 +136,8 @@ def test_resume_compares_the_config_file_too(base, tmp_path):
     (["--lora_rank=4"], "no option 'lora_rank'"), (["--shard"], "only one process"),
     (["configs/tiny_vapi.py", "--data=x"], "no option 'data'"),
     (["--world=llamagen", "--data=x"], "no option 'data'"),
-    (["--compile", "--shard"], "--compile .* --shard"),
+    (["--compile"], "no option 'compile'"),
+    (["configs/llamagen_js.py", "--compile", "--shard"], "--compile .* --shard"),
     (["--reward=judge:1,judge:2"], "named twice")])
 def test_options_that_would_be_ignored_are_refused(argv, message, tmp_path):
     with pytest.raises(UserError, match=message):

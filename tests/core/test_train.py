@@ -49,14 +49,15 @@ def same(a, b):
 
 
 def test_six_steps_are_three_and_three_bit_for_bit(mini_base, tmp_path):
-    whole = go(tmp_path / "whole", mini_base, "--max_steps=6")
-    half = go(tmp_path / "halves", mini_base, "--max_steps=6", "--stop_after=3")
+    """With both optimizers: matrices inside the blocks have Muon, the rest has AdamW."""
+    whole = go(tmp_path / "whole", mini_base, "--max_steps=6", "--muon_lr=0.01")
+    half = go(tmp_path / "halves", mini_base, "--max_steps=6", "--muon_lr=0.01", "--stop_after=3")
     assert half["step"] == 3 and not (tmp_path / "halves" / "table.md").exists()
     with open(tmp_path / "halves" / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "rew')                           # what a kill while writing leaves behind
     train.main([f"--out_dir={tmp_path / 'halves'}", "--resume"])
     rest = files.load(str(tmp_path / "halves" / "ckpt.pt"))
-    for key in ("model", "optimizer", "rng", "step"):
+    for key in ("model", "optimizer", "muon", "rng", "step"):
         assert same(whole[key], rest[key]), key
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         assert lines(tmp_path / "whole", name) == lines(tmp_path / "halves", name)
@@ -119,7 +120,7 @@ def test_a_used_folder_is_refused_and_left_as_it_is(mini_base, tmp_path):
 def test_schedules():
     cfg = config.compose(run.Length, run.Optimizer)(max_steps=100, warmup=.1, min_lr_ratio=.1,
                                                     learning_rate=1.0)
-    rates = [run.learning_rate(cfg, s) for s in range(101)]
+    rates = [run.learning_rate(cfg, s, cfg.learning_rate) for s in range(101)]
     assert rates[0] == pytest.approx(.1) and rates[9] == rates[10] == 1 and rates[100] == pytest.approx(.1)
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
     assert run.schedule("constant", .4, 0, .5) == .4

@@ -16,6 +16,7 @@ import evaluate
 import full_size
 import sample
 import train
+from common import files
 from common.config import UserError, locate
 from full import clip, llamagen, weights
 from model import GPT, GPTConfig
@@ -70,6 +71,19 @@ def test_a_run_from_released_files_to_images(run):
     assert 0 < metrics[0]["max_ratio_error"] < .02                         # bf16; fp32 is tested below
     assert metrics[0]["reward_std"] > 0 and metrics[0]["heldout_reward"] != metrics[0]["reward"]
     assert {"before_after.png", "curves.png", "table.md", "ckpt.pt"} <= set(os.listdir(out))
+
+
+def test_best_of_n_samples_its_pool_once(folder, tmp_path):
+    """A pool on disk and two updates, in bf16."""
+    out, small = tmp_path / "best", QUICK[1:]
+    train.main(["configs/llamagen_best_of_n.py", *small, "--pool=2", "--groups=3", f"--weights={folder}",
+                f"--prompts={folder / 'prompts.txt'}", f"--out_dir={out}"])
+    pool = [files.load(str(path)) for path in sorted((out / "pool").iterdir())]
+    assert [(len(p["prompts"]), tuple(p["tokens"].shape)) for p in pool] == 2 * [(2, (8, 16))]
+    metrics = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    best = [p["rewards"].view(2, 4).amax(1) for p in pool]
+    assert torch.cat(best).min() <= metrics[0]["imitated_reward"] <= torch.cat(best).max()
+    assert metrics[0]["grad_norm"] > 0 and (out / "table.md").exists()
 
 
 def test_memory_options_and_extras_do_what_they_say(folder, run, tmp_path):

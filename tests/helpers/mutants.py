@@ -214,7 +214,7 @@ GROUPS = [        # (file, tests that cover it: words behind `python -m pytest`,
     ("common/run.py", LOOP, {
         "run-grad-clip": ("self.cfg.grad_clip or math.inf", "math.inf"),
         "run-warmup": ("(step + 1) / n", "step / n"),
-        "run-zero-grad": ("self.optimizer.zero_grad(set_to_none=True)", "pass"),
+        "run-zero-grad": ("optimizer.zero_grad(set_to_none=True)", "pass"),
         "run-cosine": ("math.cos(math.pi * progress)", "math.cos(math.pi / 2 * progress)"),
         "run-betas": ("betas=(.9, .95)", "betas=(.9, .999)"),
         "run-decay": ("weight_decay=cfg.weight_decay", "weight_decay=0.0"),
