@@ -50,7 +50,13 @@ WRONG = [                                                  # name, text of a sol
     ("e13_clip_and_size", "-q ** 2 / 2", "q ** 2 / 2", "the sign of the mean"),
     ("e13_clip_and_size", "-q ** 2 / 2", "-n * q ** 2 / 2", "the mean of the sum"),
     ("e13_clip_and_size", "q / math.sqrt(n)", "q / n", "the noise like 1/n"),
-    ("e13_clip_and_size", "1 - L.cdf(math.log1p(eps))", "0", "only one side")]
+    ("e13_clip_and_size", "1 - L.cdf(math.log1p(eps))", "0", "only one side"),
+    ("e14_likelihood_first", ".sum(1)", ".mean(1)", "the mean over the tokens"),
+    ("e14_likelihood_first", "entropy + ", "", "the entropy of q is left out"),
+    ("e14_likelihood_first", "(torch.logsumexp(-nats, 0) - math.log(len(nats))).item()",
+     "(-nats.mean()).item()", "the mean of nat in place of the mean of e^-nat"),
+    ("e14_likelihood_first", "(torch.logsumexp(-nats, 0)", "((-nats).exp().sum().log()", "it underflows"),
+    ("e14_likelihood_first", "math.log1p(-math.exp(log_p))", "math.log(1 - math.exp(log_p))", "rounded to 0")]
 
 
 def outcomes(folder, solutions):
@@ -78,8 +84,8 @@ def on_solutions(tmp_path_factory):
     return outcomes(tmp_path_factory.mktemp("solutions"), solutions=True)
 
 
-def test_thirteen_exercises_each_with_checker_solution_and_a_line_in_the_index():
-    assert len(NAMES) == 13
+def test_fourteen_exercises_each_with_checker_solution_and_a_line_in_the_index():
+    assert len(NAMES) == 14
     assert NAMES == sorted(p.stem.removeprefix("test_") for p in (ROOT / "exercises").glob("test_*.py"))
     assert NAMES == sorted(p.stem for p in (ROOT / "solutions").glob("*.py"))
     index = (ROOT / "exercises" / "README.md").read_text(encoding="utf-8")
