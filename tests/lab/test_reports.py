@@ -1,6 +1,6 @@
 """Run: python -m pytest tests/lab/test_reports.py
 
-The verdicts of lab/chunks.py and lab/baselines.py on csv files with known answers."""
+The verdicts of lab/chunks.py, lab/baselines.py and lab/long_frontier.py on csv files with known answers."""
 import csv
 
 import pytest
@@ -8,7 +8,7 @@ import pytest
 import evaluate
 from common import config
 from common.config import UserError, locate
-from lab import baselines, chunks, frontier
+from lab import baselines, chunks, frontier, long_frontier
 
 
 def write(path, lab, rows):
@@ -85,9 +85,29 @@ def test_baselines_say_what_was_put_in(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "baselines.png").stat().st_size > 10_000
 
 
+def test_the_long_frontier_says_what_was_put_in(tmp_path):
+    """JS gains .1 more than both KLs, exact .05 more than sampled. After 120 steps JS has no such lead."""
+    rows = []
+    for d, e, b in long_frontier.CELLS:
+        gain = .2 + .1 * (d == "js") + .05 * (e == "exact") if d != "none" else 0
+        rows += [dict(divergence=d, estimator=e, beta=b, seed=s, entropy_kept=.95, base_reward=.1,
+                      base_heldout_reward=.4, reward=.1 + gain + .001 * s, heldout_reward=.4 + gain)
+                 for s in range(3)]
+    write(tmp_path / "long.csv", long_frontier, rows)
+    long_frontier.main([f"--csv={tmp_path / 'long.csv'}", "--only=figures"])
+    found, judge = said(tmp_path / "long.md"), "mean reachable reward"
+    assert found["(i)", "js - forward_kl, sampled", judge] == [
+        "+0.100 [+0.100, +0.100] [+0.100, +0.100], 3 of 3", "more"]
+    assert found["(ii)", "exact - sampled, reverse_kl", judge][0].startswith("+0.050")
+    assert found["(iii)", "lead of js over reverse_kl, exact: 480 - 120 steps", judge][1] == "more"
+    assert (tmp_path / "long.png").stat().st_size > 10_000
+
+
 def test_each_arm_is_a_run_that_train_accepts():
     for lab in (chunks, baselines):
         for arm in lab.ARMS:
             words = lab.command((arm, 0), "out/x", "cpu")[2:]
             cfg, _ = config.load(evaluate.options, words)
             assert cfg.seed == 0 and cfg.out_dir == "out/x"
+    cfg, _ = config.load(evaluate.options, long_frontier.command(("js", "exact", 2, .5), "out/x", "cpu")[2:])
+    assert (cfg.divergence, cfg.estimator, cfg.seed, cfg.beta, cfg.max_steps) == ("js", "exact", 2, .5, 480)
