@@ -72,7 +72,7 @@ def gradients(world, pipeline, batches):
 
 
 def cosines(found):
-    """Return {m: cosines} between the mean gradients of disjoint sets of m batches. found [batches,params]."""
+    """Return {m: cosines} of mean gradients of disjoint sets of m batches. found [batches,parameters]."""
     out, m = {}, 1
     while 2 * m <= len(found):
         means = found[:len(found) // m * m].unflatten(0, (-1, m)).mean(1)
@@ -140,7 +140,7 @@ def main(argv):
                              [np.std(c) / len(c) ** .5 for c in found.values()], fmt="o-", label=name)
         axes[0].set(xscale="log", xlabel="images in a batch", ylabel="cosine of two batches' gradients")
         axes[0].legend(frameon=False)
-        axes[1].bar(list(adv), list(adv.values()), color=".8", label="advantage of correct images at the base")
+        axes[1].bar(list(adv), list(adv.values()), color=".8", label="advantage of the base's correct images")
         for i, share in enumerate(shares):
             axes[1].plot([j + .1 * (i - 2) for j in range(len(share))], list(share.values()), "o",
                          label=f"share after {STEPS} steps, seed {i}")
