@@ -80,7 +80,8 @@ def test_entropy_kept_compares_a_run_with_its_base(monkeypatch):
     entropy is log 4. In the run it is log 4 for the first prompt, and log 2 for three more. The last prompt
     has too few readable images."""
     monkeypatch.setattr(tiny, "COUNTED", 8)
-    world = tiny.World(SimpleNamespace(reward="reader", heldout_reward="reader"), None, torch.device("cpu"))
+    options = SimpleNamespace(reward="reader", heldout_reward="reader", categories=tiny.shapes.CATEGORIES)
+    world = tiny.World(options, None, torch.device("cpu"))
     prompts, rewards = tiny.fixed_prompts(1), {"reward": torch.arange(50.).view(5, 10)}
     asked = []
 
