@@ -41,11 +41,16 @@ def shows(d):
 
 
 def say(differences):
-    """Return ('mean [bootstrap] [Student's], seeds with the sign of the mean', verdict) of n differences."""
-    d = np.asarray(differences, float)
+    """Return ('mean [bootstrap] [Student's], seeds with the sign of the mean', verdict) of n differences.
+    A difference that could not be measured is NaN. It is left out, and the text says how many there are."""
+    every = np.asarray(differences, float)
+    d = every[np.isfinite(every)]
+    lost = f", {len(every) - len(d)} not measurable" if len(d) < len(every) else ""
+    if not len(d):
+        return lost[2:], "not shown"
     *both, shown = shows(d)
     intervals = " ".join(f"[{low:+.3f}, {high:+.3f}]" for low, high in both)
-    return f"{d.mean():+.3f} {intervals}, {(d * d.mean() > 0).sum()} of {len(d)}", shown
+    return f"{d.mean():+.3f} {intervals}, {(d * d.mean() > 0).sum()} of {len(d)}{lost}", shown
 
 
 @functools.cache
