@@ -69,7 +69,8 @@ def curves(lines, path, evaluations=(), trained="reward", fifth="entropy"):
               ("KL(policy || reference), nat per action", ["kl_reverse"]), (titles[fifth], [fifth]),
               ("groups without spread", ["zero_spread"]), ("gradient norm", ["grad_norm"]),
               ("seconds a step", ["t_sample", "t_reward", "t_update"])]
-    charts = [(title, found) for title, keys in charts if (found := [k for k in keys if k in lines[0]])]
+    charts = [(title, [k for k in keys if k in lines[0]]) for title, keys in charts]
+    charts = charts[:2] + [(title, keys) for title, keys in charts[2:] if keys]
     figure, axes = plt.subplots(2, 4, figsize=(13, 5), layout="constrained")
     for axis, (title, keys) in zip(axes.flat, charts):
         axis.set_title(title, fontsize=9)

@@ -115,10 +115,11 @@ class Run:
             loss.backward(); run.optimizer_step(step)
             run.log(step, {"reward": ...}, stats)    # also evaluates and saves when it is time
 
-    cfg: options with the parts above. saved: a checkpoint to resume from, or None. device: of this process.
-    evaluate: a function (model, evaluation of the base or None) -> evaluation, an object with `results`, a
-    dict of numbers, and `images`. picture: a function (path, [(heading, images), ...]) that writes an image
-    file. made_from: {name: path} of the files of weights behind the run, which must stay what they are.
+    cfg: options with the parts above, and those of the algorithm. saved: a checkpoint to resume from, or
+    None. device: of this process. evaluate: a function (model, evaluation of the base or None) -> evaluation,
+    an object with `results`, a dict of numbers, and `images`. picture: a function (path, [(heading, images),
+    ...]) that writes an image file. made_from: {name: path} of the files of weights behind the run, which
+    must stay what they are.
     """
 
     def __init__(self, cfg, saved, policy, reference, device, evaluate, picture, made_from={}):
@@ -134,17 +135,17 @@ class Run:
             parallel.shard(policy)
             parallel.shard(reference)
         matrices = muon.hidden_matrices(policy) if cfg.muon_lr else []
-        ours = {id(p) for p in matrices}
-        self.others = [p for p in policy.parameters() if id(p) not in ours]
+        inside = {id(p) for p in matrices}
+        self.for_adamw = [p for p in policy.parameters() if id(p) not in inside]
         self.optimizers = {"optimizer": torch.optim.AdamW(         # {entry of the checkpoint: optimizer}
-            self.others, cfg.learning_rate, betas=(.9, .95), weight_decay=cfg.weight_decay,
+            self.for_adamw, cfg.learning_rate, betas=(.9, .95), weight_decay=cfg.weight_decay,
             fused=device.type == "cuda")} | ({"muon": muon.Muon(matrices, cfg.muon_lr)} if matrices else {})
         random.seed(cfg.seed)
         torch.manual_seed(cfg.seed)
         self.generator = torch.Generator(device).manual_seed(cfg.seed)
         self.start, self.skipped = 0, 0             # skipped: steps in a row whose gradient was not finite
         self.whole = False                          # is the policy as it was after the last line of the log?
-        self.memory = saved.get("memory", []) if saved else []      # what a loop keeps beside the policy
+        self.memory = saved.get("memory", []) if saved else []      # a loop's data, saved with the policy
         if saved:
             self._resume(saved)
         self.done, self.stop, self.after = self.start, Stop(), None
@@ -168,7 +169,8 @@ class Run:
         return os.path.join(self.cfg.out_dir, name)
 
     def rows(self, total):
-        """The rows of this process among `total` samples of a step -> indices [total / world size]."""
+        """The rows of this process among `total` samples of a step -> indices, total / world size of them.
+        If the total does not divide evenly, the first processes have one more."""
         return torch.arange(total, device=self.device).tensor_split(parallel.SIZE)[parallel.RANK]
 
     # ---- what a loop calls
@@ -236,7 +238,7 @@ class Run:
         line = {"step": step, **line, **stats, "grad_norm": self.grad_norm,
                 "learning_rate": self.optimizers["optimizer"].param_groups[0]["lr"]}
         if self.skipped:                            # say what was not finite
-            line["skipped"] = "gradient" if math.isfinite(line["reward"]) else "reward"
+            line["skipped"] = "gradient" if math.isfinite(line.get("reward", 0)) else "reward"
         shown = SHOWN | ({"outside_share": "out"} if self.cfg.inner_epochs > 1 else {})     # else it is 0
         self.bar.set_postfix({short: f"{line[name]:.2f}" for name, short in shown.items() if name in line})
         self.done = step + 1
@@ -312,7 +314,8 @@ class Run:
         self.start = saved["step"]
         try:
             for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(parallel.split_state(saved[name], self.others))
+                # Muon's state is never split, because it is refused with --shard.
+                optimizer.load_state_dict(parallel.split_state(saved[name], self.for_adamw))
             files.set_rng_state(saved["rng"], self.generator)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, UserError):

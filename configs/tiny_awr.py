@@ -2,8 +2,8 @@
 # as many as configs/tiny_js.py.
 algorithm = "rejection"
 out_dir = "out/tiny_awr"
-tau = 0.05                  # rewards of the judge vary by about .25 within a group
+tau = 0.05                  # rewards of a group have a standard deviation of about .25: 3 of 8 images count
 replay = 40
-groups = 16                 # of the 320 groups that are kept; each is used about twice
+groups = 16                 # of up to 320 groups that are kept; each is used about twice, the first ones more
 max_steps = 120
 learning_rate = 1e-3

@@ -3,5 +3,5 @@
 like = "configs/tiny_best_of_n.py"
 out_dir = "out/tiny_dpo"
 loss = "dpo"
-dpo_beta = 0.1
-learning_rate = 3e-4
+tau = 1.0                   # DPO's beta. With .1 and a rate of 3e-4 the policy left the reference (LOG.md)
+learning_rate = 1e-4

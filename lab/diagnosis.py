@@ -62,7 +62,7 @@ def gradients(world, pipeline, batches):
         pi = pipeline.policy.distribution(rollout, conditions, torch.arange(len(of)))
         logp = pi.log_prob(rollout.actions)
         adv, _ = grpo.advantages(rewards, G)
-        _, weights = rejection.chosen(rewards.view(-1, G), rejection.Options.tau)
+        _, weights = rejection.imitated(rewards.view(-1, G), rejection.Options.tau)
         losses = {"GRPO": -(adv[:, None] * logp).mean(),
                   "imitation": rejection.imitation_loss(logp.view(G, G, -1), weights).mean()}
         for name, loss in losses.items():

@@ -1,6 +1,7 @@
 """Run: python -m pytest tests/common/test_muon.py
 
-Muon against a singular value decomposition, against torch's own Muon, and inside a run that is resumed."""
+Muon against a singular value decomposition, and against torch's own Muon. A run with Muon is resumed in
+tests/core/test_train.py."""
 import pytest
 import torch
 
@@ -17,12 +18,20 @@ from model import GPT, GPTConfig
 def test_singular_values_become_about_one(shape):
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     u, s, v = torch.linalg.svd(x, full_matrices=False)
-    x = u @ torch.diag(torch.linspace(.05, 30, len(s), dtype=torch.float64)) @ v
+    x = u @ torch.diag(torch.linspace(.5, 30, len(s), dtype=torch.float64)) @ v
     found = u.T @ orthogonal(x) @ v.T                               # diagonal: the directions stay
     values = found.diagonal()
     assert (found - torch.diag(values)).abs().max() < 1e-9
-    assert .65 < values[1:].min() and values.max() < 1.25           # the first is .05/30 of the largest
+    assert .68 < values.min() and values.max() < 1.21
     assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_the_range_of_singular_values():
+    """Matrices [2,2] with singular values that are almost 1, and s, after the division by the norm."""
+    for s in torch.logspace(-5, -.2, 400, dtype=torch.float64).tolist():
+        values = torch.tensor([(1 - s * s) ** .5, s], dtype=torch.float64)
+        raised = orthogonal(torch.diag(values))[1, 1].item()
+        assert raised <= 485 * s and (s < .002 or .68 < raised < 1.21), s
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12)])

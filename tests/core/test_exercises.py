@@ -53,10 +53,11 @@ WRONG = [                                                  # name, text of a sol
     ("e13_clip_and_size", "1 - L.cdf(math.log1p(eps))", "0", "only one side"),
     ("e14_likelihood_first", ".sum(1)", ".mean(1)", "the mean over the tokens"),
     ("e14_likelihood_first", "entropy + ", "", "the entropy of q is left out"),
-    ("e14_likelihood_first", "(torch.logsumexp(-nats, 0) - math.log(len(nats))).item()",
-     "(-nats.mean()).item()", "the mean of nat in place of the mean of e^-nat"),
-    ("e14_likelihood_first", "(torch.logsumexp(-nats, 0)", "((-nats).exp().sum().log()", "it underflows"),
-    ("e14_likelihood_first", "math.log1p(-math.exp(log_p))", "math.log(1 - math.exp(log_p))", "rounded to 0")]
+    ("e14_likelihood_first", "(torch.logsumexp(-cost, 0) - math.log(len(cost))).item()",
+     "(-cost.mean()).item()", "the mean of the cost in place of the mean of e^-cost"),
+    ("e14_likelihood_first", "(torch.logsumexp(-cost, 0)", "((-cost).exp().sum().log()", "it underflows"),
+    ("e14_likelihood_first", "math.log1p(-math.exp(log_p))", "math.log(1 - math.exp(log_p))",
+     "1 - p becomes 1")]
 
 
 def outcomes(folder, solutions):
