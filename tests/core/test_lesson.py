@@ -95,7 +95,8 @@ def test_the_main_results_are_those_of_the_csv():
 def test_the_numbers_of_readme_are_those_of_the_csv():
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     base, best, js, none = ([cell.strip() for cell in row.split("|")[2:-1]] for row in main_rows()[:4])
-    for sentence in (f"raises the held-out reward from {base[1]} to {js[1]} and keeps {js[3].split(' ±')[0]}",
+    for sentence in (f"raises the held-out reward from {base[1]} to {js[1]} and keeps "
+                     f"{js[3].split(' ±')[0]}",
                      f"the same ({none[1]}), and {none[3].split(' ±')[0]} is kept",
                      f"chosen by the judge, has a held-out reward of {best[1]}. Of 245 runs of 120 steps, one",
                      f"right in {round(100 * float(base[1]))} % of its images, both trained policies in "
