@@ -39,7 +39,7 @@ tokens of the policy. So the objective should be about pixels:
         CE = -(1/T) sum_t log pi(z_t | c, z~_<t)
     This is the KL in the other direction, from the tokens of real images to q, up to their own entropy, which
     is constant. Without it the policy drifts to tokens that earn reward at one position but do not occur in
-    real images (the published table, and ours in README.md).
+    real images (the published table, and ours in docs/vapi.md).
  6. Noise in the context. When the policy samples freely, the tokens before are its own, mistakes included. A
     real prefix has no mistakes. With a share xi of random tokens, each token learns to be right after wrong
     ones.

@@ -55,7 +55,7 @@ def pyplot():
 
 
 def curves(lines, path, evaluations=(), trained="reward", fifth="entropy"):
-    """Save a PNG of eight small charts. README.md says what each chart means.
+    """Save a PNG of eight small charts. docs/running.md says what each chart means.
 
     lines: metrics.jsonl as a list of dicts, one per step. evaluations: a list of dicts, one per evaluation on
     the fixed prompts. Dots in the first two charts show their values for the keys `trained` and

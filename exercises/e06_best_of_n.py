@@ -2,8 +2,8 @@
 
 Check yourself:   python -m pytest exercises/test_e06_best_of_n.py
 
-First read best-of-N in evaluate.py's docstring and the results in README.md. The best of 8 samples of the
-base is the baseline that training has to exceed. Answer two questions about it.
+First read best-of-N in evaluate.py's docstring and the results in docs/results.md. The best of 8 samples of
+the base is the baseline that training has to exceed. Answer two questions about it.
 
 1. How good is the best of n, estimated from m >= n samples? evaluate.py cuts the m samples into m/n groups
 and averages the maxima of the groups. This is unbiased, but it is one of very many ways to cut. Average over

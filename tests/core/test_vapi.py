@@ -1,7 +1,7 @@
 """python -m pytest tests/core/test_vapi.py
 
-Each claim of vapi.py is compared with a second statement of it. Whether its ablation comes out as README.md
-says is tested by lab/ablation.py.
+Each claim of vapi.py is compared with a second statement of it. Whether its ablation comes out as
+docs/vapi.md says is tested by lab/ablation.py.
 """
 import itertools
 import math

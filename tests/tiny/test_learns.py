@@ -1,7 +1,7 @@
 """python -m pytest tests/tiny/test_learns.py           a few real steps, about 30 s
-python -m pytest -m slow tests/tiny/test_learns.py   README's results over five seeds, 13 minutes on 2 cores
+python -m pytest -m slow tests/tiny/test_learns.py   the main results over five seeds, 13 minutes on 2 cores
 
-The slow tests also write results/main.csv, which README's tables of results are computed from.
+The slow tests also write results/main.csv, which the tables of docs/results.md are computed from.
 """
 import csv
 import json

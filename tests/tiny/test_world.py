@@ -1,6 +1,6 @@
 """Run: python -m pytest tests/tiny/test_world.py          (-m slow: the fixed images, 3 seconds)
 
-What README says about the prompts and images of every evaluation: which of them are training data.
+What docs/results.md says about the prompts and images of every evaluation: which of them are training data.
 """
 import random
 
