@@ -2,7 +2,7 @@
 
     python train.py configs/janus_js.py --lora_rank=64
 
-Training all weights takes 20 bytes per parameter (full/llamagen.py lists them): 132 GB for Janus-Pro-7B. LoRA
+Training all weights takes 20 bytes per parameter (full/world.py lists them): 132 GB for Janus-Pro-7B. LoRA
 (arXiv 2106.09685) freezes each matrix W [out,in] of the blocks and learns a low-rank correction beside it,
     y = W x + (alpha / rank) B A x,      A [rank,in] random, B [out,rank] zero at first.
 So the untrained policy is exactly the reference. Only A and B have gradients and AdamW's moments: about 2 %

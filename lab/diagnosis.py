@@ -7,9 +7,9 @@ left    The cosine between the gradients of two independent batches of the base,
         batch. Both gradients are the true gradient plus noise, so a cosine of .1 means that about 90 % of the
         squared length of a gradient is noise. Lines: GRPO, and imitation (rejection.py)
 middle  Without a divergence, the backgrounds of the images collapse (docs/lesson.md). Bars: the mean
-        advantage that the judge gives to the base's correct images of each background. Dots: the share of each
-        background after 120 steps without a divergence, one dot for each seed. If one background wins in
-        every seed, and had the largest advantage, the reward chose it. If seeds differ, it is drift
+        advantage that the judge gives to the base's correct images of each background. Dots: the share of
+        each background after 120 steps without a divergence, one dot for each seed. If one background wins
+        in every seed, and had the largest advantage, the reward chose it. If seeds differ, it is drift
 right   The reader reward gained, against the KL to the base: all cells of frontier.csv, the arms of
         baselines.csv, and best-of-8 of the base, whose KL is log 8 - 7/8 nat
 """
