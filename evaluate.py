@@ -115,8 +115,8 @@ def open_world(options, device):
 def check_shares(cfg, size):
     """Raise UserError unless a step's samples divide among `size` processes, and each share into batches."""
     B, at_once = cfg.prompts_per_step * cfg.group_size, getattr(cfg, "sample_batch", 0)
-    groups = min(getattr(cfg, "groups", size), cfg.prompts_per_step)
-    if groups < size and cfg.algorithm == "rejection":      # a process without a group has no gradient to add
+    # In rejection.py, a process without a group would have no gradient to add.
+    if cfg.algorithm == "rejection" and min(cfg.groups, cfg.prompts_per_step) < size:
         raise UserError(f"--groups and --prompts_per_step must be at least {size}, the number of processes")
     if B % size:
         raise UserError(f"{cfg.prompts_per_step} prompts x {cfg.group_size} images do not divide evenly "

@@ -153,7 +153,7 @@ def rejection_loop(cfg, run, world, pipeline):
         run.phase("update")
 
         # 3. log. With a pool there are no new samples, so only evaluations show the policy's reward
-        chosen = rewards.gather(1, index[:, :weights.shape[1]])
+        chosen = rewards.gather(1, index[:, :weights.shape[1]])      # for DPO only that of the best image
         line["imitated_reward"] = (weights * chosen).sum(1).mean().item()
         run.memory = [] if cfg.pool else kept
         run.log(step, line, stats)

@@ -32,7 +32,7 @@ IN_BLOCKS = re.compile(r"(network\.)?(transformer_)?(layers|blocks)\.")
 
 def hidden_matrices(model):
     """Return the trained matrices in the blocks of a policy, except those of adaLN in a SiT, which read the
-    time t. Raises UserError if there are none."""
+    time t. Raises UserError if the policy has no such matrix."""
     found = [p for name, p in model.named_parameters()
              if p.requires_grad and p.dim() == 2 and IN_BLOCKS.match(name) and "adaLN" not in name]
     if not found:
@@ -61,8 +61,6 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
                 if p not in self.state:
                     self.state[p]["average"] = torch.zeros_like(p)
                 average = self.state[p]["average"]

@@ -228,7 +228,7 @@ class Run:
     def log(self, step, line, stats):
         """Write a line of metrics.jsonl, and evaluate and save when it is time.
 
-        line: values that are equal on all processes, "reward" among them. stats: scalars of this process,
+        line: values that are equal on all processes. stats: scalars of this process,
         which are summed over the processes. For names with max_, the largest value is kept.
         """
         # If any process was asked to stop, all processes stop: `combine` keeps the largest value.

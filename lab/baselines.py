@@ -79,12 +79,6 @@ def row_of(key, folder):
 
 
 # ---- the report --------------------------------------------------------------------------------------------
-def complete(rows):
-    """Return the seeds for which every arm has a run."""
-    done = {(r["arm"], r["seed"]) for r in rows}
-    return [s for s in sorted({seed for _, seed in done}) if all((arm, s) in done for arm in ARMS)]
-
-
 def adamw(rows):
     """Return the runs of frontier.csv that belong to this experiment, with the names of arms."""
     cells = {(d, "exact", b * STRENGTH[d], "constant"): f"{d} {b:g}"
@@ -201,7 +195,7 @@ def main(argv):
     if cfg.only != "runs":
         rows = sweep.load(cfg.csv, FIELDS, NUMBERS, 2)
         others = adamw(frontier.load(locate("results/frontier.csv")))
-        seeds = [s for s in complete(rows) if s in {r["seed"] for r in others}]
+        seeds = [s for s in sweep.complete(rows, ARMS) if s in {r["seed"] for r in others}]
         if len(seeds) < 2:
             raise UserError(f"{cfg.csv} has no two seeds with all arms. Continue with "
                             f"python -m lab.baselines")

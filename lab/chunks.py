@@ -89,12 +89,6 @@ def row_of(key, folder):
 
 
 # ---- the report --------------------------------------------------------------------------------------------
-def complete(rows):
-    """Return the seeds for which every arm has a run."""
-    done = {(r["arm"], r["seed"]) for r in rows}
-    return [s for s in sorted({seed for _, seed in done}) if all((arm, s) in done for arm in ARMS)]
-
-
 def verdicts(rows, seeds):
     """Return the lines of stats.judged: for each claim the differences of the reader, and of diversity."""
     at = {(r["arm"], r["seed"]): r for r in rows}
@@ -151,7 +145,7 @@ def main(argv):
                    base="assets/tiny_flow_base.pt")
     if cfg.only != "runs":
         rows = sweep.load(cfg.csv, FIELDS, NUMBERS, 2)
-        if len(seeds := complete(rows)) < 2:
+        if len(seeds := sweep.complete(rows, ARMS)) < 2:
             raise UserError(f"{cfg.csv} has no two seeds with all arms. Continue with python -m lab.chunks")
         stem = cfg.csv.removesuffix(".csv")
         figure(rows, seeds, stem + ".png")

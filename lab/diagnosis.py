@@ -15,6 +15,7 @@ right   The reader reward gained, against the KL to the base: all cells of front
 """
 import math
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -53,6 +54,7 @@ def opened(argv):
 def gradients(world, pipeline, batches):
     """Return {method: gradients [batches,number of parameters]} of independent batches of the base."""
     found, params = {"GRPO": [], "imitation": []}, list(pipeline.policy.parameters())
+    random.seed(0)                                                       # of the prompts
     for i in trange(batches, desc="gradients", dynamic_ncols=True, leave=False):
         generator = torch.Generator().manual_seed(i)
         prompts = world.draw(G)

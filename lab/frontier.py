@@ -110,10 +110,8 @@ def gain(row, measure="reward"):
 
 
 def complete(rows):
-    """Return the seeds for which every cell has a run. A sweep makes one seed after another, so a report of
-    an unfinished sweep compares fewer seeds."""
-    done = {key(r) for r in rows}
-    return [s for s in sorted({seed for _, seed in done}) if all((cell, s) in done for cell in CELLS)]
+    """Return the seeds for which every cell has a run."""
+    return sweep.complete(rows, CELLS, lambda row: key(row)[0])
 
 
 def frontier(rows, seed, betas, measure, divergence, estimator, schedule="constant"):

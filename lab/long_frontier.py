@@ -63,12 +63,6 @@ def cell_of(row):
     return row["divergence"], row["estimator"], row["beta"]
 
 
-def complete(rows):
-    """Return the seeds for which every cell has a run."""
-    done = {(cell_of(r), r["seed"]) for r in rows}
-    return [s for s in sorted({seed for _, seed in done}) if all((cell, s) in done for cell in CELLS)]
-
-
 def area(rows, seed, divergence, estimator, measure, levels):
     """Return the mean reachable gain of one frontier of one seed (frontier.area): base, none, four betas."""
     wanted = {NONE, *((divergence, estimator, b * STRENGTH[divergence]) for b in BETAS)}
@@ -160,7 +154,7 @@ def main(argv):
         sweep.make(cfg, sweep.load(cfg.csv, FIELDS, NUMBERS, 4), plan, FIELDS, command, row_of)
     if cfg.only != "runs":
         rows, short = sweep.load(cfg.csv, FIELDS, NUMBERS, 4), frontier.load(locate("results/frontier.csv"))
-        seeds = [s for s in complete(rows) if s in frontier.complete(short)]
+        seeds = [s for s in sweep.complete(rows, CELLS, cell_of) if s in frontier.complete(short)]
         if len(seeds) < 2:
             raise UserError(f"{cfg.csv} has no two seeds with all cells. Continue with "
                             f"python -m lab.long_frontier")

@@ -68,6 +68,13 @@ def load(path, fields, numbers, key):
     return rows
 
 
+def complete(rows, cells, cell_of=lambda row: row["arm"]):
+    """Return the seeds for which every cell has a run. A sweep makes one seed after another, so a report of
+    an unfinished sweep compares fewer seeds. cell_of(row): the cell of a line of the csv file."""
+    done = {(cell_of(row), row["seed"]) for row in rows}
+    return [s for s in sorted({seed for _, seed in done}) if all((cell, s) in done for cell in cells)]
+
+
 def rounded(results, names):
     """Return these measures of an evaluation, rounded. JSON has no NaN, so an evaluation stores None."""
     return [round(float("nan") if results[name] is None else results[name], 5) for name in names]
